@@ -1,0 +1,218 @@
+"""Presets: the sizes and training settings that go together, and how a contract completes them.
+
+Each preset is one `Preset` value; any field can be overridden by path (``dynamics_training.ramp=false``). Deviations
+from the paper are options whose default is the paper's value or, where the paper is silent, the one in the docs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from d4_core.actions import ActionPart
+from d4_core.agent import AgentConfig
+from d4_core.dynamics import DynamicsConfig
+from d4_core.imagination import ImaginationConfig
+from d4_core.optim import OptimConfig
+from d4_core.phases import AgentTraining, DynamicsTraining, ImaginationTraining, TokenizerTraining
+from d4_core.shortcut import Grid
+from d4_core.tokenizer import Camera, TokenizerConfig, Vector
+from d4_core.transformer import TransformerConfig
+from d4_datasets.contract import Contract
+from d4_datasets.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisers:
+    """Optimiser settings of the four phases."""
+
+    tokenizer: OptimConfig = OptimConfig()
+    dynamics: OptimConfig = OptimConfig()
+    agent: OptimConfig = OptimConfig(lr=3e-4, lr_muon=0.006, lr_heads=1e-3)
+    imagination: OptimConfig = OptimConfig(lr_heads=3e-4, decay_fraction=0.0, ema=0.98)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Shapes (without what the contract decides) and training settings of a whole run."""
+
+    patch: int = 16
+    num_latents: int = 512
+    latent_dim: int = 16
+    num_tokens: int = 256
+    mask_max: float = 0.9
+    motion_weight: float = 0.0
+    tokenizer: TransformerConfig = TransformerConfig()
+    dynamics: TransformerConfig = TransformerConfig()
+    grid: Grid = Grid()
+    action_bins: int = 15
+    action_tokens: int = 1
+    registers: int = 4
+    agent_tokens: int = 8
+    leads: int = 8
+    hidden: int = 512
+    reward_bins: int = 255
+    reward_range: tuple[float, float] = (-20.0, 20.0)
+    value_bins: int = 255
+    value_range: tuple[float, float] = (-20.0, 20.0)
+    tokenizer_training: TokenizerTraining = TokenizerTraining()
+    dynamics_training: DynamicsTraining = DynamicsTraining()
+    agent_training: AgentTraining = AgentTraining()
+    imagination_training: ImaginationTraining = ImaginationTraining()
+    optim: Optimisers = Optimisers()
+
+    def tokenizer_config(self, contract: Contract) -> TokenizerConfig:
+        """Tokenizer shape for a contract.
+
+        Raises:
+            UserError: an image size is not a multiple of the patch size.
+        """
+        cameras = []
+        for obs in contract.images:
+            height, width = obs.size
+            if height % self.patch or width % self.patch:
+                raise UserError(
+                    f"camera {obs.name!r} is {height}x{width}, not a multiple of the preset's {self.patch} px patches: "
+                    "change `size` in the contract"
+                )
+            cameras.append(Camera(name=obs.name, height=height, width=width))
+        vectors = tuple(Vector(name=v.name, size=len(v.select)) for v in contract.vectors("input"))
+        return TokenizerConfig(
+            cameras=tuple(cameras), vectors=vectors, patch=self.patch, num_latents=self.num_latents,
+            latent_dim=self.latent_dim, num_tokens=self.num_tokens, mask_max=self.mask_max,
+            motion_weight=self.motion_weight, transformer=self.tokenizer,
+        )  # fmt: skip
+
+    def dynamics_config(self, contract: Contract) -> DynamicsConfig:
+        """Dynamics shape for a contract."""
+        return DynamicsConfig(
+            num_tokens=self.num_tokens, token_dim=self.num_latents * self.latent_dim // self.num_tokens,
+            actions=action_parts(contract), action_bins=self.action_bins, action_tokens=self.action_tokens,
+            registers=self.registers, agent_tokens=self.agent_tokens, grid=self.grid, transformer=self.dynamics,
+        )  # fmt: skip
+
+    def agent_config(self, contract: Contract) -> AgentConfig:
+        """Head shapes for a contract; a contract without tasks has one."""
+        return AgentConfig(
+            num_tasks=max(1, len(contract.task_names)), leads=self.leads, hidden=self.hidden,
+            reward_bins=self.reward_bins, reward_range=self.reward_range, value_bins=self.value_bins,
+            value_range=self.value_range,
+        )  # fmt: skip
+
+
+def action_parts(contract: Contract) -> tuple[ActionPart, ...]:
+    """Parts of the contract's action vector, in its order."""
+    parts = []
+    for channel in contract.actions:
+        if channel.kind == "categorical":
+            parts += [ActionPart(kind="categorical", classes=channel.classes)] * len(channel.select)
+        elif channel.kind == "binary":
+            parts.append(ActionPart(kind="binary", size=len(channel.select)))
+        else:
+            parts.append(
+                ActionPart(
+                    kind="continuous", size=len(channel.select), low=tuple(channel.low), high=tuple(channel.high)
+                )
+            )
+    return tuple(parts)
+
+
+def override(preset: Preset, settings: list[str]) -> Preset:
+    """Apply ``path.to.field=json`` settings.
+
+    Raises:
+        UserError: the path or the value does not fit the preset.
+    """
+    for setting in settings:
+        path, separator, text = setting.partition("=")
+        try:
+            value = json.loads(text) if separator else None
+        except json.JSONDecodeError:
+            value = text
+        try:
+            preset = _set(preset, path.split("."), value)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"--set {setting}: {error}") from error
+    return preset
+
+
+def _set(node: Any, path: list[str], value: Any) -> Any:
+    name, rest = path[0], path[1:]
+    current = getattr(node, name)
+    if rest:
+        return replace(node, **{name: _set(current, rest, value)})
+    if isinstance(current, tuple):
+        value = tuple(value)
+    elif isinstance(current, bool) != isinstance(value, bool) or not isinstance(value, (type(current), int)):
+        raise ValueError(f"expected {type(current).__name__}, got {value!r}")
+    return replace(node, **{name: type(current)(value)})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: Any, data: Any) -> Any:
+    """Inverse of `to_dict` for nested dataclasses and tuples."""
+    if dataclasses.is_dataclass(cls):
+        hints = typing.get_type_hints(cls)
+        return cls(**{name: from_dict(hints[name], value) for name, value in data.items()})
+    if typing.get_origin(cls) is tuple:
+        kinds = typing.get_args(cls)
+        return tuple(from_dict(kinds[0], value) for value in data)
+    if isinstance(cls, types.UnionType):
+        return None if data is None else from_dict(typing.get_args(cls)[0], data)
+    return data
+
+
+def _transformer(dim: int, depth: int, heads: int, kv_heads: int, context: int) -> TransformerConfig:
+    return TransformerConfig(dim=dim, depth=depth, heads=heads, kv_heads=kv_heads, context=context)
+
+
+PRESETS: dict[str, Preset] = {
+    # sizes and settings measured to pass the gates of the demo within its time on two cores (docs/results)
+    "nano": Preset(
+        patch=16, num_latents=8, latent_dim=16, num_tokens=8,
+        tokenizer=TransformerConfig(dim=128, depth=4, heads=4, kv_heads=4, mlp_ratio=2.0, context=8),
+        dynamics=TransformerConfig(dim=128, depth=8, heads=4, kv_heads=2, mlp_ratio=2.0, context=16),
+        grid=Grid(levels=8), registers=2, agent_tokens=4, hidden=256,
+        reward_bins=41, reward_range=(-1.0, 1.0), value_bins=81, value_range=(-1.0, 4.0),
+    ),
+    "small": Preset(
+        patch=8, num_latents=32, latent_dim=16, num_tokens=16,
+        tokenizer=_transformer(256, 8, 8, 8, 16), dynamics=_transformer(384, 12, 8, 2, 32),
+        grid=Grid(levels=16), reward_bins=101, reward_range=(-3.0, 3.0), value_bins=101, value_range=(-6.0, 6.0),
+    ),
+    "base": Preset(
+        patch=16, num_latents=64, latent_dim=16, num_tokens=32,
+        tokenizer=_transformer(512, 8, 8, 8, 16), dynamics=_transformer(768, 16, 12, 3, 48), registers=8,
+    ),
+    "large": Preset(
+        patch=16, num_latents=256, latent_dim=16, num_tokens=128,
+        tokenizer=_transformer(768, 12, 12, 12, 32), dynamics=_transformer(1280, 24, 20, 4, 96), registers=8,
+        action_tokens=4,
+    ),
+    # 12+12 x 1024 and 30 x 1920 come to the paper's 400 M + 1.6 B; depth is rounded to a multiple of time_every
+    "paper": Preset(
+        patch=16, num_latents=512, latent_dim=16, num_tokens=256,
+        tokenizer=_transformer(1024, 12, 16, 16, 32), dynamics=_transformer(1920, 32, 30, 3, 192), registers=8,
+        action_tokens=4,
+        dynamics_training=DynamicsTraining(length=64, long_length=256),
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> Preset:
+    """A preset by name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in PRESETS:
+        raise UserError(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,151 @@
+"""Training arrays as tensors: clips with the action that led into each frame, and cached latents of a frozen tokenizer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d4_core.tokenizer import Tokenizer
+
+
+class Logs(Protocol):
+    """What training needs of a dataset; `d4_datasets.windows.Windows` provides it."""
+
+    num_frames: int
+    episode_start: np.ndarray  # [E] first frame
+    episode_length: np.ndarray  # [E]
+    labelled: np.ndarray  # [E] any known action
+    images: dict[str, np.ndarray]  # uint8 [N, H, W, 3]
+    vectors: dict[str, np.ndarray]  # float32 [N, k]
+    action: np.ndarray  # float32 [N, A], chosen at the frame
+    action_mask: np.ndarray  # [N]
+    reward: np.ndarray  # float32 [N, K], arriving with the frame
+    is_terminal: np.ndarray  # [N]
+
+    def sample_starts(
+        self, rng: np.random.Generator, batch: int, length: int, episodes: np.ndarray
+    ) -> np.ndarray: ...
+
+    def indices(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Where a batch of clips lies: frame indices (B, T), validity (B, T)."""
+
+    index: np.ndarray
+    valid: np.ndarray
+
+
+def draw(logs: Logs, rng: np.random.Generator, batch: int, length: int, episodes: np.ndarray) -> Clips:
+    """Clips of `length` frames from `episodes`."""
+    return Clips(*logs.indices(logs.sample_starts(rng, batch, length, episodes), length))
+
+
+def transitions(logs: Logs, first_frame: np.ndarray, clips: Clips) -> dict[str, Tensor]:
+    """Actions, rewards and ends of clips as tensors.
+
+    Returns:
+        prev_action (B, T, A) and prev_labelled (B, T): the action that led into each frame, unknown at the first frame
+        of an episode; action, labelled: the action chosen at each frame; reward (B, T, K), terminal and valid (B, T).
+    """
+    index, valid = clips.index, clips.valid
+    before = np.maximum(index - 1, 0)
+    prev_labelled = logs.action_mask[before] & ~first_frame[index] & valid
+    arrays = {
+        "prev_action": np.where(prev_labelled[..., None], logs.action[before], 0.0).astype(np.float32),
+        "prev_labelled": prev_labelled,
+        "action": logs.action[index].astype(np.float32),
+        "labelled": logs.action_mask[index] & valid,
+        "reward": logs.reward[index].astype(np.float32),
+        "terminal": logs.is_terminal[index],
+        "valid": valid,
+    }
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
+
+
+def first_frames(logs: Logs) -> np.ndarray:
+    """(N,) bool: True on the first frame of every episode."""
+    out = np.zeros(logs.num_frames, bool)
+    out[logs.episode_start] = True
+    return out
+
+
+def observations(logs: Logs, index: np.ndarray, names: list[str]) -> dict[str, Tensor]:
+    """Modalities {name: (*index.shape, ...)}; images stay uint8."""
+    source = {**logs.images, **logs.vectors}
+    return {name: torch.from_numpy(np.ascontiguousarray(source[name][index])) for name in names}
+
+
+def pixel_statistics(logs: Logs, tokenizer: Tokenizer, rng: np.random.Generator, frames: int = 2000) -> None:
+    """Set the tokenizer's mean image, pixel spread and vector statistics from a random sample of frames."""
+    index = np.sort(rng.choice(logs.num_frames, min(frames, logs.num_frames), replace=False))
+    mean, std = {}, {}
+    for cam in tokenizer.cfg.cameras:
+        x = torch.from_numpy(np.ascontiguousarray(logs.images[cam.name][index])).float() / 255
+        mean[cam.name] = x.mean(0)
+        std[cam.name] = (x - mean[cam.name]).square().mean().sqrt()
+    for vec in tokenizer.cfg.vectors:
+        x = torch.from_numpy(np.ascontiguousarray(logs.vectors[vec.name][index]))
+        mean[vec.name], std[vec.name] = x.mean(0), x.std(0)
+    tokenizer.set_statistics(mean, std)
+
+
+@torch.no_grad()
+def encode_episode(tokenizer: Tokenizer, logs: Logs, episode: int, chunk: int = 256) -> Tensor:
+    """Latents (T, N, L) of one episode, equal to streaming it frame by frame as a robot does.
+
+    Long episodes run in chunks that repeat the encoder's receptive field, so memory stays bounded.
+    """
+    cfg = tokenizer.cfg.transformer
+    names = [c.name for c in tokenizer.cfg.cameras] + [v.name for v in tokenizer.cfg.vectors]
+    device = tokenizer.latents.device
+    overlap = cfg.depth // cfg.time_every * (cfg.context - 1)
+    start, length, out = int(logs.episode_start[episode]), int(logs.episode_length[episode]), []
+    for t in range(0, length, chunk):
+        begin = max(0, t - overlap)
+        index = np.arange(start + begin, start + min(t + chunk, length))[None]
+        obs = {k: v.to(device) for k, v in observations(logs, index, names).items()}
+        out.append(tokenizer.encode(obs)[0, t - begin :])
+    return torch.cat(out)
+
+
+def latent_cache(tokenizer: Tokenizer, logs: Logs, path: Path, tag: str, progress=None) -> np.ndarray:
+    """Packed, standardised tokens (N, Nz, Dz) float16 of every frame, computed once per tokenizer.
+
+    Sets the tokenizer's latent statistics on the way. Written aside and renamed; `tag` (the tokenizer's hash) names the
+    file, so a changed tokenizer never reads old latents.
+    """
+    file = path / f"latents-{tag}.npy"
+    if file.exists():
+        return np.load(file, mmap_mode="r")
+    cfg = tokenizer.cfg
+    path.mkdir(parents=True, exist_ok=True)
+    aside = path / f".tmp-{os.getpid()}-{file.name}"
+    shape = (logs.num_frames, cfg.num_tokens, cfg.token_dim)
+    out = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float16, shape=shape)
+    for episode, (start, length) in enumerate(zip(logs.episode_start, logs.episode_length, strict=True)):
+        z = tokenizer.pack(encode_episode(tokenizer, logs, episode))
+        out[start : start + length] = z.half().cpu().numpy()
+        if progress is not None:
+            progress(episode + 1, len(logs.episode_start))
+    out.flush()
+    os.replace(aside, file)
+    return np.load(file, mmap_mode="r")
+
+
+@torch.no_grad()
+def latent_statistics(tokenizer: Tokenizer, logs: Logs, episodes: np.ndarray, rng: np.random.Generator) -> None:
+    """Set the tokenizer's per-channel latent mean and spread from up to 64 episodes."""
+    picked = rng.choice(episodes, min(64, len(episodes)), replace=False)
+    tokenizer.latent_mean.zero_()
+    tokenizer.latent_std.fill_(1.0)
+    z = torch.cat([tokenizer.pack(encode_episode(tokenizer, logs, int(e))) for e in picked])
+    tokenizer.latent_mean.copy_(z.mean(0))
+    tokenizer.latent_std.copy_(z.std(0).clamp_min(1e-3))

@@ -1,0 +1,467 @@
+"""Blocking gates: measurements on held-out data that must hold before the next phase is worth its time.
+
+A low loss says little: latents can leave out the robot at a good PSNR, a world model can ignore the actions and a
+policy can clone training episodes by heart. Each gate measures one such failure and comes with a hint.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d4_core.agent import Agent, shift_leads
+from d4_core.data import Logs, draw, encode_episode, first_frames, transitions
+from d4_core.dynamics import Dynamics
+from d4_core.imagination import Dream
+from d4_core.phases import relevant_episodes
+from d4_core.shortcut import corrupt
+from d4_core.tokenizer import Tokenizer
+
+_OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+HORIZONS = (1, 2, 4, 8, 16)
+CONTEXT = 4  # real frames before an open-loop rollout
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One measurement and what it must satisfy."""
+
+    name: str
+    value: float
+    op: str
+    limit: float
+    hint: str
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether it holds; NaN never does."""
+        return bool(_OPERATORS[self.op](self.value, self.limit))
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.ok else "FAILED"
+        return f"{verdict:6} {self.name}: {self.value:.4g} (must be {self.op} {self.limit:.4g})" + (
+            "" if self.ok else f" - {self.hint}"
+        )
+
+
+def record(run: Path, phase: str, gates: list[Gate], merge: bool = False) -> None:
+    """Write a phase's gates to <run>/gates.json, keeping other phases' (and, with `merge`, this one's others)."""
+    path = run / "gates.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    rows = [{**asdict(g), "ok": g.ok} for g in gates]
+    names = {g.name for g in gates}
+    kept = [row for row in known.get(phase, []) if row["name"] not in names] if merge else []
+    known[phase] = kept + rows
+    aside = path.with_name(f".tmp-{os.getpid()}-gates.json")
+    aside.write_text(json.dumps(known, indent=1))
+    os.replace(aside, path)
+
+
+# -- probe --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Probe:
+    """Reads a quantity that the model never saw (such as the robot's position) out of packed tokens.
+
+    A two-layer perceptron on frozen tokens; its held-out error says whether the latents carry the quantity at all.
+    """
+
+    net: torch.nn.Module
+    mean: Tensor
+    std: Tensor
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Tokens (.., N, L) to the quantity (.., k) in its units."""
+        return self.net(tokens.flatten(-2).float()) * self.std + self.mean
+
+
+def fit_probe(latents: np.ndarray, target: np.ndarray, frames: np.ndarray, seed: int = 0, steps: int = 1500) -> Probe:
+    """Fit a probe of `target` (N, k) on `latents` (N, Nz, Dz) over the given frames."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inputs = int(np.prod(latents.shape[1:]))
+        net = torch.nn.Sequential(
+            torch.nn.Linear(inputs, 256), torch.nn.SiLU(), torch.nn.Linear(256, 256), torch.nn.SiLU(),
+            torch.nn.Linear(256, target.shape[1]),
+        )  # fmt: skip
+    y = torch.from_numpy(np.ascontiguousarray(target[frames])).float()
+    mean, std = y.mean(0), y.std(0).clamp_min(1e-6)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        pick = rng.integers(0, len(frames), 256)
+        x = torch.from_numpy(latents[frames[pick]]).float().flatten(1)
+        loss = (net(x) - (y[pick] - mean) / std).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return Probe(net.eval(), mean, std)
+
+
+def frames_of(logs: Logs, episodes: np.ndarray) -> np.ndarray:
+    """Global frame indices of these episodes."""
+    parts = [np.arange(logs.episode_start[e], logs.episode_start[e] + logs.episode_length[e]) for e in episodes]
+    return np.concatenate(parts)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Mean Euclidean distance of (.., k) quantities."""
+    return float((a - b).square().sum(-1).sqrt().mean())
+
+
+# -- tokenizer ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def tokenizer_gates(
+    tokenizer: Tokenizer, logs: Logs, latents: np.ndarray, probes: dict[str, Probe], held_out: np.ndarray
+) -> list[Gate]:
+    """PSNR above the mean image, latent spread, saturation and collapse, and the probes, on held-out episodes."""
+    squared, baseline, z_all = [], [], []
+    camera = tokenizer.cfg.cameras[0]
+    for e in held_out[:40]:
+        z = encode_episode(tokenizer, logs, int(e))
+        rows = slice(logs.episode_start[e], logs.episode_start[e] + logs.episode_length[e])
+        real = torch.from_numpy(np.ascontiguousarray(logs.images[camera.name][rows])).float() / 255
+        made = tokenizer.to_pixels(camera.name, tokenizer.decode(z[None])[camera.name])[0].clamp(0, 1)
+        squared.append(float((made - real).square().mean()))
+        baseline.append(float((getattr(tokenizer, f"mean_{camera.name}") - real).square().mean()))
+        z_all.append(z)
+    z = torch.cat(z_all).flatten(1)
+    centred = z - z.mean(0)
+    other = centred[torch.randperm(len(centred), generator=torch.Generator().manual_seed(0))]
+    cosine = torch.nn.functional.cosine_similarity(centred, other, dim=-1).mean()
+    psnr, mean_psnr = (float(-10 * np.log10(np.mean(x))) for x in (squared, baseline))
+    gates = [
+        Gate("PSNR above the mean image (dB)", psnr - mean_psnr, ">=", 3.0,
+             "the tokenizer has learned little: train longer", {"psnr": psnr, "mean_image_psnr": mean_psnr}),
+        Gate("latent spread (std per channel)", float(z.std(0).mean()), ">=", 0.05,
+             "latents have collapsed: check the data for static video"),
+        Gate("latent saturation (share beyond 0.99)", float((z.abs() > 0.99).float().mean()), "<=", 0.2,
+             "tanh is saturated: lower the learning rate or enlarge the batch"),
+        Gate("latent cosine between frames", float(cosine), "<=", 0.5, "all frames look alike to the encoder"),
+    ]  # fmt: skip
+    frames = frames_of(logs, held_out)
+    for name, probe in probes.items():
+        truth = torch.from_numpy(np.ascontiguousarray(logs.vectors[name][frames]))
+        error = (probe(torch.from_numpy(latents[frames])) - truth).square().mean(0).sqrt()
+        gates.append(
+            Gate(f"probe of {name} (rmse / spread)", float((error / truth.std(0)).mean()), "<=", 0.2,
+                 f"the latents do not carry {name}: PSNR can hide that; train longer or use smaller patches",
+                 {"rmse": error.tolist(), "spread": truth.std(0).tolist()})
+        )  # fmt: skip
+    return gates
+
+
+# -- dynamics -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class OpenLoop:
+    """Open-loop rollouts on real clips: tokens (B, H, N, L) predicted, and the real clip they continue."""
+
+    predicted: Tensor
+    real: Tensor
+    frames: np.ndarray  # (B, CONTEXT + H)
+
+
+def open_loop(
+    dynamics: Dynamics, logs: Logs, latents: np.ndarray, frames: np.ndarray, *, seed: int, steps: int, mirror: bool = False
+) -> OpenLoop:
+    """Predict frames[:, CONTEXT:] from frames[:, :CONTEXT] and the logged actions (mirrored on request)."""
+    device = dynamics.slots.device
+    clips = transitions(logs, first_frames(logs), _clips(frames))
+    tokens = torch.from_numpy(latents[frames]).float().to(device)
+    actions, labelled = clips["prev_action"].to(device), clips["prev_labelled"].to(device)
+    if mirror:
+        low, high = dynamics.space.low, dynamics.space.high
+        actions = torch.cat([actions[:, :CONTEXT], (low + high) - actions[:, CONTEXT:]], 1)
+    dream = Dream(dynamics, None, len(frames), torch.Generator(device).manual_seed(seed))
+    for t in range(CONTEXT):
+        dream.observe(tokens[:, t], actions[:, t], labelled[:, t])
+    out = []
+    for t in range(CONTEXT, frames.shape[1]):
+        clean = dream.predict(actions[:, t], labelled[:, t], steps)
+        dream.observe(clean, actions[:, t], labelled[:, t])
+        out.append(clean)
+    return OpenLoop(torch.stack(out, 1), tokens, frames)
+
+
+def _clips(frames: np.ndarray) -> Any:
+    from d4_core.data import Clips
+
+    return Clips(frames, np.ones(frames.shape, bool))
+
+
+def labelled_clips(logs: Logs, episodes: np.ndarray, length: int, count: int, seed: int = 0) -> np.ndarray:
+    """(count, length) frame indices of clips that lie inside labelled episodes; fewer if the data has fewer."""
+    usable = episodes[logs.labelled[episodes] & (logs.episode_length[episodes] >= length)]
+    if not len(usable):
+        return np.empty((0, length), np.int64)
+    index, _ = logs.indices(logs.sample_starts(np.random.default_rng(seed), count, length, usable), length)
+    return index
+
+
+@torch.no_grad()
+def next_frame_error(
+    dynamics: Dynamics, logs: Logs, latents: np.ndarray, frames: np.ndarray, shuffle: bool = False
+) -> float:
+    """Mean squared error of the last frame of clips, predicted from pure noise after a history at context level."""
+    device = dynamics.slots.device
+    clips = transitions(logs, first_frames(logs), _clips(frames))
+    clean = torch.from_numpy(latents[frames]).float().to(device)
+    grid, gen = dynamics.cfg.grid, torch.Generator().manual_seed(0)
+    index = torch.full(frames.shape, grid.context_index, device=device)
+    index[:, -1] = 0
+    noise = torch.randn(clean.shape, generator=gen).to(device)
+    actions = clips["prev_action"].to(device)
+    if shuffle:
+        actions = actions.roll(1, 0)
+    e = torch.full(frames.shape, grid.finest, device=device)
+    noisy = corrupt(clean, noise, grid.tau(index))
+    out = dynamics(noisy, index, e, actions, clips["prev_labelled"].to(device)).clean
+    return float((out[:, -1] - clean[:, -1]).square().mean())
+
+
+@torch.no_grad()
+def dynamics_gates(
+    tokenizer: Tokenizer,
+    dynamics: Dynamics,
+    logs: Logs,
+    latents: np.ndarray,
+    probes: dict[str, Probe],
+    train: np.ndarray,
+    held_out: np.ndarray,
+    steps: int = 4,
+    count: int = 128,
+) -> tuple[list[Gate], dict[str, Any]]:
+    """Open-loop accuracy against copying the last frame, use of the actions, and overfitting to the labels.
+
+    Returns:
+        The gates, and the curves against horizon for the report.
+    """
+    longest = int(logs.episode_length[held_out].max())
+    horizon = min(max(HORIZONS), longest - CONTEXT)
+    frames = labelled_clips(logs, held_out, CONTEXT + horizon, count)
+    gates: list[Gate] = []
+    curves = horizon_curves(tokenizer, dynamics, logs, latents, probes, frames, steps) if len(frames) else {}
+    for kind, op, limit in (("position", "<", 1.0), ("psnr", ">", 0.0)):
+        values = curves.get(kind)
+        for i, h in enumerate(curves.get("horizons", [])):
+            if values is None or h < 4:
+                continue
+            model, copy = values["model"][i], values["copy_last"][i]
+            value = model / copy if kind == "position" else model - copy
+            name = "position error / copy-last" if kind == "position" else "PSNR above copy-last (dB)"
+            gates.append(Gate(f"{name}, {h} steps", value, op, limit,
+                              "open loop loses to copying the last frame: train longer or on more episodes",
+                              {"model": model, "copy_last": copy}))  # fmt: skip
+    return gates + action_gates(dynamics, logs, latents, probes, train, held_out, steps, frames), curves
+
+
+def action_gates(
+    dynamics: Dynamics,
+    logs: Logs,
+    latents: np.ndarray,
+    probes: dict[str, Probe],
+    train: np.ndarray,
+    held_out: np.ndarray,
+    steps: int,
+    frames: np.ndarray,
+) -> list[Gate]:
+    """Whether the predicted world follows the actions, and generalises beyond the labelled episodes."""
+    if not len(frames):
+        return []
+    short = labelled_clips(logs, held_out, 8, 512)
+    plain = next_frame_error(dynamics, logs, latents, short)
+    ratio = next_frame_error(dynamics, logs, latents, short, shuffle=True) / plain
+    seen = next_frame_error(dynamics, logs, latents, labelled_clips(logs, train, 8, 512))
+    dark = train[~logs.labelled[train]]
+    unlabelled, _ = logs.indices(logs.sample_starts(np.random.default_rng(0), 512, 8, dark), 8) if len(dark) else (short, 0)
+    detail = {"labelled_train": seen, "unlabelled_train": next_frame_error(dynamics, logs, latents, unlabelled),
+              "held_out": plain, "copy_last": _copy_error(latents, short)}  # fmt: skip
+    gates = [
+        Gate("next-frame loss, shuffled / true actions", ratio, ">=", 1.2,
+             "the model ignores the actions: more labelled episodes or longer training", detail),
+        Gate("next-frame loss, held out / labelled training", plain / seen, "<=", 2.0,
+             "the model memorises the labelled episodes: record more of them", detail),
+    ]  # fmt: skip
+    for name, probe in probes.items():
+        at = min(8, frames.shape[1] - CONTEXT) - 1
+        runs = [open_loop(dynamics, logs, latents, frames, seed=s, steps=steps, mirror=m).predicted[:, at]
+                for s, m in ((0, False), (1, False), (0, True))]  # fmt: skip
+        here, again, mirrored = (probe(x.cpu()) for x in runs)
+        floor = distance(here, again)
+        gates.append(
+            Gate(f"mirrored actions move {name} / sampler noise", distance(here, mirrored) / max(floor, 1e-9), ">", 1.0,
+                 "mirrored actions make no difference beyond sampling noise: the model is not controllable",
+                 {"mirrored": distance(here, mirrored), "noise_floor": floor})
+        )  # fmt: skip
+    return gates
+
+
+def _copy_error(latents: np.ndarray, frames: np.ndarray) -> float:
+    return float(np.square(latents[frames[:, -1]].astype(np.float32) - latents[frames[:, -2]]).mean())
+
+
+@torch.no_grad()
+def horizon_curves(
+    tokenizer: Tokenizer,
+    dynamics: Dynamics,
+    logs: Logs,
+    latents: np.ndarray,
+    probes: dict[str, Probe],
+    frames: np.ndarray,
+    steps: int,
+) -> dict[str, Any]:
+    """Position error and PSNR against horizon for the model, copy-last, a random frame and the reconstruction.
+
+    PSNR is measured after the tokenizer: decoded prediction against decoded truth, so that it scores the dynamics.
+    """
+    run = open_loop(dynamics, logs, latents, frames, seed=0, steps=steps)
+    real, last = run.real[:, CONTEXT:], run.real[:, CONTEXT - 1 : CONTEXT]
+    horizons = [h for h in HORIZONS if h <= real.shape[1]]
+    random = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
+    versions = {"model": run.predicted, "copy_last": last.expand_as(real), "random": random}
+    curves: dict[str, Any] = {"horizons": horizons, "clips": len(frames), "steps": steps}
+    camera = tokenizer.cfg.cameras[0].name
+    context = run.real[:, :CONTEXT]
+    truth = _pixels(tokenizer, camera, context, real)
+    curves["psnr"] = {
+        name: [_psnr(made[:, h - 1], truth[:, h - 1]) for h in horizons]
+        for name, made in ((n, _pixels(tokenizer, camera, context, z)) for n, z in versions.items())
+    }
+    for name, probe in list(probes.items())[:1]:
+        position = torch.from_numpy(np.ascontiguousarray(logs.vectors[name][frames[:, CONTEXT:]]))
+        held = torch.from_numpy(np.ascontiguousarray(logs.vectors[name][frames[:, CONTEXT - 1]]))
+        curves["probe"] = name
+        curves["position"] = {
+            "model": [distance(probe(run.predicted[:, h - 1].cpu()), position[:, h - 1]) for h in horizons],
+            "copy_last": [distance(held, position[:, h - 1]) for h in horizons],
+            "random": [distance(probe(random[:, h - 1].cpu()), position[:, h - 1]) for h in horizons],
+            "reconstruction": [distance(probe(real[:, h - 1].cpu()), position[:, h - 1]) for h in horizons],
+        }
+    return curves
+
+
+def _pixels(tokenizer: Tokenizer, camera: str, context: Tensor, tokens: Tensor) -> Tensor:
+    """Decode tokens (B, H, N, L) behind their context, so that the decoder's time layers see what they trained on."""
+    z = tokenizer.unpack(torch.cat([context, tokens], 1))
+    return tokenizer.to_pixels(camera, tokenizer.decode(z)[camera])[:, context.shape[1] :].clamp(0, 1)
+
+
+def _psnr(a: Tensor, b: Tensor) -> float:
+    return float(-10 * torch.log10((a - b).square().mean()))
+
+
+# -- agent --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def agent_gates(
+    agent: Agent, dynamics: Dynamics, logs: Logs, latents: np.ndarray, train: np.ndarray, held_out: np.ndarray, count: int = 256
+) -> list[Gate]:
+    """Held-out BC nats against the marginal action distribution, and reward correlation on logged episodes."""
+    nats = {name: _bc_nats(agent, dynamics, logs, latents, episodes, count) for name, episodes in
+            (("train", train), ("held_out", held_out))}  # fmt: skip
+    marginal = _marginal_nats(agent, logs, train, held_out)
+    gates = []
+    if np.isfinite(nats["held_out"]):
+        gates.append(
+            Gate("held-out BC nats / marginal", nats["held_out"] / marginal, "<", 1.0,
+                 "the cloned policy knows no more than the average action: more labelled episodes, or it overfits",
+                 {**nats, "marginal": marginal})
+        )  # fmt: skip
+    predicted, real = reward_pairs(agent, dynamics, logs, latents, held_out, count)
+    if real.std() > 1e-6:
+        correlation = float(np.corrcoef(predicted, real)[0, 1])
+        gates.append(
+            Gate("reward correlation on held-out episodes", correlation, ">=", 0.8,
+                 "the reward head cannot be trusted: train phase 2 longer", {"frames": len(real)})
+        )  # fmt: skip
+    return gates
+
+
+def _features(agent: Agent, dynamics: Dynamics, batch: dict[str, Tensor], tokens: Tensor, task: Tensor) -> Tensor:
+    """h (B, T, F) of clips committed at the context level, as in deployment."""
+    dream = Dream(dynamics, agent, len(tokens), torch.Generator(tokens.device).manual_seed(0))
+    out = [
+        dream.observe(tokens[:, t], batch["prev_action"][:, t], batch["prev_labelled"][:, t], task)
+        for t in range(tokens.shape[1])
+    ]
+    return torch.stack(out, 1)
+
+
+def _hindsight(logs: Logs, episodes: np.ndarray, tasks: int, count: int, length: int) -> tuple[np.ndarray, Tensor]:
+    rng, frames, task = np.random.default_rng(0), [], []
+    for q in range(tasks):
+        usable = relevant_episodes(logs, episodes, q, 0.5)
+        if len(usable):
+            clips = draw(logs, rng, count // tasks, length, usable)
+            frames.append(clips.index[clips.valid.all(1)])
+            task += [q] * len(frames[-1])
+    return (np.concatenate(frames) if frames else np.empty((0, length), np.int64)), torch.tensor(task, dtype=torch.int64)
+
+
+def _bc_nats(agent: Agent, dynamics: Dynamics, logs: Logs, latents: np.ndarray, episodes: np.ndarray, count: int) -> float:
+    frames, task = _hindsight(logs, episodes, agent.cfg.num_tasks, count, 12)
+    if not len(frames):
+        return float("nan")
+    device = dynamics.slots.device
+    batch = {k: v.to(device) for k, v in transitions(logs, first_frames(logs), _clips(frames)).items()}
+    tokens = torch.from_numpy(latents[frames]).float().to(device)
+    h = _features(agent, dynamics, batch, tokens, task.to(device))
+    nats = -agent.space.log_prob(agent.policy.first(h), batch["action"])
+    return float(nats[batch["labelled"]].mean())
+
+
+def _marginal_nats(agent: Agent, logs: Logs, train: np.ndarray, held_out: np.ndarray) -> float:
+    """Nats of a policy that always predicts the training marginal (fitted by counting, 2 % smoothed)."""
+    space = agent.space
+    def known(e: np.ndarray) -> Tensor:
+        frames = frames_of(logs, e)
+        return torch.from_numpy(logs.action[frames[logs.action_mask[frames]]]).to(space.low.device)
+    params = torch.zeros(space.num_params, device=space.low.device).requires_grad_()
+    actions, target = known(train), known(held_out)
+    if not len(actions) or not len(target):
+        return float("nan")
+    with torch.enable_grad():
+        optimiser = torch.optim.LBFGS([params], max_iter=50)
+        def closure() -> Tensor:
+            optimiser.zero_grad()
+            loss = -space.log_prob(params.expand(len(actions), -1), actions).mean() + 1e-4 * params.square().sum()
+            loss.backward()
+            return loss
+        optimiser.step(closure)
+    return float(-space.log_prob(params.detach().expand(len(target), -1), target).mean())
+
+
+def reward_pairs(
+    agent: Agent, dynamics: Dynamics, logs: Logs, latents: np.ndarray, episodes: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted and real rewards of all tasks on clips of these episodes."""
+    clips = draw(logs, np.random.default_rng(1), count, 12, episodes)
+    device = dynamics.slots.device
+    batch = {k: v.to(device) for k, v in transitions(logs, first_frames(logs), clips).items()}
+    tokens = torch.from_numpy(latents[clips.index]).float().to(device)
+    predicted, real = [], []
+    for q in range(agent.cfg.num_tasks):
+        task = torch.full((len(tokens),), q, device=device)
+        h = _features(agent, dynamics, batch, tokens, task)
+        column = min(q, batch["reward"].shape[2] - 1)
+        predicted.append(agent.predict_reward(h)[batch["valid"]].cpu().numpy())
+        real.append(batch["reward"][..., column][batch["valid"]].cpu().numpy())
+    return np.concatenate(predicted), np.concatenate(real)

@@ -1,0 +1,96 @@
+"""What a model costs: parameters, FLOPs and memory, counted on the meta device before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from d4_core.config import Preset
+from d4_core.models import build
+from d4_core.transformer import TransformerConfig
+from d4_datasets.contract import Contract
+from d4_datasets.errors import UserError
+
+# weights, gradient, EMA and two optimiser moments in float32
+_BYTES_PER_PARAMETER = 4 * 5
+# activations that backward keeps, per token and layer, in units of the width, measured on `nano` and `small`
+_ACTIVATIONS = 40
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one network.
+
+    Attributes:
+        parameters: number of parameters.
+        flops: floating-point operations of one frame's forward pass (a multiply-add counts as two).
+        train_bytes: memory of a training step.
+    """
+
+    parameters: int
+    flops: float
+    train_bytes: float
+
+
+def costs(preset: Preset, contract: Contract) -> dict[str, Cost]:
+    """Cost of tokenizer, dynamics and agent for a contract."""
+    with torch.device("meta"):
+        models = build(preset, contract, "agent")
+    tok, dyn = models.tokenizer.cfg, models.dynamics.cfg
+    patches = sum((c.height // tok.patch) * (c.width // tok.patch) for c in tok.cameras)
+    tok_slots = tok.num_latents + patches + len(tok.vectors)
+    dyn_slots = dyn.world_slots + dyn.agent_tokens
+    t, d = preset.tokenizer_training, preset.dynamics_training
+    frames = {"tokenizer": t.batch, "dynamics": d.batch * d.length, "agent": d.batch * d.length}
+    shape = {
+        "tokenizer": (models.tokenizer, tok.transformer, tok_slots, 2),
+        "dynamics": (models.dynamics, dyn.transformer, dyn_slots, 1),
+    }
+    out = {}
+    for name, (module, cfg, slots, stacks) in shape.items():
+        per_frame = stacks * slots * (_layer_flops(cfg, slots) * cfg.depth)
+        kept = 4 * _ACTIVATIONS * cfg.dim * cfg.depth * slots * stacks * frames[name]
+        out[name] = Cost(_count(module), per_frame, _BYTES_PER_PARAMETER * _count(module) + kept)
+    heads = _count(models.agent)
+    both = out["dynamics"].train_bytes + _BYTES_PER_PARAMETER * heads
+    out["agent"] = Cost(heads, 2.0 * heads, both)
+    return out
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _layer_flops(cfg: TransformerConfig, slots: int) -> float:
+    """FLOPs of one layer per token, averaged over space and time layers."""
+    width, keys = cfg.dim, cfg.kv_heads * cfg.head_dim
+    matrices = 2 * width * width + 2 * width * keys + 3 * width * int(width * cfg.mlp_ratio)
+    space, time = slots, cfg.context
+    seen = ((cfg.time_every - 1) * space + time) / cfg.time_every
+    return 2 * matrices + 4 * width * seen
+
+
+def available_bytes(device: torch.device) -> float:
+    """Memory that is free on a device now."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return float(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+
+
+def require_memory(preset: Preset, contract: Contract, phase: str, device: torch.device) -> None:
+    """Refuse a phase that cannot fit, before it starts.
+
+    Raises:
+        UserError: with the memory needed and the memory free.
+    """
+    cost = costs(preset, contract)
+    needed, free = cost.get(phase, cost["agent"]).train_bytes, available_bytes(device)
+    if needed > free:
+        raise UserError(
+            f"{phase} of this preset needs about {needed / 2**30:.1f} GiB but {free / 2**30:.1f} GiB are free on "
+            f"{device.type}: choose a smaller preset or lower the batch size with --set"
+        )

@@ -1,0 +1,370 @@
+"""The four phases (paper section 3): tokenizer, dynamics, agent finetuning, imagination training."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from d4_core.agent import Agent, Critic, shift_leads
+from d4_core.data import Clips, Logs, draw, first_frames, observations, transitions
+from d4_core.dynamics import Dynamics
+from d4_core.imagination import (
+    Dream,
+    ImaginationConfig,
+    Rollout,
+    imagine,
+    lambda_returns,
+    pmpo_loss,
+    weights_of_frames,
+)
+from d4_core.phase import Batch, Losses, Metrics, Phase, freeze, masked_mean
+from d4_core.shortcut import bootstrap_target, corrupt, ramp, sample_levels, shortcut_schedule
+from d4_core.tokenizer import Tokenizer, reconstruction_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTraining:
+    """Phase 1a: mostly single frames, now and then clips, so that most of a step's frames are independent.
+
+    Attributes:
+        steps: optimiser steps.
+        batch: frames per step.
+        length: frames of a clip in clip batches.
+        clip_share: share of the steps that train on clips.
+    """
+
+    steps: int = 20_000
+    batch: int = 128
+    length: int = 8
+    clip_share: float = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicsTraining:
+    """Phase 1b.
+
+    Attributes:
+        steps, batch, length: steps of `batch` clips of `length` frames (T1).
+        long_length: T2; long batches hold proportionally fewer clips.
+        long_share, long_final: share of long batches, and the final part of training that uses only them.
+        image_rows: share of clips treated as separate images (paper: 0.3).
+        bootstrap_rows, bootstrap_warmup: share of clips with the shortcut loss, after this part of training.
+        ramp: weigh the loss by 0.9 tau + 0.1 (paper: yes).
+        committed: probability that a frame is drawn at the context signal level instead of a random one, the state in
+            which rollouts show history to the model (paper: 0).
+        labelled_share: share of clips drawn from labelled episodes; 0 draws all episodes alike (paper).
+    """
+
+    steps: int = 20_000
+    batch: int = 16
+    length: int = 16
+    long_length: int = 32
+    long_share: float = 0.1
+    long_final: float = 0.1
+    image_rows: float = 0.3
+    bootstrap_rows: float = 0.25
+    bootstrap_warmup: float = 0.25
+    ramp: bool = True
+    committed: float = 0.0
+    labelled_share: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentTraining:
+    """Phase 2.
+
+    Attributes:
+        batch: clips per step, one half uniform (dynamics loss), one half relevant (BC loss); reward on both.
+        relevant_reward: an episode is relevant for a task if its reward reaches this value somewhere.
+        dynamics: how the dynamics loss on the uniform half is drawn.
+        dynamics_weight: weight of that loss.
+    """
+
+    steps: int = 5_000
+    batch: int = 16
+    length: int = 16
+    relevant_reward: float = 0.5
+    dynamics: DynamicsTraining = DynamicsTraining()
+    dynamics_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImaginationTraining:
+    """Phase 3: every rollout batch serves `reuse` optimiser steps over the heads."""
+
+    steps: int = 2_000
+    batch: int = 64
+    reuse: int = 4
+    settings: ImaginationConfig = ImaginationConfig()
+
+
+class TokenizerPhase(Phase):
+    """Masked-autoencoder training of the tokenizer."""
+
+    name = "tokenizer"
+
+    def __init__(self, cfg: TokenizerTraining, tokenizer: Tokenizer, logs: Logs, episodes: np.ndarray) -> None:
+        super().__init__(cfg.steps, {"pixels": 1.0})
+        self.cfg, self.tokenizer, self.logs, self.episodes = cfg, tokenizer, logs, episodes
+        self._names = [c.name for c in tokenizer.cfg.cameras] + [v.name for v in tokenizer.cfg.vectors]
+
+    def sample(self, rng: np.random.Generator, step: int) -> Batch:
+        """{modality: (B, T, ...)}."""
+        length = self.cfg.length if rng.random() < self.cfg.clip_share else 1
+        clips = draw(self.logs, rng, self.cfg.batch // length, length, self.episodes)
+        return observations(self.logs, clips.index, self._names)
+
+    def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:
+        """Reconstruction loss of masked clips."""
+        z = self.tokenizer.encode(batch, gen)
+        loss = reconstruction_loss(self.tokenizer, batch, self.tokenizer.decode(z))
+        return {"pixels": loss}, {"saturation": (z.detach().abs() > 0.99).float().mean()}
+
+    def checkpoint_modules(self) -> dict[str, torch.nn.Module]:
+        """The tokenizer."""
+        return {"tokenizer": self.tokenizer}
+
+
+class ShortcutObjective:
+    """Corrupts clips, runs the dynamics model on them and scores it (paper Eq. 5-8); used by phases 1b and 2."""
+
+    def __init__(self, cfg: DynamicsTraining, dynamics: Dynamics, total_steps: int) -> None:
+        self.cfg, self.dynamics, self.total_steps = cfg, dynamics, total_steps
+
+    def __call__(self, batch: Batch, gen: torch.Generator, step: int, agent_BTGD: Tensor | None = None):
+        """Returns (agent outputs or None, per-frame loss (B, T), metrics)."""
+        cfg, grid = self.cfg, self.dynamics.cfg.grid
+        clean = batch["tokens"].float()
+        rows, device = clean.shape[0], clean.device
+        share = shortcut_schedule(step, self.total_steps, cfg.bootstrap_warmup, cfg.bootstrap_rows)
+        # roles are drawn independently of each other: a fixed split would confound image rows with bootstrap rows
+        bootstrap = torch.rand(rows, generator=gen) < share
+        images = torch.rand(rows, generator=gen) < cfg.image_rows
+        tau_index, e = sample_levels(grid, clean.shape[:2], bootstrap, gen)
+        committed = (torch.rand(clean.shape[:2], generator=gen) < cfg.committed) & ~bootstrap[:, None]
+        tau_index = torch.where(committed, grid.context_index, tau_index).to(device)
+        e, images = e.to(device), images.to(device)
+        noise = torch.randn(clean.shape, generator=gen).to(device)
+        noisy = corrupt(clean, noise, grid.tau(tau_index))
+        labelled = batch["prev_labelled"] & ~images[:, None]
+        block = self.dynamics(noisy, tau_index, e, batch["prev_action"], labelled, agent_BTGD, images)
+        target = clean
+        if bootstrap.any():
+            picked = bootstrap.nonzero()[:, 0].to(device)
+            inputs = [x[picked] for x in (noisy, tau_index, e, batch["prev_action"], labelled, images)]
+            target = clean.index_copy(0, picked, self._teach(*inputs))
+        error = (block.clean - target).square().mean((-1, -2))
+        tau = grid.tau(tau_index)
+        metrics = {"flow_mse": masked_mean(error.detach(), batch["valid"] & ~bootstrap[:, None].to(device))}
+        return block.agent, error * ramp(tau) if cfg.ramp else error, metrics
+
+    def _teach(self, noisy: Tensor, tau_index: Tensor, e: Tensor, action: Tensor, labelled: Tensor, images: Tensor) -> Tensor:
+        def predict(z: Tensor, index: Tensor, exponent: Tensor) -> Tensor:
+            return self.dynamics(z, index, exponent, action, labelled, image_rows=images).clean
+
+        return bootstrap_target(predict, self.dynamics.cfg.grid, noisy, tau_index, e)
+
+
+def draw_clips(cfg: DynamicsTraining, logs: Logs, rng: np.random.Generator, batch: int, length: int, episodes: np.ndarray) -> Clips:
+    """Uniform clips, with a fixed share from labelled episodes if the configuration asks for it."""
+    labelled = episodes[logs.labelled[episodes]]
+    count = round(cfg.labelled_share * batch) if len(labelled) else 0
+    parts = [draw(logs, rng, batch - count, length, episodes)]
+    if count:
+        parts.append(draw(logs, rng, count, length, labelled))
+    return Clips(np.concatenate([p.index for p in parts]), np.concatenate([p.valid for p in parts]))
+
+
+class DynamicsPhase(Phase):
+    """Shortcut-forcing training of the world model on cached latents."""
+
+    name = "dynamics"
+
+    def __init__(
+        self, cfg: DynamicsTraining, dynamics: Dynamics, tokenizer: Tokenizer, logs: Logs, latents: np.ndarray, episodes: np.ndarray
+    ) -> None:
+        super().__init__(cfg.steps, {"dynamics": 1.0})
+        self.cfg, self.dynamics, self.logs, self.latents, self.episodes = cfg, dynamics, logs, latents, episodes
+        self.tokenizer = freeze(tokenizer)
+        self.objective = ShortcutObjective(cfg, dynamics, cfg.steps)
+        self._first = first_frames(logs)
+
+    def shape(self, rng: np.random.Generator, step: int) -> tuple[int, int]:
+        """(clips, frames) of the batch at `step`: short ones, now and then a long one, only long ones at the end."""
+        cfg = self.cfg
+        long = rng.random() < cfg.long_share or step >= cfg.steps * (1 - cfg.long_final)
+        return (max(1, cfg.batch * cfg.length // cfg.long_length), cfg.long_length) if long else (cfg.batch, cfg.length)
+
+    def sample(self, rng: np.random.Generator, step: int) -> Batch:
+        """Tokens (B, T, N, L) and transitions."""
+        clips = draw_clips(self.cfg, self.logs, rng, *self.shape(rng, step), self.episodes)
+        return {"tokens": torch.from_numpy(self.latents[clips.index]), **transitions(self.logs, self._first, clips)}
+
+    def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:
+        """Flow and bootstrap loss."""
+        _, error, metrics = self.objective(batch, gen, step)
+        return {"dynamics": masked_mean(error, batch["valid"])}, metrics
+
+    def checkpoint_modules(self) -> dict[str, torch.nn.Module]:
+        """Tokenizer and dynamics: a checkpoint is complete in itself."""
+        return {"tokenizer": self.tokenizer, "dynamics": self.dynamics}
+
+
+def relevant_episodes(logs: Logs, episodes: np.ndarray, task: int, threshold: float) -> np.ndarray:
+    """Labelled episodes in which the task's reward reaches the threshold, whatever the driver had in mind."""
+    column = logs.reward[:, min(task, logs.reward.shape[1] - 1)]
+    best = np.maximum.reduceat(column, logs.episode_start)
+    return episodes[logs.labelled[episodes] & (best[episodes] >= threshold)]
+
+
+class AgentPhase(Phase):
+    """Agent finetuning: behaviour cloning and reward modelling on noisy frames, with the dynamics loss kept on."""
+
+    name = "agent"
+
+    def __init__(
+        self, cfg: AgentTraining, agent: Agent, dynamics: Dynamics, tokenizer: Tokenizer, logs: Logs, latents: np.ndarray, episodes: np.ndarray
+    ) -> None:
+        super().__init__(cfg.steps, {"dynamics": cfg.dynamics_weight, "policy": 1.0, "reward": 1.0, "proceed": 1.0})
+        self.cfg, self.agent, self.dynamics, self.logs, self.latents, self.episodes = (
+            cfg, agent, dynamics, logs, latents, episodes
+        )  # fmt: skip
+        self.tokenizer = freeze(tokenizer)
+        self.objective = ShortcutObjective(cfg.dynamics, dynamics, cfg.steps)
+        self._first = first_frames(logs)
+        tasks = range(agent.cfg.num_tasks)
+        self.relevant = [relevant_episodes(logs, episodes, q, cfg.relevant_reward) for q in tasks]
+
+    def sample(self, rng: np.random.Generator, step: int) -> Batch:
+        """Uniform half, then relevant half; `relevant` (B,) tells them apart, `task` (B,) is hindsight on the latter."""
+        cfg, half = self.cfg, self.cfg.batch // 2
+        uniform = draw_clips(cfg.dynamics, self.logs, rng, cfg.batch - half, cfg.length, self.episodes)
+        usable = [q for q, episodes in enumerate(self.relevant) if len(episodes)]
+        tasks = rng.choice(usable, half)
+        rows = [draw(self.logs, rng, 1, cfg.length, self.relevant[q]) for q in tasks]
+        clips = Clips(
+            np.concatenate([uniform.index, *(r.index for r in rows)]),
+            np.concatenate([uniform.valid, *(r.valid for r in rows)]),
+        )
+        task = np.concatenate([rng.integers(0, len(self.relevant), cfg.batch - half), tasks])
+        batch = {"tokens": torch.from_numpy(self.latents[clips.index]), **transitions(self.logs, self._first, clips)}
+        column = np.minimum(task, self.logs.reward.shape[1] - 1)
+        batch["reward"] = torch.take_along_dim(batch["reward"], torch.from_numpy(column)[:, None, None], 2)[..., 0]
+        return batch | {"task": torch.from_numpy(task), "relevant": torch.arange(cfg.batch) >= cfg.batch - half}
+
+    def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:
+        """Dynamics loss on the uniform half, BC on the relevant half, reward and continuation on both."""
+        leads, length = self.agent.cfg.leads, batch["valid"].shape[1]
+        tokens = self.agent.tokens(batch["task"])[:, None].expand(-1, length, -1, -1)
+        outputs, error, metrics = self.objective(batch, gen, step, tokens)
+        h, valid, relevant = Agent.readout(outputs), batch["valid"], batch["relevant"][:, None]
+        action, act_ok = shift_leads(batch["action"], batch["labelled"], leads)
+        reward, rew_ok = shift_leads(batch["reward"], valid, leads)
+        nats = -self.agent.space.log_prob(self.agent.policy(h), action)
+        surprise = -self.agent.reward_dist.log_prob(self.agent.reward(h), reward)
+        alive = F.binary_cross_entropy_with_logits(
+            self.agent.proceed.first(h)[..., 0].float(), (~batch["terminal"]).float(), reduction="none"
+        )
+        losses = {
+            "dynamics": masked_mean(error, valid & ~relevant),
+            "policy": masked_mean(nats, act_ok & relevant[..., None]),
+            "reward": masked_mean(surprise, rew_ok),
+            "proceed": masked_mean(alive, valid),
+        }
+        lead0 = masked_mean(nats[..., 0].detach(), act_ok[..., 0] & relevant)
+        return losses, metrics | {"bc_nats": lead0}
+
+    def checkpoint_modules(self) -> dict[str, torch.nn.Module]:
+        """Tokenizer, dynamics and agent."""
+        return {"tokenizer": self.tokenizer, "dynamics": self.dynamics, "agent": self.agent}
+
+
+class ImaginationPhase(Phase):
+    """PMPO on imagined rollouts; transformer, reward head and task embedding stay frozen."""
+
+    name = "imagination"
+
+    def __init__(
+        self, cfg: ImaginationTraining, agent: Agent, dynamics: Dynamics, tokenizer: Tokenizer, logs: Logs, latents: np.ndarray, episodes: np.ndarray
+    ) -> None:
+        super().__init__(cfg.steps, {"policy": 1.0, "value": 1.0})
+        self.cfg, self.logs, self.latents, self.period = cfg, logs, latents, cfg.reuse
+        self.tokenizer, self.dynamics, self.agent = freeze(tokenizer), freeze(dynamics), freeze(agent)
+        self.prior = freeze(copy.deepcopy(agent.policy))
+        self.policy = copy.deepcopy(agent.policy).requires_grad_(True)
+        self.critic = Critic(agent.cfg, agent.policy.trunk[0].in_features)
+        self._first = first_frames(logs)
+        self._episodes = episodes[logs.episode_length[episodes] >= max(cfg.settings.contexts)]
+        self._relevant = [relevant_episodes(logs, self._episodes, q, 0.5) for q in range(agent.cfg.num_tasks)]
+        self._dream: Dream | None = None
+        self._rollout: tuple[Rollout, Tensor] | None = None
+
+    def sample(self, rng: np.random.Generator, step: int) -> Batch:
+        """Real contexts (B, T_c) for one batch of rollouts, with a task per row; empty while a rollout is reused."""
+        if step % self.cfg.reuse:
+            return {}
+        cfg = self.cfg
+        length = int(rng.choice(cfg.settings.contexts))
+        clips = draw(self.logs, rng, cfg.batch, length, self._episodes)
+        task = rng.integers(0, self.agent.cfg.num_tasks, cfg.batch)
+        batch = {"tokens": torch.from_numpy(self.latents[clips.index]), **transitions(self.logs, self._first, clips)}
+        return batch | {"task": torch.from_numpy(task)}
+
+    @torch.no_grad()
+    def roll(self, batch: Batch, gen: torch.Generator) -> Rollout:
+        """Imagine from the contexts of a batch with the current policy."""
+        device = batch["task"].device
+        if self._dream is None:
+            self._dream = Dream(self.dynamics, self.agent, self.cfg.batch)
+        dream, h = self._dream, None
+        dream.reset()
+        dream.gen = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=gen)))
+        for t in range(batch["tokens"].shape[1]):
+            h = dream.observe(
+                batch["tokens"][:, t].float(), batch["prev_action"][:, t], batch["prev_labelled"][:, t], batch["task"]
+            )
+        return imagine(dream, self.policy, h, batch["task"], self.cfg.settings)
+
+    def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:
+        """Policy and value loss on the current rollout."""
+        cfg = self.cfg.settings
+        if batch:
+            self._rollout = self.roll(batch, gen)
+        roll = self._rollout
+        h = roll.h[:, :-1]
+        with torch.no_grad():
+            value = self.critic(roll.h)
+            returns = lambda_returns(roll.reward, roll.proceed, value, cfg.discount, cfg.trace)
+            weight = weights_of_frames(roll.proceed)
+            prior = self.prior.first(h)
+        params = self.policy.first(h)
+        log_prob = self.agent.space.log_prob(params, roll.action)
+        advantage = returns - value[:, :-1]
+        kl = (self.agent.space.kl(params, prior) * weight).sum() / weight.sum()
+        policy = pmpo_loss(log_prob, advantage, weight, cfg.alpha, cfg.drop_smallest) + cfg.beta * kl
+        value_loss = -(self.critic.log_prob(h, returns) * weight).sum() / weight.sum()
+        metrics = {
+            "kl": kl.detach(),
+            "imagined_reward": roll.reward.sum(1).mean(),
+            "imagined_return": returns[:, 0].mean(),
+            "value": value[:, 0].mean(),
+            "positive_share": (advantage >= 0).float().mean(),
+            "event_density": (roll.reward.max(1).values > 0.5).float().mean(),
+        }
+        # the zero-initialised critic would sign the first advantages at random
+        warm = 0.0 if step < cfg.warmup * self.cfg.steps else 1.0
+        return {"policy": warm * policy, "value": value_loss}, metrics
+
+    def total(self, losses: Losses) -> Tensor:
+        """Policy loss as it is (all its terms are nats, and it may be negative), value loss normalised."""
+        return losses["policy"] + self.normaliser("value", losses["value"])
+
+    def checkpoint_modules(self) -> dict[str, torch.nn.Module]:
+        """Everything that a robot or a player needs, with the behavioural prior for comparison."""
+        modules = {"tokenizer": self.tokenizer, "dynamics": self.dynamics, "agent": self.agent}
+        return modules | {"policy": self.policy, "critic": self.critic}

@@ -1,0 +1,185 @@
+"""The phases of a run in their order: build, train, measure the gates, stop with the figure if one fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from d4_core import checkpoint, distributed
+from d4_core.config import Preset, to_dict
+from d4_core.data import latent_cache, latent_statistics, pixel_statistics
+from d4_core.gates import Gate, Probe, agent_gates, dynamics_gates, fit_probe, frames_of, record, tokenizer_gates
+from d4_core.loop import train
+from d4_core.memory import require_memory
+from d4_core.models import CONTENTS, Models, build, load, weights_hash
+from d4_core.phase import Phase
+from d4_core.phases import AgentPhase, DynamicsPhase, ImaginationPhase, TokenizerPhase
+from d4_core.train import TrainArgs, scaled
+from d4_datasets.errors import UserError
+from d4_datasets.windows import Windows
+
+BEFORE = {"dynamics": "tokenizer", "agent": "dynamics", "imagination": "agent"}
+
+
+class Pipeline:
+    """State shared by the phases of one run: data, split, latents, probes."""
+
+    def __init__(self, args: TrainArgs) -> None:
+        self.args, self.preset = args, scaled(args)
+        self.device = pick_device(args.device)
+        distributed.init(self.device)
+        self.is_writer = distributed.rank() == 0
+        if self.is_writer:
+            self.logs = Windows(args.dataset)  # builds the frame cache
+        distributed.barrier()
+        if not self.is_writer:
+            self.logs = Windows(args.dataset)
+        self.contract = self.logs.contract
+        self.train, self.held_out = self.logs.split()
+        if self.is_writer:
+            self._describe()
+
+    def _describe(self) -> None:
+        """config.yaml and contract.yaml of the run."""
+        run = self.args.run
+        run.mkdir(parents=True, exist_ok=True)
+        about = {
+            "preset": self.args.preset, "seed": self.args.seed, "scale": self.args.scale,
+            "dataset": str(self.args.dataset), "episodes": len(self.logs.episode_start),
+            "frames": self.logs.num_frames, "labelled_share": float(self.logs.action_mask.mean()),
+            "settings": to_dict(self.preset),
+        }  # fmt: skip
+        (run / "config.yaml").write_text(yaml.safe_dump(about, sort_keys=False))
+        (run / "contract.yaml").write_text(self.contract.to_yaml())
+        notes = ["LPIPS was not used (no weights file given): the tokenizer is trained on squared error alone."]
+        (run / "notes.json").write_text(json.dumps(notes))
+
+    def folder(self, phase: str) -> Path:
+        """Checkpoint folder of a phase."""
+        return self.args.run / phase
+
+    # -- phases ---------------------------------------------------------------------------------------------------
+
+    def run_phase(self, phase: str) -> None:
+        """Train one phase and measure its gates.
+
+        Raises:
+            UserError: the phase before is missing, the data cannot serve it, or a gate failed without --force.
+        """
+        require_memory(self.preset, self.contract, phase, self.device)
+        torch.manual_seed(self.args.seed * 1000 + list(CONTENTS).index(phase))
+        work = self._prepare(phase)
+        optim = getattr(self.preset.optim, phase)
+        config = {"phase": phase, "preset": to_dict(self.preset)}
+        train(
+            work, self.args.run, seed=self.args.seed, optim=optim, contract=self.contract, config=config,
+            device=self.device, save_every_s=self.args.save_every_s,
+        )  # fmt: skip
+        failed = self._check(phase) if self.is_writer else []
+        if distributed.average_scalar(float(len(failed)), self.device) > 0 and not self.args.force:
+            names = "; ".join(str(g) for g in failed)
+            raise UserError(f"{phase}: {len(failed)} gate(s) failed, --force goes on: {names}")
+
+    def _previous(self, phase: str) -> Models:
+        before = BEFORE[phase]
+        if not checkpoint.exists(self.folder(before)):
+            raise UserError(f"{phase} needs {self.folder(before)}, which does not exist: train {before} first")
+        return load(self.folder(before), self.contract)
+
+    def _prepare(self, phase: str) -> Phase:
+        if phase == "tokenizer":
+            tokenizer = build(self.preset, self.contract, "tokenizer").tokenizer
+            pixel_statistics(self.logs, tokenizer, np.random.default_rng(self.args.seed))
+            return TokenizerPhase(self.preset.tokenizer_training, tokenizer, self.logs, self.train)
+        before, fresh = self._previous(phase), build(self.preset, self.contract, phase)
+        if phase == "dynamics":
+            tokenizer, latents = self._latents()
+            args = (tokenizer, self.logs, latents, self.train)
+            return DynamicsPhase(self.preset.dynamics_training, fresh.dynamics, *args)
+        _, latents = self._latents()
+        args = (before.dynamics, before.tokenizer, self.logs, latents, self.train)
+        if phase == "agent":
+            self._require_labels()
+            before.dynamics.requires_grad_(True)
+            return AgentPhase(self.preset.agent_training, fresh.agent, *args)
+        if self.contract.reward is None:
+            raise UserError("imagination training needs a reward: name its topic in the contract and ingest again")
+        return ImaginationPhase(self.preset.imagination_training, before.agent, *args)
+
+    def _require_labels(self) -> None:
+        if not self.logs.labelled[self.train].any():
+            raise UserError(
+                "no frame of this dataset has a known action, so the agent phase has nothing to clone: record some "
+                f"bags with {', '.join(a.topic for a in self.contract.actions)} (tokenizer and dynamics are trained)"
+            )
+
+    def _latents(self) -> tuple[torch.nn.Module, np.ndarray]:
+        """The frozen tokenizer with its latent statistics, and the cached latents of every frame."""
+        folder = self.folder("tokenizer")
+        tokenizer = load(folder, self.contract, self.device).tokenizer
+        latent_statistics(tokenizer, self.logs, self.train, np.random.default_rng(0))
+        path, tag = self.args.run / "latents", weights_hash(folder)
+        if self.is_writer:
+            latent_cache(tokenizer, self.logs, path, tag)
+        distributed.barrier()
+        return tokenizer, latent_cache(tokenizer, self.logs, path, tag)
+
+    # -- gates ----------------------------------------------------------------------------------------------------
+
+    def _check(self, phase: str) -> list[Gate]:
+        """Measure, record and print the gates of a phase; returns those that failed."""
+        models = load(self.folder(phase), self.contract, self.device)
+        tokenizer, latents = self._latents_of_writer()
+        gates: list[Gate] = []
+        if phase == "tokenizer":
+            gates = tokenizer_gates(tokenizer, self.logs, latents, self._probes(latents), self.held_out)
+        elif phase == "dynamics":
+            gates, curves = dynamics_gates(
+                models.tokenizer, models.dynamics, self.logs, latents, self._probes(latents), self.train, self.held_out
+            )
+            (self.args.run / "media").mkdir(exist_ok=True)
+            (self.args.run / "media" / "open_loop.json").write_text(json.dumps(curves))
+        elif phase == "agent":
+            args = (self.logs, latents, self.train, self.held_out)
+            gates = agent_gates(models.agent, models.dynamics, *args)
+        record(self.args.run, phase, gates)
+        for gate in gates:
+            print(f"  {gate}", flush=True)
+        return [g for g in gates if not g.ok]
+
+    def _latents_of_writer(self) -> tuple[torch.nn.Module, np.ndarray]:
+        folder = self.folder("tokenizer")
+        tokenizer = load(folder, self.contract, self.device).tokenizer
+        latent_statistics(tokenizer, self.logs, self.train, np.random.default_rng(0))
+        return tokenizer, latent_cache(tokenizer, self.logs, self.args.run / "latents", weights_hash(folder))
+
+    def _probes(self, latents: np.ndarray) -> dict[str, Probe]:
+        """One probe for every probe stream of the contract."""
+        names = [v.name for v in self.contract.vectors("probe")]
+        frames = frames_of(self.logs, self.train)
+        return {name: fit_probe(latents, self.logs.vectors[name], frames) for name in names}
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu or cuda as a device.
+
+    Raises:
+        UserError: cuda was asked for and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA device here; use --device cpu")
+    return torch.device(name)
+
+
+__all__ = ["Pipeline", "Preset", "pick_device"]

@@ -1,0 +1,101 @@
+"""``d4-train``: one command from a dataset to a checkpoint of every phase, with a gate after each."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from d4_core import threads
+from d4_core.workers import launch
+from d4_datasets.errors import UserError, run_cli
+
+if TYPE_CHECKING:
+    from d4_core.pipeline import Pipeline
+
+PHASES = ("tokenizer", "dynamics", "agent", "imagination")
+
+
+@dataclass(kw_only=True)
+class TrainArgs:
+    """Train tokenizer, dynamics, agent and imagination on a dataset; rerun the same command to continue."""
+
+    dataset: Annotated[Path, tyro.conf.Positional]
+    """LeRobot v3 dataset made by d4-ingest."""
+    run: Path
+    """Run folder; checkpoints, metrics, gates and pictures go there."""
+    preset: Literal["nano", "small", "base", "large", "paper"] = "nano"
+    """Model size and training settings that go with it."""
+    phases: tuple[Literal["tokenizer", "dynamics", "agent", "imagination"], ...] = PHASES
+    """Phases to run, in their order."""
+    seed: int = 0
+    """Decides initialisation, batches and sampling."""
+    scale: float = 1.0
+    """Multiplies the number of steps of every phase."""
+    set: list[str] = field(default_factory=list)
+    """Override preset fields, for example dynamics_training.ramp=false."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    procs: int = 0
+    """Data-parallel processes; 0 takes one per free core on CPU (at most 4) and one GPU. torchrun works, too."""
+    force: bool = False
+    """Go on although a gate failed."""
+    save_every_s: float = 60.0
+    """Seconds between checkpoints."""
+
+
+def run(args: TrainArgs) -> None:
+    """Run the phases in this process (one of several under torchrun or `launch`)."""
+    from d4_core.pipeline import Pipeline
+
+    pipeline = Pipeline(args)
+    for phase in PHASES:
+        if phase in args.phases:
+            pipeline.run_phase(phase)
+    pipeline.close()
+
+
+def main() -> None:
+    """Entry point of ``d4-train``."""
+    run_cli(_main)
+
+
+def _main() -> None:
+    args = tyro.cli(TrainArgs, prog="d4-train")
+    if args.scale <= 0:
+        raise UserError(f"--scale {args.scale} must be positive")
+    inside = "RANK" in os.environ
+    procs = 1 if inside else args.procs or default_procs(args.device)
+    if procs > 1:
+        sys.exit(launch("d4_core.train", sys.argv[1:], procs, args.run))
+    threads.configure(1 if inside else None)
+    run(args)
+
+
+def default_procs(device: str) -> int:
+    """Processes for this machine: free cores (at most 4) on CPU, one on a GPU."""
+    if device == "cuda" or (device == "auto" and Path("/proc/driver/nvidia").exists()):
+        return 1
+    return min(4, threads.free_cores())
+
+
+def scaled(args: TrainArgs):
+    """The preset of these arguments with overrides and step counts applied."""
+    from d4_core.config import override, preset
+
+    out = override(preset(args.preset), args.set)
+    for name in ("tokenizer_training", "dynamics_training", "agent_training", "imagination_training"):
+        part = getattr(out, name)
+        reuse = getattr(part, "reuse", 1)
+        steps = max(reuse, round(part.steps * args.scale / reuse) * reuse)
+        out = dataclasses.replace(out, **{name: dataclasses.replace(part, steps=steps)})
+    return out
+
+
+if __name__ == "__main__":
+    main()

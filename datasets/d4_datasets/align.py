@@ -1,0 +1,127 @@
+"""Time: from messages at any moment to ticks at a fixed rate, as pure functions on arrays of nanoseconds.
+
+    tick k          t0 + k * period; t0 is the start event, or else the first frame plus half a period, so
+                    that a frame that jitters by less than that still falls to its own tick
+    observation k   the newest sample at or before tick k, if it is not older than the stream's tolerance
+    action k        the command in force at tick k + latency: what is learned contains the delay of deployment
+    reward k        messages in (tick k - 1, tick k]: they arrive with frame k; terminal likewise
+    episode         from a start event to its terminal tick, the next start event or the end of the data; a
+                    tick that lacks an observation splits it
+
+Stamps are sorted int64 arrays. The importer and the robot's node use these same rules.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from d4_datasets.contract import Align
+
+MIN_TICKS = 2  # a single frame has no transition to learn from
+
+
+class Grid(NamedTuple):
+    """Ticks of all episodes of a recording: `time` int64 [N], ascending, and `group` int64 [N], the start
+    event.
+    """
+
+    time: np.ndarray
+    group: np.ndarray
+
+    @property
+    def first(self) -> np.ndarray:
+        """bool [N], True on the first tick of every group."""
+        return np.diff(self.group, prepend=-1) != 0
+
+
+def grid(first_frame: int, last_frame: int, period: int, starts: np.ndarray | None = None) -> Grid:
+    """The ticks of a recording whose frames lie in [first_frame, last_frame].
+
+    `starts` are the times of its start events, None if the contract has none. The last tick is less than one
+    period after the last frame, and ticks of an episode end before the next start event.
+    """
+    if starts is None:
+        starts = np.array([first_frame + period // 2], np.int64)
+    end = last_frame + period
+    stops = np.minimum(np.append(starts[1:], end), end)
+    counts = np.maximum(0, -((starts - stops) // period))  # ticks in [start, stop)
+    group = np.repeat(np.arange(len(starts)), counts)
+    k = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return Grid(starts[group] + k * period, group)
+
+
+def sample(stamps: np.ndarray, times: np.ndarray, align: Align, period: int) -> np.ndarray:
+    """Index of the sample that serves each of `times`, int64 [N], -1 where there is none."""
+    index = np.searchsorted(stamps, times, side="right") - 1
+    if len(stamps) == 0:
+        return index
+    age = times - stamps[np.maximum(index, 0)]
+    good = index >= 0
+    if align.tolerance_ns is not None:
+        good &= age <= align.tolerance_ns
+    if align.strategy == "drop":
+        good &= age < period
+    return np.where(good, index, -1)
+
+
+def arrivals(stamps: np.ndarray, ticks: Grid, period: int, *, after_start: bool) -> np.ndarray:
+    """The tick that each message arrives with, int64 [M], -1 if it arrives with none: (tick k - 1, tick k].
+
+    With `after_start` (the contract names start events) a message before the start of an episode is not part
+    of it.
+    """
+    if len(ticks.time) == 0:
+        return np.full(len(stamps), -1, np.int64)
+    tick = np.searchsorted(ticks.time, stamps, side="left")
+    inside = np.minimum(tick, len(ticks.time) - 1)
+    early = ticks.time[inside] - stamps
+    allowed = np.where(ticks.first[inside] & after_start, 1, period)
+    return np.where((tick < len(ticks.time)) & (early < allowed), tick, -1)
+
+
+def terminals(stamps: np.ndarray, ticks: Grid, period: int, *, after_start: bool) -> np.ndarray:
+    """Terminal ticks, bool [N], for terminal messages at `stamps`.
+
+    A terminal that arrives less than one period after the last tick of an episode, where no tick is left to
+    carry it, marks that last tick: how an episode ended must not be lost.
+    """
+    flags = np.zeros(len(ticks.time), bool)
+    tick = arrivals(stamps, ticks, period, after_start=after_start)
+    flags[tick[tick >= 0]] = True
+    if len(flags):
+        before = np.searchsorted(ticks.time, stamps, side="left") - 1
+        late = (tick < 0) & (before >= 0) & (stamps - ticks.time[before] < period)
+        flags[before[late]] = True
+    return flags
+
+
+def segments(valid: np.ndarray, terminal: np.ndarray, ticks: Grid) -> np.ndarray:
+    """Episodes as [start, stop) tick indices, int64 [E, 2].
+
+    `valid` bool [N] says that every observation is there. A group is cut after its first terminal tick and
+    split where a tick is not valid; runs shorter than `MIN_TICKS` are left out.
+    """
+    if len(valid) == 0:
+        return np.zeros((0, 2), np.int64)
+    ended = np.cumsum(terminal) - terminal
+    first = np.flatnonzero(ticks.first)
+    size = np.diff(np.append(first, len(valid)))
+    ended = ended - np.repeat(ended[first], size)
+    use = valid & (ended == 0)
+    begins = use & (ticks.first | ~np.append(False, use[:-1]))
+    ends = use & np.append(ticks.first[1:] | ~use[1:], True)
+    runs = np.stack([np.flatnonzero(begins), np.flatnonzero(ends) + 1], axis=1)
+    return runs[runs[:, 1] - runs[:, 0] >= MIN_TICKS]
+
+
+def latest(stamps: np.ndarray, ticks: Grid, period: int) -> np.ndarray:
+    """Index of the newest message at each tick, for topics sent once an episode (tasks): int64 [N], -1 for
+    none.
+
+    A message that arrives within one period after the start of an episode counts from its first tick on: it
+    is sent together with the start event and may be received a little later.
+    """
+    times = ticks.time + np.where(ticks.first, period, 0)
+    return np.searchsorted(stamps, times, side="right") - 1

@@ -1,0 +1,475 @@
+"""The contract: one YAML file that describes a robot to the importer, the trainer, the simulator and the
+node.
+
+Imports only PyYAML and NumPy and runs on Python 3.10, because the ROS process loads it. Unknown or missing
+keys are refused by name: a contract that is half understood would train a policy on the wrong numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from d4_datasets.errors import UserError
+
+IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
+STRATEGIES = ("hold", "asof", "drop")
+TIMELINES = ("header", "receive")
+ROLES = ("input", "probe")
+KINDS = ("continuous", "binary", "categorical")
+SAFETY = ("none", "hold", "zeros")
+REDUCE = ("last", "sum")
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_TYPE = re.compile(r"[a-zA-Z]\w*/msg/[A-Za-z]\w*")
+_MISSING: Any = object()
+
+
+@dataclass(frozen=True)
+class Align:
+    """How the messages of one stream are put on ticks.
+
+    strategy: `hold` the newest sample is used until it is older than the tolerance (without a tolerance: for
+      ever, for latched topics); `asof` the same with a mandatory tolerance; `drop` a sample serves only the
+      first tick after it.
+    timeline: the clock that dates a sample, its `header` stamp or the time it was `receive`d.
+    tolerance_ms: oldest age at which a sample still counts, None for no limit.
+    """
+
+    strategy: str
+    timeline: str
+    tolerance_ms: float | None = None
+
+    @property
+    def tolerance_ns(self) -> int | None:
+        """The tolerance in nanoseconds, None for no limit."""
+        return None if self.tolerance_ms is None else round(self.tolerance_ms * 1e6)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One observed stream: a camera (`size` = height, width) or a vector (`select` = field paths)."""
+
+    name: str
+    topic: str
+    type: str
+    align: Align
+    size: tuple[int, int] | None = None
+    select: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
+    role: str = "input"
+
+    @property
+    def is_image(self) -> bool:
+        """True for a camera."""
+        return self.size is not None
+
+    @property
+    def key(self) -> str:
+        """The column (vectors) or video (cameras) of this stream in a dataset."""
+        return f"observation.images.{self.name}" if self.is_image else f"observation.{self.name}"
+
+
+@dataclass(frozen=True)
+class Action:
+    """One command stream. `low`, `high`, `max_rate` (units per second) have one entry per selected field."""
+
+    name: str
+    topic: str
+    type: str
+    select: tuple[str, ...]
+    safety: str
+    align: Align
+    units: tuple[str, ...] = ()
+    kind: str = "continuous"
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    max_rate: tuple[float, ...] | None = None
+    classes: int | None = None
+
+    @property
+    def dim(self) -> int:
+        """Number of action components in this channel."""
+        return len(self.select)
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A topic of which one field is read: episode start, terminal."""
+
+    topic: str
+    type: str
+    select: str
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Where the task comes from. A string selects a name of `names`, a number its index."""
+
+    topic: str
+    type: str
+    select: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Where reward comes from: a scalar (for every task) or one entry per task; `reduce` joins several in a
+    tick.
+    """
+
+    topic: str
+    type: str
+    select: str
+    reduce: str = "last"
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What starts and ends an episode; without `start` a whole bag is one."""
+
+    start: Signal | None = None
+    terminal: Signal | None = None
+
+
+@dataclass(frozen=True)
+class Contract:
+    """A robot: its clock, what it observes, what it can do, and where tasks and rewards come from."""
+
+    name: str
+    rate_hz: float
+    latency_ms: float
+    observations: tuple[Observation, ...]
+    actions: tuple[Action, ...]
+    tasks: Tasks | None = None
+    reward: Reward | None = None
+    episode: Episode = Episode()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Contract:
+        """Read a contract from a YAML file; raises UserError naming the file and the key that is wrong."""
+        path = Path(path)
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise UserError(f"cannot read the contract {path}: {reason}") from None
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f" at line {mark.line + 1}" if mark is not None else ""
+            raise UserError(f"{path} is not valid YAML{line}: {getattr(error, 'problem', error)}") from None
+        return cls.from_dict(raw, source=str(path))
+
+    @classmethod
+    def from_dict(cls, raw: Any, source: str = "contract") -> Contract:
+        """Build a contract from plain data; `source` is the file that error messages name."""
+        node = _Node(raw, source, "")
+        contract = cls(
+            name=node.word("name"),
+            rate_hz=node.number("rate_hz", above=0.0),
+            latency_ms=node.number("latency_ms", least=0.0),
+            observations=tuple(_observation(child) for child in node.children("observations")),
+            actions=tuple(_action(child) for child in node.children("actions")),
+            tasks=_tasks(node.child("tasks")),
+            reward=_reward(node.child("reward")),
+            episode=_episode(node.child("episode")),
+        )
+        node.finish()
+        for what, items in (("observations", contract.observations), ("actions", contract.actions)):
+            names = [item.name for item in items]  # type: ignore[attr-defined]
+            if len(set(names)) < len(names):
+                raise node.error(what, f"two entries share one name in {names}; give each its own")
+        if not contract.images:
+            raise node.error("observations", "there is no camera; add an observation with a `size`")
+        return contract
+
+    def to_dict(self) -> dict[str, Any]:
+        """The canonical plain-data form; `from_dict` of it gives an equal contract."""
+        return _plain(self)
+
+    def to_yaml(self) -> str:
+        """The canonical YAML text."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 (hex) of the canonical form: the same for two files that mean the same."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def images(self) -> tuple[Observation, ...]:
+        """The cameras, in file order."""
+        return tuple(stream for stream in self.observations if stream.is_image)
+
+    def vectors(self, role: str | None = None) -> tuple[Observation, ...]:
+        """The vector observations, in file order; only those of `role` ("input" or "probe") if given."""
+        return tuple(s for s in self.observations if not s.is_image and role in (None, s.role))
+
+    @property
+    def action_dim(self) -> int:
+        """Number of action components, all channels together (A)."""
+        return sum(channel.dim for channel in self.actions)
+
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """`<channel>.<field path>` of every action component, length A."""
+        return tuple(f"{channel.name}.{path}" for channel in self.actions for path in channel.select)
+
+    @cached_property
+    def action_low(self) -> np.ndarray:
+        """Lower limits, float32 [A]: as written for continuous channels, 0 otherwise."""
+        return np.array([v for channel in self.actions for v in _limits(channel)[0]], np.float32)
+
+    @cached_property
+    def action_high(self) -> np.ndarray:
+        """Upper limits, float32 [A]: as written for continuous channels, 1 or `classes - 1` otherwise."""
+        return np.array([v for channel in self.actions for v in _limits(channel)[1]], np.float32)
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Task names, at least one: a contract without tasks has a single one, called as the robot."""
+        return self.tasks.names if self.tasks is not None else (self.name,)
+
+    @property
+    def period_ns(self) -> int:
+        """Nanoseconds from tick to tick."""
+        return round(1e9 / self.rate_hz)
+
+    @property
+    def latency_ns(self) -> int:
+        """Nanoseconds from capture to the command being in force."""
+        return round(self.latency_ms * 1e6)
+
+
+def _limits(channel: Action) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if channel.kind == "continuous":
+        return channel.low, channel.high
+    top = 1.0 if channel.kind == "binary" else float((channel.classes or 1) - 1)
+    return (0.0,) * channel.dim, (top,) * channel.dim
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses to dicts without empty entries, tuples to lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {name: _plain(item) for name, item in items if item not in (None, (), Episode())}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+class _Node:
+    """One mapping of the file being read: hands out checked values and knows where it stands, for error
+    messages.
+    """
+
+    def __init__(self, raw: Any, source: str, where: str) -> None:
+        self.source, self.where = source, where
+        if not isinstance(raw, Mapping):
+            raise UserError(f"{source}: {where or 'the file'} must be a mapping of keys to values")
+        self.raw = dict(raw)
+        self.known: list[str] = []
+
+    def error(self, key: str, what: str) -> UserError:
+        return UserError(f"{self.source}: `{self.where}{key}`: {what}")
+
+    def take(self, key: str, default: Any = _MISSING) -> Any:
+        self.known.append(key)
+        value = self.raw.get(key)
+        if value is None:
+            if default is _MISSING:
+                raise self.error(key, "this key is missing")
+            return default
+        return value
+
+    def finish(self) -> None:
+        for key in self.raw:
+            if key not in self.known:
+                close = difflib.get_close_matches(str(key), self.known, n=1)
+                hint = f"did you mean `{close[0]}`?" if close else f"known keys are {', '.join(self.known)}"
+                raise self.error(str(key), f"unknown key; {hint}")
+
+    def child(self, key: str) -> _Node | None:
+        raw = self.take(key, None)
+        return None if raw is None else _Node(raw, self.source, f"{self.where}{key}.")
+
+    def children(self, key: str) -> list[_Node]:
+        raw = self.take(key)
+        if not isinstance(raw, list) or not raw:
+            raise self.error(key, "must be a list with at least one entry")
+        return [_Node(item, self.source, f"{self.where}{key}[{i}].") for i, item in enumerate(raw)]
+
+    def text(self, key: str, default: Any = _MISSING) -> str:
+        value = self.take(key, default)
+        if not isinstance(value, str) or not value:
+            raise self.error(key, f"must be text, not {value!r}")
+        return value
+
+    def word(self, key: str) -> str:
+        value = self.text(key)
+        if not _NAME.fullmatch(value):
+            raise self.error(
+                key, f"{value!r} must be letters, digits and underscores, starting with a letter"
+            )
+        return value
+
+    def topic(self) -> str:
+        value = self.text("topic")
+        if not value.startswith("/"):
+            raise self.error("topic", f"{value!r} must be a full topic name that starts with /")
+        return value
+
+    def type(self) -> str:
+        value = self.text("type")
+        if not _TYPE.fullmatch(value):
+            raise self.error("type", f"{value!r} must look like geometry_msgs/msg/Twist")
+        return value
+
+    def choice(self, key: str, options: tuple[str, ...], default: Any = _MISSING) -> str:
+        value = self.take(key, default)
+        if value not in options:
+            raise self.error(key, f"{value!r} must be one of {', '.join(options)}")
+        return str(value)
+
+    def number(
+        self, key: str, default: Any = _MISSING, *, least: float = -math.inf, above: float = -math.inf
+    ) -> float:
+        return self._number(key, self.take(key, default), least, above)
+
+    def _number(self, key: str, value: Any, least: float = -math.inf, above: float = -math.inf) -> float:
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or value < least or value <= above:
+            bound = f" above {above:g}" if above > -math.inf else f" of at least {least:g}"
+            raise self.error(
+                key, f"must be a number{bound if max(least, above) > -math.inf else ''}, not {value!r}"
+            )
+        return float(value)
+
+    def numbers(self, key: str, length: int) -> tuple[float, ...]:
+        return tuple(self._number(key, value) for value in self._list(key, self.take(key), length))
+
+    def texts(self, key: str, length: int | None = None, default: Any = _MISSING) -> tuple[str, ...]:
+        values = self._list(key, self.take(key, default), length)
+        for value in values:
+            if not isinstance(value, str) or not value:
+                raise self.error(key, f"must be a list of texts, and {value!r} is none")
+        if len(set(values)) < len(values) and key != "units":
+            raise self.error(key, f"an entry stands twice in {values}")
+        return tuple(values)
+
+    def _list(self, key: str, value: Any, length: int | None) -> list[Any]:
+        if not isinstance(value, list) or not value:
+            raise self.error(key, "must be a list with at least one entry")
+        if length is not None and len(value) != length:
+            raise self.error(key, f"has {len(value)} entries but `select` has {length}")
+        return value
+
+
+def _align(node: _Node, *, camera: bool) -> Align:
+    child = node.child("align")
+    if child is None:
+        raise node.error(
+            "align", "this key is missing; write {strategy: hold, timeline: header, tolerance_ms: 150}"
+        )
+    strategy = child.choice("strategy", STRATEGIES)
+    unbounded = strategy == "hold" and not camera
+    tolerance = child.take("tolerance_ms", None if unbounded else _MISSING)
+    if tolerance is not None:
+        tolerance = child.number("tolerance_ms", above=0.0)
+    align = Align(strategy, child.choice("timeline", TIMELINES), tolerance)
+    child.finish()
+    return align
+
+
+def _size(node: _Node) -> tuple[int, int]:
+    size = node.take("size")
+    good = isinstance(size, list) and len(size) == 2 and all(type(v) is int and v > 0 for v in size)
+    if not good:
+        raise node.error("size", f"must be [height, width] in pixels, not {size!r}")
+    return size[0], size[1]
+
+
+def _observation(node: _Node) -> Observation:
+    name, topic, kind = node.word("name"), node.topic(), node.type()
+    camera = kind in IMAGE_TYPES
+    size = _size(node) if camera else None
+    select = () if camera else node.texts("select")
+    units = () if camera or node.take("units", None) is None else node.texts("units", len(select))
+    role = node.choice("role", ROLES, "input")
+    if camera and role != "input":
+        raise node.error("role", "a camera is always an input; only vectors can be probes")
+    stream = Observation(name, topic, kind, _align(node, camera=camera), size, select, units, role)
+    node.finish()
+    return stream
+
+
+def _action(node: _Node) -> Action:
+    name, topic, type_ = node.word("name"), node.topic(), node.type()
+    select, kind = node.texts("select"), node.choice("kind", KINDS, "continuous")
+    dim = len(select)
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    classes = max_rate = None
+    if kind == "continuous":
+        low, high = node.numbers("low", dim), node.numbers("high", dim)
+        if any(a >= b for a, b in zip(low, high, strict=True)):
+            raise node.error("low", f"{list(low)} must be below `high` {list(high)} in every entry")
+        if node.take("max_rate", None) is not None:
+            max_rate = node.numbers("max_rate", dim)
+            if min(max_rate) <= 0:
+                raise node.error("max_rate", f"{list(max_rate)} must be above 0 (units per second)")
+    elif kind == "categorical":
+        classes = node.take("classes")
+        if type(classes) is not int or classes < 2:
+            raise node.error("classes", f"must be a whole number of at least 2, not {classes!r}")
+    units = () if node.take("units", None) is None else node.texts("units", dim)
+    safety = node.choice("safety", SAFETY)
+    align = _align(node, camera=False)
+    node.finish()
+    return Action(name, topic, type_, select, safety, align, units, kind, low, high, max_rate, classes)
+
+
+def _signal(node: _Node | None) -> Signal | None:
+    if node is None:
+        return None
+    signal = Signal(node.topic(), node.type(), node.text("select", "data"))
+    node.finish()
+    return signal
+
+
+def _tasks(node: _Node | None) -> Tasks | None:
+    if node is None:
+        return None
+    tasks = Tasks(node.topic(), node.type(), node.text("select", "data"), node.texts("names"))
+    node.finish()
+    return tasks
+
+
+def _reward(node: _Node | None) -> Reward | None:
+    if node is None:
+        return None
+    reduce = node.choice("reduce", REDUCE, "last")
+    reward = Reward(node.topic(), node.type(), node.text("select", "data"), reduce)
+    node.finish()
+    return reward
+
+
+def _episode(node: _Node | None) -> Episode:
+    if node is None:
+        return Episode()
+    episode = Episode(_signal(node.child("start")), _signal(node.child("terminal")))
+    node.finish()
+    return episode

@@ -1,0 +1,321 @@
+"""d4-ingest: bags in, a dataset out.
+
+Bags are worked on by processes of their own, each leaving a finished part aside; the parts are joined into
+the dataset, which takes its place in one rename. An interrupted run goes on where it was when the same
+command is given again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from d4_datasets.bags import find_bags
+from d4_datasets.contract import Contract
+from d4_datasets.errors import UserError, run_cli
+from d4_datasets.lerobot import Episode, LeRobotWriter
+from d4_datasets.recording import Recording, encode_frames
+from d4_datasets.video import Video
+
+_PART_FORMAT = 1  # raise it when what a worker leaves behind changes, so that old parts are not taken up
+
+
+# ---- parts: what a worker leaves behind ----
+
+_ARRAYS = ("action", "action_mask", "reward", "task_index", "is_terminal")
+
+
+def ingest_bag(path: Path, contract: Contract, part: Path, clip: Sequence[str] = ()) -> None:
+    """Turn one bag into a part folder `part`, written aside and renamed; nothing to do if it is there."""
+    if part.exists():
+        return
+    aside = part.with_name(f".tmp-{part.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    recording = Recording(path, contract, clip)
+    videos = encode_frames(recording, aside) if len(recording.episodes) else {}
+    entries: list[dict[str, Any]] = []
+    arrays: dict[str, np.ndarray] = {}
+    for number in range(len(recording.episodes)):
+        images = {name: files[number] for name, files in videos.items()}
+        episode = recording.episode(number, images, path.name)
+        arrays |= {f"{number}/{name}": getattr(episode, name) for name in _ARRAYS}
+        arrays |= {f"{number}/vector/{name}": values for name, values in episode.vectors.items()}
+        stats = {
+            name: {key: value.tolist() for key, value in video.stats.items()}
+            for name, video in images.items()
+        }
+        files = {name: [video.path.name, video.frames, stats[name]] for name, video in images.items()}
+        counts = {name: getattr(episode, name) for name in ("source", "start_ns", "stale", "dropped")}
+        entries.append({**counts, "videos": files})
+    np.savez(aside / "arrays.npz", **arrays)  # type: ignore[arg-type]
+    (aside / "part.json").write_text(json.dumps({"episodes": entries, "warnings": recording.warnings}))
+    aside.rename(part)
+
+
+def _read_part(part: Path) -> tuple[list[Episode], list[str]]:
+    """(episodes, warnings) of a finished part."""
+    content = json.loads((part / "part.json").read_text())
+    episodes = []
+    with np.load(part / "arrays.npz", allow_pickle=False) as arrays:
+        for number, entry in enumerate(content["episodes"]):
+            images: dict[str, np.ndarray | Video] = {
+                name: Video(part / file, frames, {key: np.array(value) for key, value in stats.items()})
+                for name, (file, frames, stats) in entry.pop("videos").items()
+            }
+            prefix = f"{number}/vector/"
+            vectors = {name[len(prefix) :]: arrays[name] for name in arrays.files if name.startswith(prefix)}
+            columns = {name: arrays[f"{number}/{name}"] for name in _ARRAYS}
+            episodes.append(Episode(images=images, vectors=vectors, **columns, **entry))
+    return episodes, content["warnings"]
+
+
+# ---- the whole run ----
+
+
+@dataclass
+class Summary:
+    """What a run of `ingest` did."""
+
+    bags: int = 0
+    skipped: int = 0
+    episodes: int = 0
+    frames: int = 0
+    labelled: int = 0
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+
+def ingest(
+    sources: Sequence[Path], contract: Contract, out: Path, jobs: int = 1, clip_actions: Sequence[str] = ()
+) -> Summary:
+    """Ingest all bags under `sources` into the dataset `out`, adding to what is there.
+
+    Bags already in the dataset (by name, size and time) are skipped. Raises UserError for anything wrong with
+    the sources, the contract or `out`, in which case `out` is as it was.
+    """
+    unknown = set(clip_actions) - {channel.name for channel in contract.actions}
+    if unknown:
+        raise UserError(f"--clip-actions {min(unknown)}: the contract has no action channel of that name")
+    began = time.monotonic()
+    summary = Summary()
+    bags = list(dict.fromkeys(bag.resolve() for source in sources for bag in find_bags(source)))
+    parts = out.absolute().parent / f".tmp-{out.name}-parts"
+    with _only_one(parts, out), LeRobotWriter(out, contract) as writer:
+        known = {(s["name"], s["size"], s["mtime_ns"]) for s in writer.sources}
+        entries = {bag: _identity(bag) for bag in bags}
+        fresh = [bag for bag in bags if tuple(entries[bag].values()) not in known]
+        summary.skipped = len(bags) - len(fresh)
+        names = {name for name, _, _ in known}
+        for bag in fresh:
+            if bag.name in names:
+                summary.warnings.append(
+                    f"{bag} is in the dataset already with another size or time; both are kept"
+                )
+        work = [
+            (bag, contract, parts / _key(entries[bag], contract, clip_actions), tuple(clip_actions))
+            for bag in fresh
+        ]
+        with _progress(sum(entry["size"] for bag, entry in entries.items() if bag in set(fresh))) as advance:
+            for (bag, _, part, _), _ in zip(work, _run(work, jobs), strict=True):
+                _add_part(writer, part, entries[bag], summary)
+                advance(entries[bag]["size"], summary.frames)
+        if fresh and not writer.episodes:
+            raise UserError(
+                f"no episode came out of {len(fresh)} bags (first warning: {summary.warnings[0]}); check the "
+                "tolerances and episode signals in the contract"
+            )
+    shutil.rmtree(parts, ignore_errors=True)
+    summary.seconds = time.monotonic() - began
+    return summary
+
+
+def _add_part(writer: LeRobotWriter, part: Path, entry: dict[str, Any], summary: Summary) -> None:
+    episodes, warnings = _read_part(part)
+    for episode in episodes:
+        writer.add_episode(episode)
+        summary.frames += episode.frames
+        summary.labelled += int(episode.action_mask.sum())
+    if not episodes:
+        warnings.append(f"{entry['name']} gave no episode")
+    writer.add_source({**entry, "episodes": len(episodes), "warnings": warnings})
+    summary.bags += 1
+    summary.episodes += len(episodes)
+    summary.warnings += warnings
+
+
+def _identity(bag: Path) -> dict[str, Any]:
+    files = [bag] if bag.is_file() else [path for path in bag.iterdir() if path.is_file()]
+    stats = [path.stat() for path in files]
+    return {
+        "name": bag.name,
+        "size": sum(stat.st_size for stat in stats),
+        "mtime_ns": max(stat.st_mtime_ns for stat in stats),
+    }
+
+
+def _key(entry: dict[str, Any], contract: Contract, clip: Sequence[str]) -> str:
+    text = json.dumps([_PART_FORMAT, entry, contract.hash, sorted(clip)])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+@contextmanager
+def _only_one(parts: Path, out: Path) -> Iterator[None]:
+    """Hold the folder of parts against a second d4-ingest into the same dataset."""
+    parts.mkdir(parents=True, exist_ok=True)
+    with (parts / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another d4-ingest is writing to {out}; wait for it to end") from None
+        try:
+            yield
+        finally:
+            if not any(path.is_dir() for path in parts.iterdir()):  # nothing worth keeping
+                shutil.rmtree(parts)
+
+
+def _run(work: list[tuple[Any, ...]], jobs: int) -> Iterator[None]:
+    """Do `ingest_bag` on all of `work`; yields once for each, in order."""
+    if jobs <= 1 or len(work) <= 1:
+        for task in work:
+            ingest_bag(*task)
+            yield
+        return
+    # Not fork: the progress display has a thread.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(work)), mp_context=context, initializer=_worker) as pool:
+        futures: list[Future[None]] = [pool.submit(ingest_bag, *task) for task in work]
+        try:
+            for future in futures:
+                future.result()
+                yield
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed (out of memory?); run again with fewer --jobs"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _worker() -> None:
+    """Make this worker process end at Ctrl-C, and as soon as its parent is gone, however that died."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
+    """Show progress in bytes of bags and time left on stderr: a bar on a terminal, else a line every few
+    seconds.
+    """
+    if sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f}%"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("reading bags", total=total)
+            yield lambda size, frames: bar.update(task, advance=size, description=f"{frames} frames")
+        return
+    began = said = time.monotonic()
+    done = 0
+
+    def advance(size: int, frames: int) -> None:
+        nonlocal done, said
+        done += size
+        now = time.monotonic()
+        if now - said >= 5 and done < total:
+            left = (now - began) * (total - done) / done
+            print(f"{100 * done // total}%, {frames} frames, {left:.0f} s left", file=sys.stderr, flush=True)
+            said = now
+
+    yield advance
+
+
+@dataclass(frozen=True)
+class Options:
+    """Turn robot logs (rosbag2: MCAP or sqlite3) into a dataset to train on.
+
+    Bags already in the dataset are skipped, so the same command adds what is new and goes on after an
+    interruption.
+    """
+
+    source: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Bags, or folders with bags in them."""
+
+    contract: Path
+    """The robot.yaml that describes the robot."""
+
+    out: Path
+    """Folder of the dataset to make or to add to."""
+
+    jobs: int = os.cpu_count() or 1
+    """Bags worked on at the same time."""
+
+    clip_actions: tuple[str, ...] = ()
+    """Action channels whose commands outside the contract's limits are clipped instead of refused."""
+
+
+def main() -> None:
+    """The command d4-ingest."""
+    run_cli(lambda: _main(tyro.cli(Options, prog="d4-ingest")))
+
+
+def _main(options: Options) -> None:
+    if not options.source:
+        raise UserError(
+            "no bags given; name bags or folders of bags: d4-ingest BAGS --contract robot.yaml --out DATASET"
+        )
+    contract = Contract.load(options.contract)
+    summary = ingest(options.source, contract, options.out, options.jobs, options.clip_actions)
+    for warning in summary.warnings[:20]:
+        print(f"warning: {warning}", file=sys.stderr)
+    if len(summary.warnings) > 20:
+        print(
+            f"warning: and {len(summary.warnings) - 20} more, in {options.out}/meta/d4.json", file=sys.stderr
+        )
+    if summary.bags == 0:
+        print(f"nothing new: all {summary.skipped} bags are in {options.out} already")
+        return
+    rate = summary.frames / max(summary.seconds, 1e-9)
+    again = f" ({summary.skipped} were in it already)" if summary.skipped else ""
+    print(
+        f"{summary.bags} bags{again} -> {summary.episodes} episodes, {summary.frames} frames, "
+        f"{summary.labelled} with a known action, in {summary.seconds:.1f} s ({rate:.0f} frames/s)"
+    )
+    print(f"dataset: {options.out}\nnext:    d4-audit {options.out}")
+
+
+if __name__ == "__main__":
+    main()

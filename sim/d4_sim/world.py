@@ -1,0 +1,84 @@
+"""What a world is: the small interface every validation environment implements, and a registry by name."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from d4_datasets.errors import UserError
+
+if TYPE_CHECKING:
+    from d4_datasets.contract import Contract
+
+# name -> "module:class"; imported on first use so that listing worlds needs no GL and no MuJoCo.
+_WORLDS: dict[str, str] = {"yard": "d4_sim.yard:Yard"}
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One tick: `image` uint8 [H, W, 3] RGB, and proprioception in `vectors` (float32 [k] by name)."""
+
+    image: np.ndarray
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@runtime_checkable
+class World(Protocol):
+    """A lockstep environment with K tasks whose rewards are all computed at every tick.
+
+    Tick k is at k / rate seconds. `step(action)` takes the action chosen at the current frame, lets it act
+    from `latency_ms` after the tick (before that the previous one is still in force), returns the next frame.
+    """
+
+    tasks: tuple[str, ...]
+    action_low: np.ndarray  # float32 [A]
+    action_high: np.ndarray  # float32 [A]
+    horizon: int  # ticks until `truncated`
+
+    @property
+    def contract(self) -> Contract:
+        """The robot contract of this world."""
+        ...
+
+    @property
+    def pose(self) -> np.ndarray:
+        """Robot position, float32 [2], metres."""
+        ...
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """Reward of every task that arrives with the current frame, float32 [K]."""
+        ...
+
+    def reset(self, seed: int, task: int) -> Observation:
+        """Starts the episode that belongs to `seed`; the layout does not depend on the task."""
+        ...
+
+    def step(self, action: np.ndarray) -> tuple[Observation, np.ndarray, bool, bool]:
+        """Advances one tick: (observation, reward float32 [K], terminal, truncated)."""
+        ...
+
+    def success(self) -> bool:
+        """Whether the current state counts as success of the current task."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Privileged state for scripted drivers and tests (names depend on the world)."""
+        ...
+
+
+def world_names() -> tuple[str, ...]:
+    """Names that `make_world` knows."""
+    return tuple(_WORLDS)
+
+
+def make_world(name: str) -> World:
+    """Builds a world by name. Raises UserError for an unknown name and when the machine cannot render."""
+    if name not in _WORLDS:
+        raise UserError(f"unknown world '{name}': choose one of {', '.join(_WORLDS)}.")
+    module, _, attribute = _WORLDS[name].partition(":")
+    world: World = getattr(importlib.import_module(module), attribute)()
+    return world

@@ -1,0 +1,53 @@
+"""Bootstrap intervals: cover, shrink, repeat, and pairing helps."""
+
+import numpy as np
+import pytest
+
+from d4_core.stats import bootstrap_mean, paired_difference
+
+
+def test_interval_is_that_of_the_normal_theory_for_many_values():
+    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
+    mean, low, high = bootstrap_mean(values)
+    error = 1.96 * values.std() / 20
+    assert mean == pytest.approx(values.mean())
+    assert (low, high) == pytest.approx((mean - error, mean + error), abs=0.1 * error)
+
+
+def test_interval_covers_the_truth_about_95_percent_of_the_time():
+    rng = np.random.default_rng(2)
+    intervals = [bootstrap_mean(rng.exponential(1.0, 60), n=300)[1:] for _ in range(200)]
+    assert 0.88 <= np.mean([low <= 1.0 <= high for low, high in intervals]) <= 0.99
+
+
+def test_same_seed_same_interval_and_another_seed_another():
+    values = [0.0, 1.0, 4.0, 2.0]
+    assert bootstrap_mean(values) == bootstrap_mean(values)
+    assert bootstrap_mean(np.random.default_rng(0).normal(size=50)) != bootstrap_mean(
+        np.random.default_rng(0).normal(size=50), seed=1
+    )
+
+
+def test_one_value_has_no_width():
+    assert bootstrap_mean([2.5]) == (2.5, 2.5, 2.5)
+
+
+def test_pairing_sees_a_small_gain_among_very_different_episodes():
+    rng = np.random.default_rng(3)
+    start = rng.normal(0.0, 10.0, 50)
+    better, worse = start + 0.5 + rng.normal(0, 0.1, 50), start
+    mean, low, high = paired_difference(better, worse)
+    assert 0.4 < low < mean < high < 0.6
+    assert bootstrap_mean(better)[1] < bootstrap_mean(worse)[2]  # unpaired intervals overlap
+    assert paired_difference(worse, better)[0] == pytest.approx(-mean)
+
+
+@pytest.mark.parametrize("values", [[], [[1.0, 2.0]]])
+def test_no_values_is_an_error(values):
+    with pytest.raises(ValueError, match="non-empty list"):
+        bootstrap_mean(values)
+
+
+def test_pairs_of_unequal_length_are_an_error():
+    with pytest.raises(ValueError, match="equal lengths"):
+        paired_difference([1.0, 2.0], [1.0])

@@ -1,0 +1,46 @@
+"""A user's mistake is one sentence and an exit code; a bug keeps its traceback."""
+
+import errno
+
+import pytest
+from d4_datasets.errors import UserError, run_cli
+
+
+def fail(error):
+    def body():
+        raise error
+
+    return body
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (UserError("the bag\n  is empty"), 2, "error: the bag is empty\n"),
+        (OSError(errno.ENOSPC, "full", "/data/x"), 2, "error: disk full (/data/x): free some space"),
+        (OSError(errno.ENOSPC, "full"), 2, "error: disk full: free some space"),
+        (PermissionError(errno.EACCES, "no", "/data/x"), 2, "error: cannot use /data/x: Permission denied\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_failures_print_one_sentence_and_exit(error, code, text, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run_cli(fail(error))
+    assert exit_.value.code == code
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(text)
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError("no errno")])
+def test_bugs_keep_their_traceback(error):
+    with pytest.raises(type(error)):
+        run_cli(fail(error))
+
+
+def test_success_returns_and_a_code_is_passed_on():
+    run_cli(lambda: None)
+    run_cli(lambda: 0)
+    with pytest.raises(SystemExit) as exit_:
+        run_cli(lambda: 3)
+    assert exit_.value.code == 3
