@@ -150,6 +150,8 @@ class ActionEncoder(nn.Module):
 
     def forward(self, action: Tensor, labelled: Tensor) -> Tensor:
         """Actions (B, T, A) and mask (B, T) to tokens (B, T, S_a, D)."""
+        # where, not a product: an unlabelled action may hold anything, NaN or a class out of range included
+        action = torch.where(labelled[..., None], action, 0.0)
         total, a = torch.zeros((), device=action.device), 0
         unit = self.space.normalise(action)
         for i, part in enumerate(self.space.parts):
@@ -162,7 +164,6 @@ class ActionEncoder(nn.Module):
             else:
                 total = total + self.tables[str(i)](value[..., 0].long())
             a += part.size
-        # where, not a product: an unlabelled action may hold anything, NaN included
         tokens = self.base + torch.where(labelled[..., None], total, 0.0)
         return tokens.unflatten(-1, (self.num_tokens, -1))
 

@@ -73,7 +73,7 @@ def record(run: Path, phase: str, gates: list[Gate], merge: bool = False) -> Non
 class Probe:
     """Reads a quantity that the model never saw (such as the robot's position) out of packed tokens.
 
-    A two-layer perceptron on frozen tokens; its held-out error says whether the latents carry the quantity at all.
+    A small perceptron on frozen tokens; its held-out error says whether the latents carry the quantity at all.
     """
 
     net: torch.nn.Module
@@ -86,19 +86,20 @@ class Probe:
         return self.net(tokens.flatten(-2).float()) * self.std + self.mean
 
 
-def fit_probe(latents: np.ndarray, target: np.ndarray, frames: np.ndarray, seed: int = 0, steps: int = 1500) -> Probe:
+def fit_probe(latents: np.ndarray, target: np.ndarray, frames: np.ndarray, seed: int = 0, steps: int = 2000) -> Probe:
     """Fit a probe of `target` (N, k) on `latents` (N, Nz, Dz) over the given frames."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inputs = int(np.prod(latents.shape[1:]))
         net = torch.nn.Sequential(
-            torch.nn.Linear(inputs, 256), torch.nn.SiLU(), torch.nn.Linear(256, 256), torch.nn.SiLU(),
+            torch.nn.Linear(inputs, 256), torch.nn.LayerNorm(256), torch.nn.SiLU(),
+            torch.nn.Linear(256, 256), torch.nn.LayerNorm(256), torch.nn.SiLU(),
             torch.nn.Linear(256, target.shape[1]),
         )  # fmt: skip
     y = torch.from_numpy(np.ascontiguousarray(target[frames])).float()
     mean, std = y.mean(0), y.std(0).clamp_min(1e-6)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=4e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
     rng = np.random.default_rng(seed)
     for _ in range(steps):
         pick = rng.integers(0, len(frames), 256)

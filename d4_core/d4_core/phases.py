@@ -116,7 +116,7 @@ class TokenizerPhase(Phase):
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
         """{modality: (B, T, ...)}."""
         length = self.cfg.length if rng.random() < self.cfg.clip_share else 1
-        clips = draw(self.logs, rng, self.cfg.batch // length, length, self.episodes)
+        clips = draw(self.logs, rng, max(1, self.cfg.batch // length), length, self.episodes)
         return observations(self.logs, clips.index, self._names)
 
     def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:

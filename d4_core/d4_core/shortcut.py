@@ -34,6 +34,8 @@ class Grid:
     def __post_init__(self) -> None:
         if self.levels < 8 or self.levels & (self.levels - 1):
             raise ValueError(f"levels must be a power of two >= 8, not {self.levels}")
+        if not 0 <= self.context_index < self.levels:
+            raise ValueError(f"context_signal {self.context_signal} is no trained level: it must round below 1")
 
     @property
     def finest(self) -> int:
@@ -105,18 +107,18 @@ def denoise(predict: Predict, grid: Grid, noise: Tensor, steps: int, finest_labe
     Args:
         predict: the model bound to its context.
         grid: levels; `steps` must be a power of two that divides them.
-        noise: standard normal, same for every step (each step moves along the current velocity).
+        noise: standard normal, the starting point; each step moves along the current velocity.
         steps: K.
         finest_label: tell the model d_min instead of 1/steps: plain diffusion-forcing sampling, for models whose
             shortcut loss was switched off (an untrained step-size row would silently cost quality).
     """
+    if steps < 1 or grid.levels % steps:
+        raise ValueError(f"steps must be a power of two up to {grid.levels}, not {steps}")
     z, batch = noise, noise.shape[:2]
     label = grid.finest if finest_label else int(math.log2(steps))
     e = torch.full(batch, label, device=noise.device)
     for k in range(steps):
         index = torch.full(batch, k * (grid.levels // steps), device=noise.device)
         x = predict(z, index, e).float()
-        if k == steps - 1:
-            return x
-        z = z + (x - z) / (steps - k)  # (x - z) / (1 - k/K) * 1/K
-    raise ValueError("steps must be at least 1")
+        z = x if k == steps - 1 else z + (x - z) / (steps - k)  # (x - z) / (1 - k/K) * 1/K
+    return z

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0, n: int = 2000) -> tuple[float, float, float]:
+def bootstrap_mean(
+    values: Sequence[float] | np.ndarray, seed: int = 0, n: int = 2000
+) -> tuple[float, float, float]:
     """Mean of `values` and its 95 % interval from `n` resamples, as (mean, low, high).
 
     The same values and seed give the same interval. One value has an interval of width zero.

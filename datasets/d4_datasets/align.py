@@ -6,7 +6,7 @@
     action k        the command in force at tick k + latency: what is learned contains the delay of deployment
     reward k        messages in (tick k - 1, tick k]: they arrive with frame k; terminal likewise
     episode         from a start event to its terminal tick, the next start event or the end of the data; a
-                    tick that lacks an observation splits it
+                    tick that lacks an observation splits it, and so does the contract's `episode.max_s`
 
 Stamps are sorted int64 arrays. The importer and the robot's node use these same rules.
 """
@@ -97,11 +97,13 @@ def terminals(stamps: np.ndarray, ticks: Grid, period: int, *, after_start: bool
     return flags
 
 
-def segments(valid: np.ndarray, terminal: np.ndarray, ticks: Grid) -> np.ndarray:
+def segments(
+    valid: np.ndarray, terminal: np.ndarray, ticks: Grid, longest: int | None = None
+) -> np.ndarray:
     """Episodes as [start, stop) tick indices, int64 [E, 2].
 
-    `valid` bool [N] says that every observation is there. A group is cut after its first terminal tick and
-    split where a tick is not valid; runs shorter than `MIN_TICKS` are left out.
+    `valid` bool [N] says that every observation is there. A group is cut after its first terminal tick,
+    split where a tick is not valid and cut every `longest` ticks; runs shorter than `MIN_TICKS` are left out.
     """
     if len(valid) == 0:
         return np.zeros((0, 2), np.int64)
@@ -113,6 +115,9 @@ def segments(valid: np.ndarray, terminal: np.ndarray, ticks: Grid) -> np.ndarray
     begins = use & (ticks.first | ~np.append(False, use[:-1]))
     ends = use & np.append(ticks.first[1:] | ~use[1:], True)
     runs = np.stack([np.flatnonzero(begins), np.flatnonzero(ends) + 1], axis=1)
+    if longest is not None:
+        pieces = [(cut, min(cut + longest, end)) for begin, end in runs for cut in range(begin, end, longest)]
+        runs = np.array(pieces, np.int64).reshape(-1, 2)
     return runs[runs[:, 1] - runs[:, 0] >= MIN_TICKS]
 
 

@@ -6,48 +6,38 @@ behind; what was lost is said in the report of the stream, never hidden.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import re
 import shutil
-import sqlite3
 import tempfile
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import zip_longest
-from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import cv2
 import numpy as np
 import yaml
 import zstandard
-from mcap.data_stream import ReadDataStream
-from mcap.reader import SeekingReader
-from mcap.records import Channel, Chunk, ChunkIndex, Message, Schema
-from mcap.stream_reader import StreamReader, breakup_chunk
 from rosbags.rosbag2 import StoragePlugin, Writer
-from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
 from d4_datasets.errors import UserError
+from d4_datasets.storage import (
+    BagReport,
+    McapFile,
+    SqliteFile,
+    TopicInfo,
+    receive_time,
+    typestore,
+    typestore_of,
+    unzstd,
+)
 
 STORAGE_SUFFIXES = (".mcap", ".db3")
-_IDL_RULE = "=" * 80 + "\n"
-_receive_time = itemgetter(1)  # of (topic, time, data)
 
 
 # ---- messages ----
-
-
-@lru_cache(maxsize=1)
-def typestore() -> Typestore:
-    """The message types of the newest ROS 2 release that rosbags knows."""
-    return get_typestore(Stores.LATEST)
 
 
 def new(msgtype: str, **fields: Any) -> Any:
@@ -186,31 +176,6 @@ class BagWriter:
 # ---- reading ----
 
 
-@dataclass(frozen=True)
-class _Topic:
-    """What a storage file says about a topic; `definition` is empty where the file holds none."""
-
-    type: str
-    encoding: str = ""
-    definition: str = ""
-
-
-@dataclass
-class BagReport:
-    """What came out of a bag: `messages` yielded, and one sentence for each thing that was not as it should
-    be.
-    """
-
-    path: Path
-    messages: int = 0
-    warnings: list[str] = field(default_factory=list)
-
-    def warn(self, text: str) -> None:
-        """Add a warning once, however often the bag is read."""
-        if text not in self.warnings:
-            self.warnings.append(text)
-
-
 class Bag:
     """An open bag: `topics` (name -> type), messages in receive-time order, a `report` of what was wrong with
     it.
@@ -225,14 +190,14 @@ class Bag:
         files, self._promised = _bag_files(self.path, self.report)
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._storages = [self._storage(file) for file in files]
-        self._topics: dict[str, _Topic] = {}
+        self._topics: dict[str, TopicInfo] = {}
         for storage in self._storages:
             for name, topic in storage.topics.items():
                 if name not in self._topics or not self._topics[name].definition:
                     self._topics[name] = topic
         self.topics = {name: topic.type for name, topic in sorted(self._topics.items())}
 
-    def _storage(self, file: Path) -> _McapFile | _SqliteFile:
+    def _storage(self, file: Path) -> McapFile | SqliteFile:
         plain = file
         if file.suffix == ".zstd":
             self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="d4-bag-")
@@ -242,7 +207,7 @@ class Bag:
                     zstandard.ZstdDecompressor().copy_stream(packed, out)
                 except zstandard.ZstdError as error:
                     raise UserError(f"{file} is not a readable zstd file: {error}") from None
-        kind = _McapFile if plain.suffix == ".mcap" else _SqliteFile
+        kind = McapFile if plain.suffix == ".mcap" else SqliteFile
         return kind(plain, file, self.report)
 
     def require(self, topics: Sequence[str]) -> None:
@@ -263,7 +228,7 @@ class Bag:
 
     def _store(self, name: str) -> Typestore:
         topic = self._topics[name]
-        store = _typestore_of(topic)
+        store = typestore_of(topic)
         if store is None:
             raise UserError(
                 f"{self.path}: the type {topic.type} of {name} is unknown and the bag holds no usable "
@@ -285,10 +250,10 @@ class Bag:
         """(topic, receive time in ns, CDR bytes) of all messages on `topics`, in receive-time order."""
         wanted = frozenset(topics)
         counts = dict.fromkeys(wanted, 0)
-        merged = heapq.merge(*(s.messages(wanted) for s in self._storages), key=_receive_time)
+        merged = heapq.merge(*(s.messages(wanted) for s in self._storages), key=receive_time)
         for topic, stamp, data in merged:
             counts[topic] += 1
-            yield topic, stamp, _unzstd(data)
+            yield topic, stamp, unzstd(data)
         self.report.messages = sum(counts.values())
         for topic in sorted(wanted):
             promised = self._promised.get(topic, 0)
@@ -412,198 +377,3 @@ def _metadata(path: Path, report: BagReport) -> tuple[list[str], dict[str, int]]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError):
         report.warn(f"{path} is damaged; read from the bag's files alone")
         return [], {}
-
-
-@lru_cache(maxsize=256)
-def _typestore_of(topic: _Topic) -> Typestore | None:
-    """A typestore that can decode `topic`, from the bag's own definition or else the standard one; None if
-    none.
-    """
-    if topic.definition:
-        with contextlib.suppress(Exception):  # a definition rosbags cannot parse is as good as none
-            types: dict[str, Any] = {}
-            if topic.encoding == "ros2msg":
-                types.update(get_types_from_msg(topic.definition, topic.type))
-            else:
-                for part in topic.definition.split(_IDL_RULE):
-                    idl = part.split("\n", 1)[1] if part.startswith("IDL: ") else part
-                    types.update(get_types_from_idl(idl) if idl.strip() else {})
-            store = get_typestore(Stores.EMPTY)
-            store.register(types)
-            store.get_msgdef(topic.type)
-            return store
-    return typestore() if topic.type in typestore().types else None
-
-
-def _unzstd(data: bytes) -> bytes:
-    """Undo per-message compression, which shows by itself: CDR never starts with the zstd magic."""
-    return zstandard.decompress(data) if data[:4] == b"\x28\xb5\x2f\xfd" else data
-
-
-class _McapFile:
-    """One MCAP file, read by its index where it has one and from front to back where it has not."""
-
-    def __init__(self, path: Path, shown: Path, report: BagReport) -> None:
-        self.path, self.shown, self.report = path, shown, report
-        self.topics: dict[str, _Topic] = {}
-        self._channels: dict[int, str] = {}
-        self._chunks: list[ChunkIndex] = []
-        self._indexed = self._read_index()
-        self._ordered = True
-        if not self._indexed:
-            self._scan()
-        if not self._channels:
-            raise UserError(f"{shown} is empty or no MCAP file: no ROS 2 topic was found in it")
-
-    def _read_index(self) -> bool:
-        try:
-            with self.path.open("rb") as stream:
-                summary = SeekingReader(stream).get_summary()
-        except OSError:
-            raise
-        except Exception:  # a damaged file can provoke anything in the parser; the scan says what is left
-            return False
-        if summary is None or not summary.chunk_indexes or not summary.channels:
-            return False
-        for channel in summary.channels.values():
-            self._add(channel, summary.schemas.get(channel.schema_id))
-        self._chunks = summary.chunk_indexes
-        return True
-
-    def _add(self, channel: Channel, schema: Schema | None) -> None:
-        if channel.message_encoding == "cdr" and schema is not None:
-            self._channels[channel.id] = channel.topic
-            self.topics[channel.topic] = _Topic(
-                schema.name, schema.encoding, schema.data.decode(errors="replace")
-            )
-        elif channel.message_encoding == "ros1":
-            raise UserError(f"{self.shown} is a ROS 1 recording; convert it to ROS 2 with rosbags-convert")
-
-    def _scan(self) -> None:
-        """Find the topics, whether messages stand in time order, and whether the file is whole."""
-        schemas: dict[int, Schema] = {}
-        count, last = 0, -1
-        whole = False
-        for record in self._records():
-            if isinstance(record, Schema):
-                schemas[record.id] = record
-            elif isinstance(record, Channel):
-                self._add(record, schemas.get(record.schema_id))
-            elif isinstance(record, Message) and record.channel_id in self._channels:
-                count += 1
-                self._ordered = self._ordered and record.log_time >= last
-                last = record.log_time
-            elif record is None:
-                whole = True
-        if not whole and self._channels:
-            self.report.warn(
-                f"{self.shown} is cut off or damaged (recorder killed?); recovered {count} messages"
-            )
-
-    def _records(self) -> Iterator[Any]:
-        """All records that can be read; then None if the file ends as it should.
-
-        A message is handed out only once the record after it was read, because the last one of a cut file may
-        be half a message.
-        """
-        held: Any = None
-        with self.path.open("rb") as stream:
-            try:
-                for record in StreamReader(stream).records:
-                    if held is not None:
-                        yield held
-                    held = record
-            except OSError:
-                raise
-            except Exception:  # see _read_index
-                return
-        yield held
-        yield None
-
-    def messages(self, topics: frozenset[str]) -> Iterator[tuple[str, int, bytes]]:
-        wanted = {id: topic for id, topic in self._channels.items() if topic in topics}
-        if self._indexed:
-            yield from self._by_chunk(wanted)
-            return
-        found = (
-            (wanted[record.channel_id], record.log_time, record.data)
-            for record in self._records()
-            if isinstance(record, Message) and record.channel_id in wanted
-        )
-        yield from found if self._ordered else sorted(found, key=_receive_time)
-
-    def _by_chunk(self, wanted: Mapping[int, str]) -> Iterator[tuple[str, int, bytes]]:
-        """Messages by the index of chunks, in order of time even where the times of chunks overlap."""
-        chunks = [
-            chunk
-            for chunk in sorted(self._chunks, key=lambda chunk: chunk.message_start_time)
-            # Some writers leave the index of messages out; then the chunk itself must say what is in it.
-            if not chunk.message_index_offsets or chunk.message_index_offsets.keys() & wanted.keys()
-        ]
-        ends = [chunk.message_start_time for chunk in chunks[1:]]
-        waiting: list[tuple[str, int, bytes]] = []
-        with self.path.open("rb") as stream:
-            for chunk, end in zip_longest(chunks, ends):
-                waiting += self._read_chunk(stream, chunk, wanted)
-                waiting.sort(key=_receive_time)
-                ready = len(waiting) if end is None else bisect_left(waiting, end, key=_receive_time)
-                yield from waiting[:ready]
-                del waiting[:ready]
-
-    def _read_chunk(
-        self, stream: BinaryIO, index: ChunkIndex, wanted: Mapping[int, str]
-    ) -> list[tuple[str, int, bytes]]:
-        stream.seek(index.chunk_start_offset + 9)  # past opcode and length
-        try:
-            records = breakup_chunk(Chunk.read(ReadDataStream(stream)), validate_crc=True)
-        except OSError:
-            raise
-        except Exception as error:  # see _read_index
-            self.report.warn(f"{self.shown}: a chunk of messages is damaged and left out ({error})")
-            return []
-        return [
-            (wanted[record.channel_id], record.log_time, record.data)
-            for record in records
-            if isinstance(record, Message) and record.channel_id in wanted
-        ]
-
-
-class _SqliteFile:
-    """One sqlite3 storage file."""
-
-    def __init__(self, path: Path, shown: Path, report: BagReport) -> None:
-        self.path, self.shown, self.report = path, shown, report
-        try:
-            with self._open() as database:
-                tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master")}
-                rows = database.execute(
-                    "SELECT id, name, type FROM topics WHERE serialization_format = 'cdr'"
-                ).fetchall()
-                texts = self._definitions(database) if "message_definitions" in tables else {}
-        except sqlite3.Error as error:
-            raise UserError(f"{shown} is no readable sqlite3 bag: {error}") from None
-        self._ids = {name: id for id, name, _ in rows}
-        self.topics = {name: _Topic(kind, *texts.get(kind, ("", ""))) for _, name, kind in rows}
-
-    def _open(self) -> contextlib.closing[sqlite3.Connection]:
-        # Not `immutable`: a killed recorder leaves its last messages in the write-ahead log beside the file.
-        return contextlib.closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True))
-
-    @staticmethod
-    def _definitions(database: sqlite3.Connection) -> dict[str, tuple[str, str]]:
-        query = "SELECT topic_type, encoding, encoded_message_definition FROM message_definitions"
-        return {kind: (encoding, text) for kind, encoding, text in database.execute(query)}
-
-    def messages(self, topics: frozenset[str]) -> Iterator[tuple[str, int, bytes]]:
-        names = {self._ids[name]: name for name in topics if name in self._ids}
-        marks = ",".join("?" * len(names))
-        where = f"topic_id IN ({marks}) ORDER BY timestamp, id"
-        query = f"SELECT topic_id, timestamp, data FROM messages WHERE {where}"
-        count = 0
-        try:
-            with self._open() as database:
-                for id, stamp, data in database.execute(query, tuple(names)):
-                    count += 1
-                    yield names[id], stamp, data
-        except sqlite3.Error as error:
-            self.report.warn(f"{self.shown} is damaged ({error}); recovered {count} messages")

@@ -138,10 +138,15 @@ class Reward:
 
 @dataclass(frozen=True)
 class Episode:
-    """What starts and ends an episode; without `start` a whole bag is one."""
+    """What starts and ends an episode; without `start` a whole bag is one.
+
+    max_s: an episode longer than this many seconds is cut into several, so that a part of one long recording
+    can be held out for measuring. A cut is not a terminal.
+    """
 
     start: Signal | None = None
     terminal: Signal | None = None
+    max_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,8 @@ class Contract:
             episode=_episode(node.child("episode")),
         )
         node.finish()
+        if contract.max_ticks is not None and contract.max_ticks < 2:
+            raise node.error("episode.max_s", "must last at least two ticks: one frame has no transition")
         for what, items in (("observations", contract.observations), ("actions", contract.actions)):
             names = [item.name for item in items]  # type: ignore[attr-defined]
             if len(set(names)) < len(names):
@@ -252,6 +259,11 @@ class Contract:
     def latency_ns(self) -> int:
         """Nanoseconds from capture to the command being in force."""
         return round(self.latency_ms * 1e6)
+
+    @property
+    def max_ticks(self) -> int | None:
+        """Ticks of the longest episode, None for no limit."""
+        return None if self.episode.max_s is None else round(self.episode.max_s * self.rate_hz)
 
 
 def _limits(channel: Action) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -470,6 +482,9 @@ def _reward(node: _Node | None) -> Reward | None:
 def _episode(node: _Node | None) -> Episode:
     if node is None:
         return Episode()
-    episode = Episode(_signal(node.child("start")), _signal(node.child("terminal")))
+    max_s = node.take("max_s", None)
+    if max_s is not None:
+        max_s = node.number("max_s", above=0.0)
+    episode = Episode(_signal(node.child("start")), _signal(node.child("terminal")), max_s)
     node.finish()
     return episode

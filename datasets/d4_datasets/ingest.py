@@ -36,7 +36,7 @@ from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
 from d4_datasets.lerobot import Episode, LeRobotWriter
 from d4_datasets.recording import Recording, encode_frames
-from d4_datasets.video import Video
+from d4_datasets.video import Stats, Video
 
 _PART_FORMAT = 1  # raise it when what a worker leaves behind changes, so that old parts are not taken up
 
@@ -51,10 +51,19 @@ def ingest_bag(path: Path, contract: Contract, part: Path, clip: Sequence[str] =
     if part.exists():
         return
     aside = part.with_name(f".tmp-{part.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
     aside.mkdir(parents=True)
+    try:
+        _fill_part(aside, path, contract, clip)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    aside.rename(part)
+
+
+def _fill_part(folder: Path, path: Path, contract: Contract, clip: Sequence[str]) -> None:
     recording = Recording(path, contract, clip)
-    videos = encode_frames(recording, aside) if len(recording.episodes) else {}
+    videos = encode_frames(recording, folder) if len(recording.episodes) else {}
     entries: list[dict[str, Any]] = []
     arrays: dict[str, np.ndarray] = {}
     for number in range(len(recording.episodes)):
@@ -62,16 +71,15 @@ def ingest_bag(path: Path, contract: Contract, part: Path, clip: Sequence[str] =
         episode = recording.episode(number, images, path.name)
         arrays |= {f"{number}/{name}": getattr(episode, name) for name in _ARRAYS}
         arrays |= {f"{number}/vector/{name}": values for name, values in episode.vectors.items()}
-        stats = {
-            name: {key: value.tolist() for key, value in video.stats.items()}
-            for name, video in images.items()
-        }
-        files = {name: [video.path.name, video.frames, stats[name]] for name, video in images.items()}
+        files = {name: [video.path.name, video.frames, _lists(video.stats)] for name, video in images.items()}
         counts = {name: getattr(episode, name) for name in ("source", "start_ns", "stale", "dropped")}
         entries.append({**counts, "videos": files})
-    np.savez(aside / "arrays.npz", **arrays)  # type: ignore[arg-type]
-    (aside / "part.json").write_text(json.dumps({"episodes": entries, "warnings": recording.warnings}))
-    aside.rename(part)
+    np.savez(folder / "arrays.npz", **arrays)  # type: ignore[arg-type]
+    (folder / "part.json").write_text(json.dumps({"episodes": entries, "warnings": recording.warnings}))
+
+
+def _lists(stats: Stats) -> dict[str, list[float]]:
+    return {key: value.tolist() for key, value in stats.items()}
 
 
 def _read_part(part: Path) -> tuple[list[Episode], list[str]]:

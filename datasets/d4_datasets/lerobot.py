@@ -136,7 +136,8 @@ def _arrow_column(values: np.ndarray) -> pa.Array:
 
 def _column_stats(values: np.ndarray) -> Stats:
     """min, max, mean, std per component and the count, of values [T] or [T, k]."""
-    rows = values.reshape(len(values), -1).astype(np.float64)
+    rows = values.astype(np.float64)
+    rows = rows[:, None] if rows.ndim == 1 else rows
     if len(rows) == 0:
         zero = np.zeros(rows.shape[1])
         return {"min": zero, "max": zero, "mean": zero, "std": zero, "count": np.array([0])}

@@ -252,7 +252,7 @@ class Recording:
             track = self.tracks["signal.terminal"]
             stamps = track.stamps[np.array(track.values, bool)]
             self.terminal = align.terminals(stamps, self.ticks, period, after_start=starts is not None)
-        self.episodes = align.segments(valid, self.terminal, self.ticks)
+        self.episodes = align.segments(valid, self.terminal, self.ticks, contract.max_ticks)
         self._label()
         self._reward_and_task(starts is not None)
 

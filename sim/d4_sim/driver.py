@@ -45,7 +45,7 @@ class Driver:
             raise ValueError(f"unknown driver kind {self.kind!r}, not one of {KINDS}")
         rng = self.rng
         self._noise = np.zeros(2)
-        self._speed = rng.uniform(0.2, 0.7)
+        self._speed = rng.uniform(0.2, 0.6)
         self._noise_level = rng.uniform(0.15, 0.35)  # m/s
         self._careful = bool(rng.random() < 0.3)
         self._paused_until = int(rng.integers(0, 6))  # people do not start at once
@@ -59,7 +59,7 @@ class Driver:
         if self.kind == "random":
             return self.rng.uniform(-SPEED_LIMIT, SPEED_LIMIT, 2).astype(np.float32)
         if self.kind == "wander":
-            command = self._ou(level=0.9, memory=0.85)
+            command = self._ou(level=1.4, memory=0.85)
             command = self._avoid(state["position"], state["pit"], command) if self._careful else command
         else:
             goal = state["pads"][state["task"] if self.kind != "wrong" else 1 - state["task"]]

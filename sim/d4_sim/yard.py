@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 TASKS = ("reach_red", "reach_blue")
 RATE_HZ = 10
 LATENCY_MS = 40
-HORIZON = 50
+HORIZON = 40
 IMAGE_SIZE = 64  # pixels, square
-SPEED_LIMIT = 1.2  # m/s on each axis
+SPEED_LIMIT = 2.0  # m/s on each axis
 ROBOT_LIMIT = 0.86  # m, the robot's centre; the joint range in yard.xml
 PIT_RADIUS = 0.21  # m, the robot falls when its centre is this close
 SUCCESS_RADIUS = 0.18  # m
 REWARD_SCALE = 0.35  # m
 
 # Where things are placed (|x|, |y| at most, metres) and how far apart.
-_PAD_EXTENT, _PIT_EXTENT, _START_EXTENT = 0.82, 0.80, 0.84
+_PAD_EXTENT, _PIT_EXTENT, _START_EXTENT = 0.77, 0.80, 0.84
 _PAD_PAD, _PIT_PAD, _START_PIT = 0.80, 0.60, 0.55
 _MOCAP_HEIGHT = 0.003
 

@@ -74,7 +74,8 @@ def test_round_trip(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert (tmp_path / "net" / "contract.yaml").read_text() == "name: yard\n"
     config = json.loads((tmp_path / "net" / "config.json").read_text())
-    assert config["metrics"] == {"loss": 0.25} and config["contract_hash"] == "hash-of-yard"
+    assert config["metrics"] == {"loss": 0.25}
+    assert config["contract_hash"] == "hash-of-yard"
 
 
 def test_card_names_the_origin(tmp_path: Path) -> None:
@@ -90,7 +91,8 @@ def test_averaged_weights_replace_the_raw_ones(tmp_path: Path) -> None:
     save(tmp_path / "net", modules={"net": module}, averaged=averaged)
     loaded = net(0.0)
     checkpoint.load_modules(tmp_path / "net", {"net": loaded})
-    assert loaded.weight.unique().item() == 5.0 and loaded.bias.unique().item() == 1.0
+    assert loaded.weight.unique().item() == 5.0
+    assert loaded.bias.unique().item() == 1.0
 
 
 def test_tied_and_strided_tensors_are_saved(tmp_path: Path) -> None:
@@ -134,9 +136,11 @@ def test_kill_between_the_renames_is_recovered(tmp_path: Path) -> None:
     save(tmp_path / "net", 1.0)
     (tmp_path / "net").rename(tmp_path / ".old-net")
     (tmp_path / ".tmp-net-999999999").mkdir()
-    assert checkpoint.exists(tmp_path / "net") and value_in(tmp_path / "net") == 1.0
+    assert checkpoint.exists(tmp_path / "net")
+    assert value_in(tmp_path / "net") == 1.0
     save(tmp_path / "net", 2.0)
-    assert value_in(tmp_path / "net") == 2.0 and names(tmp_path) == ["net"]
+    assert value_in(tmp_path / "net") == 2.0
+    assert names(tmp_path) == ["net"]
 
 
 def test_disk_full_up_front_keeps_the_previous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +151,8 @@ def test_disk_full_up_front_keeps_the_previous(tmp_path: Path, monkeypatch: pyte
         UserError, match=r"disk full while saving .*; the previous checkpoint is intact: free"
     ):
         save(tmp_path / "net", 2.0)
-    assert value_in(tmp_path / "net") == 1.0 and names(tmp_path) == ["net"]
+    assert value_in(tmp_path / "net") == 1.0
+    assert names(tmp_path) == ["net"]
 
 
 @pytest.mark.parametrize(
@@ -166,12 +171,14 @@ def test_disk_full_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(checkpoint, "save_file", fail)
     with pytest.raises(UserError, match="disk full"):
         save(tmp_path / "net", 2.0)
-    assert value_in(tmp_path / "net") == 1.0 and names(tmp_path) == ["net"]
+    assert value_in(tmp_path / "net") == 1.0
+    assert names(tmp_path) == ["net"]
 
 
 def test_no_pickle_is_loaded() -> None:
     source = Path(checkpoint.__file__).read_text()
-    assert "torch.load" not in source and "import pickle" not in source
+    assert "torch.load" not in source
+    assert "import pickle" not in source
 
 
 def killed_at(event: int, folder: Path, value: float) -> bool:
@@ -205,7 +212,9 @@ def test_kill_9_at_every_call_of_a_save(tmp_path: Path, after_a_kill: bool) -> N
         save(folder, 3.0)
         assert value_in(folder) == 3.0
         assert names(folder.parent) == ["net"]
-    assert outcomes == sorted(outcomes) and set(outcomes) == {1.0, 2.0} and len(outcomes) > 15
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {1.0, 2.0}
+    assert len(outcomes) > 15
 
 
 def save_for_ever(folder: Path, value: float) -> tuple[int, int]:

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_loop import Toy, lines, train
 from torch import nn
 
 from d4_core import checkpoint, distributed
 from d4_core.optim import OptimConfig, Optimiser
-from test_loop import Toy, lines, train
 
 WORLD = 2
 
@@ -103,12 +103,14 @@ def test_scalars_and_partly_used_parameters(results: tuple[Path, list[dict]]) ->
     _, ranks = results
     for found in ranks:
         assert found["mean"] == 0.5
-        assert found["sometimes"].tolist() == [0.5, 0.5] and found["never"] is None
+        assert found["sometimes"].tolist() == [0.5, 0.5]
+        assert found["never"] is None
 
 
 def test_the_loop_keeps_ranks_equal_and_rank_0_writes(results: tuple[Path, list[dict]]) -> None:
     out, (first, second) = results
-    assert equal(first["toy"], second["toy"]) and torch.equal(first["scale"], second["scale"])
+    assert equal(first["toy"], second["toy"])
+    assert torch.equal(first["scale"], second["scale"])
     assert checkpoint.load_config(out / "run" / "toy")["status"] == "done"
     assert [line["step"] for line in lines(out / "run")] == [1, 3, 6, 9, 12]
 
@@ -117,8 +119,6 @@ def test_a_single_process_needs_no_group() -> None:
     p = nn.Parameter(torch.zeros(2))
     p.grad = torch.ones(2)
     distributed.average_gradients([p])
-    assert (
-        p.grad.tolist() == [1.0, 1.0]
-        and distributed.world_size() == 1
-        and distributed.average_scalar(2.5) == 2.5
-    )
+    assert p.grad.tolist() == [1.0, 1.0]
+    assert distributed.world_size() == 1
+    assert distributed.average_scalar(2.5) == 2.5

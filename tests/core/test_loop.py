@@ -132,9 +132,8 @@ def test_finished_phase_returns_at_once_with_its_averaged_weights(tmp_path: Path
     saved = Toy().checkpoint_modules()
     checkpoint.load_modules(tmp_path / "toy", saved)
     raw = checkpoint.load_train_state(tmp_path / "toy")["raw/head.weight"]
-    assert torch.equal(first.head.weight, saved["head"].weight) and torch.equal(
-        second.head.weight, first.head.weight
-    )
+    assert torch.equal(first.head.weight, saved["head"].weight)
+    assert torch.equal(second.head.weight, first.head.weight)
     assert not torch.equal(raw, first.head.weight)
 
 
@@ -142,7 +141,8 @@ def test_only_the_phases_own_parameters_move(tmp_path: Path) -> None:
     phase = Toy()
     train(phase, tmp_path)
     fresh = Toy()
-    assert torch.equal(phase.frozen.weight, fresh.frozen.weight) and not phase.frozen.weight.requires_grad
+    assert torch.equal(phase.frozen.weight, fresh.frozen.weight)
+    assert not phase.frozen.weight.requires_grad
     assert not torch.equal(phase.body.weight, fresh.body.weight)
 
 
@@ -206,7 +206,8 @@ def test_metrics_are_means_since_the_last_line(tmp_path: Path) -> None:
         "wall_s",
         "cpu_s",
     ):
-        assert lines(tmp_path)[-1][name] > 0.0 and result[name] > 0.0
+        assert lines(tmp_path)[-1][name] > 0.0
+        assert result[name] > 0.0
     assert 20.0 < result["peak_rss_mb"] < 50_000.0
     assert checkpoint.load_config(tmp_path / "toy")["metrics"] == result
 
@@ -218,7 +219,8 @@ def test_cost_adds_up_over_sessions(tmp_path: Path) -> None:
         train(phase, tmp_path)
     before = checkpoint.load_config(tmp_path / "toy")["metrics"]
     after = train(Toy(), tmp_path)
-    assert after["wall_s"] > before["wall_s"] and after["cpu_s"] > before["cpu_s"]
+    assert after["wall_s"] > before["wall_s"]
+    assert after["cpu_s"] > before["cpu_s"]
 
 
 @pytest.mark.parametrize(("period", "expected"), [(1, list(range(1, 13))), (5, [5, 10, 12])])
@@ -257,11 +259,9 @@ def test_plain_progress_where_the_output_is_no_terminal(
     monkeypatch.setattr(loop, "_PLAIN_LINE_S", 0.0)
     train(Toy(), tmp_path, progress=True)
     out = capsys.readouterr().out.splitlines()
-    assert (
-        len(out) == 12
-        and out[-1].startswith("toy 12/12  fit ")
-        and out[-1].endswith("frames/s  0:00:00 left")
-    )
+    assert len(out) == 12
+    assert out[-1].startswith("toy 12/12  fit ")
+    assert out[-1].endswith("frames/s  0:00:00 left")
 
 
 def test_errors_of_the_sampling_thread_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

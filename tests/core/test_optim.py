@@ -56,7 +56,8 @@ def test_no_decay_when_its_fraction_is_zero() -> None:
 def test_grouping() -> None:
     net = model()
     muon, adamw = optimiser(net)._optimizers
-    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(adamw, torch.optim.AdamW)
     assert [p is net["block"].weight for g in muon.param_groups for p in g["params"]] == [True]
     found = {
         name: (g["peak_lr"], g["weight_decay"], g["betas"])
@@ -139,14 +140,20 @@ def test_ema_is_the_bias_corrected_average() -> None:
         assert ema.state()["p"].tolist() == pytest.approx([shadow / (1 - 0.9 ** (step + 1))] * 2)
 
 
-def test_ema_applied_swaps_in_place_and_restores() -> None:
+def test_ema_applied_swaps_in_place_and_restores_after_an_error() -> None:
     p = nn.Parameter(torch.tensor([1.0]))
     ema = Ema([("p", p)], 0.5)
     ema.update(0)
     address = p.data_ptr()
-    with torch.no_grad():
-        p.fill_(3.0)
-    with pytest.raises(ZeroDivisionError), ema.applied():
-        assert p.item() == 1.0 and p.data_ptr() == address
-        raise ZeroDivisionError
-    assert p.item() == 3.0 and p.data_ptr() == address
+    nn.init.constant_(p, 3.0)
+    seen = []
+
+    def evaluate() -> None:
+        with ema.applied():
+            seen.append((p.item(), p.data_ptr()))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        evaluate()
+    assert seen == [(1.0, address)]
+    assert (p.item(), p.data_ptr()) == (3.0, address)

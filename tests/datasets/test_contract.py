@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
+
 from d4_datasets.contract import Align, Contract
 from d4_datasets.errors import UserError
 
@@ -166,4 +167,7 @@ def test_unreadable_files(tmp_path, content, message):
 
 def test_the_robot_process_can_load_it_without_heavy_imports():
     code = "import sys, d4_datasets.contract; print(sorted({'torch', 'cv2', 'av', 'pyarrow', 'rosbags'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )

@@ -3,6 +3,7 @@
 import errno
 
 import pytest
+
 from d4_datasets.errors import UserError, run_cli
 
 

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from d4_datasets import fields
 from d4_datasets.bags import new
 from d4_datasets.errors import UserError
-from hypothesis import given
-from hypothesis import strategies as st
 
 numbers = st.floats(-1e6, 1e6, allow_nan=False)
 names = st.lists(st.sampled_from(["hip", "knee", "elbow", "wrist", "jaw"]), min_size=1, unique=True)
@@ -83,7 +84,9 @@ def test_writing_leaves_a_received_message_array_alone():
     assert received.tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("path", ["", "a..b", "a.", ".a", "a[", "a[-1]", "a[x]", "a[1][2]", "a b", "1a", "a[name=]"])
+@pytest.mark.parametrize(
+    "path", ["", "a..b", "a.", ".a", "a[", "a[-1]", "a[x]", "a[1][2]", "a b", "1a", "a[name=]"]
+)
 def test_malformed_paths(path):
     with pytest.raises(UserError, match="malformed at character"):
         fields.parse(path)

@@ -102,7 +102,7 @@ def test_around_goes_straight_unless_the_pit_is_in_the_way() -> None:
 
 def test_run_episodes_agrees_with_its_worlds() -> None:
     seeds, tasks = [11, 12, 13, 14, 15, 16], [0, 1, 0, 1, 0, 1]
-    batch = run_episodes("yard", seeds, tasks, ScriptedPolicy("expert"), horizon=50, keep_frames=True)
+    batch = run_episodes("yard", seeds, tasks, ScriptedPolicy("expert"), horizon=40, keep_frames=True)
     assert batch.frames is not None
     assert batch.frames.shape == (6, 51, 64, 64, 3)
     assert batch.action.shape == (6, 51, 2)
@@ -116,9 +116,9 @@ def test_run_episodes_agrees_with_its_worlds() -> None:
     world = make_world("yard")
     np.testing.assert_array_equal(world.reset(13, 0).image, batch.frames[2, 0])
     np.testing.assert_array_equal(world.pose, batch.pose[2, 0])
-    for t in range(50):
+    for t in range(40):
         observation, *_ = world.step(batch.action[2, t])
-    np.testing.assert_array_equal(observation.image, batch.frames[2, 50])
+    np.testing.assert_array_equal(observation.image, batch.frames[2, 40])
 
 
 class _IntoThePit:

@@ -1,0 +1,103 @@
+"""Policies as sessions: observations in, actions out, one frame at a time, for one robot or a batch of worlds."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from d4_core.baselines import ScratchPolicy
+from d4_core.imagination import Dream
+from d4_core.models import Models
+
+
+class PolicySession:
+    """The world-model policy: tokenizer, one dynamics pass and the policy head per frame.
+
+    All shapes are fixed by the batch size; caches are allocated once and a reset only forgets. A frame's cost does not
+    depend on how many came before.
+
+    Args:
+        models: loaded networks of an agent or imagination checkpoint.
+        batch: number of worlds stepped together.
+        seed: decides context noise and action samples.
+        head: policy head; default is the checkpoint's policy in force.
+        argmax: take the most likely action instead of a sample.
+    """
+
+    def __init__(
+        self, models: Models, batch: int, seed: int = 0, head: torch.nn.Module | None = None, argmax: bool = False
+    ) -> None:
+        self.models, self.batch, self.seed, self.argmax = models, batch, seed, argmax
+        self.head = head if head is not None else models.acting
+        self.device = models.dynamics.slots.device
+        self.gen = torch.Generator(self.device)
+        self.dream = Dream(models.dynamics, models.agent, batch, self.gen)
+        self.cache = models.tokenizer.new_cache(batch)
+        self.predicted_reward = torch.zeros(batch, device=self.device)
+        self._action = torch.zeros(batch, models.dynamics.space.size, device=self.device)
+        self._known = torch.zeros(batch, dtype=torch.bool, device=self.device)
+        self._task = torch.zeros(batch, dtype=torch.int64, device=self.device)
+
+    def reset(self, n: int, tasks: np.ndarray) -> None:
+        """Start new episodes of these tasks in all n = batch worlds."""
+        if n != self.batch:
+            raise ValueError(f"session was made for {self.batch} worlds, not {n}")
+        self.gen.manual_seed(self.seed)
+        self.dream.reset()
+        self.cache.reset()
+        self._known.fill_(False)
+        self._task.copy_(torch.from_numpy(np.asarray(tasks)))
+
+    @torch.no_grad()
+    def act(self, images: np.ndarray, vectors: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray:
+        """float32 (n, A) in contract units, from uint8 (n, H, W, 3) and proprioception by name."""
+        tokenizer = self.models.tokenizer
+        obs = {tokenizer.cfg.cameras[0].name: torch.from_numpy(images).to(self.device)}
+        for vector in tokenizer.cfg.vectors:
+            obs[vector.name] = torch.from_numpy(vectors[vector.name]).to(self.device)
+        tokens = tokenizer.pack(tokenizer.encode_step(obs, self.cache))
+        h = self.dream.observe(tokens, self._action, self._known, self._task)
+        params = self.head.first(h)
+        space = self.models.dynamics.space
+        self._action.copy_(space.mode(params) if self.argmax else space.sample(params, self.gen))
+        self._known.fill_(True)
+        self.predicted_reward.copy_(self.models.agent.predict_reward(h))
+        return self._action.cpu().numpy()
+
+
+class ScratchSession:
+    """The from-scratch baseline as a session."""
+
+    def __init__(self, policy: ScratchPolicy, seed: int = 0) -> None:
+        self.policy, self.seed = policy, seed
+        self._stack: np.ndarray | None = None
+
+    def reset(self, n: int, tasks: np.ndarray) -> None:
+        """Start n new episodes."""
+        self._gen = torch.Generator().manual_seed(self.seed)
+        self._task, self._stack = torch.from_numpy(np.asarray(tasks)), None
+
+    @torch.no_grad()
+    def act(self, images: np.ndarray, vectors: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray:
+        """float32 (n, A); the first frame fills the stack."""
+        if self._stack is None:
+            self._stack = np.repeat(images[:, None], self.policy.frames, 1)
+        else:
+            self._stack = np.concatenate([self._stack[:, 1:], images[:, None]], 1)
+        params = self.policy(torch.from_numpy(self._stack), self._task)
+        return self.policy.space.sample(params, self._gen).numpy()
+
+
+class RandomSession:
+    """Uniform actions within the contract's limits, re-drawn every tick."""
+
+    def __init__(self, low: np.ndarray, high: np.ndarray, seed: int = 0) -> None:
+        self.low, self.high, self.seed = low, high, seed
+
+    def reset(self, n: int, tasks: np.ndarray) -> None:
+        """Start n new episodes."""
+        self._n, self._rng = n, np.random.default_rng(self.seed)
+
+    def act(self, images: np.ndarray, vectors: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray:
+        """float32 (n, A)."""
+        return self._rng.uniform(self.low, self.high, (self._n, len(self.low))).astype(np.float32)

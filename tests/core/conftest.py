@@ -1,0 +1,159 @@
+"""Tiny models and hand-made logs for the tests of the model files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings as hypothesis_settings
+from torch import nn
+
+from d4_core.actions import ActionPart
+from d4_core.agent import Agent, AgentConfig
+from d4_core.dynamics import Dynamics, DynamicsConfig
+from d4_core.shortcut import Grid
+from d4_core.tokenizer import Camera, Tokenizer, TokenizerConfig
+from d4_core.transformer import TransformerConfig
+
+# the same examples on every run, and no deadlines: the first call into torch takes a second on a busy machine
+hypothesis_settings.register_profile("core", deadline=None, derandomize=True)
+hypothesis_settings.load_profile("core")
+# models this small lose time to a second thread, and on a busy machine very much of it
+torch.set_num_threads(1)
+
+ONE_DIM = (ActionPart(kind="continuous", size=1, low=(-2.0,), high=(2.0,)),)
+
+
+@dataclass
+class ArrayLogs:
+    """The `Logs` protocol over plain arrays of N frames: episodes one after another."""
+
+    episode_length: np.ndarray
+    action: np.ndarray
+    action_mask: np.ndarray
+    reward: np.ndarray
+    is_terminal: np.ndarray
+    images: dict[str, np.ndarray] = field(default_factory=dict)
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def num_frames(self) -> int:
+        return int(self.episode_length.sum())
+
+    @property
+    def episode_start(self) -> np.ndarray:
+        return np.cumsum(self.episode_length) - self.episode_length
+
+    @property
+    def labelled(self) -> np.ndarray:
+        return np.logical_or.reduceat(self.action_mask, self.episode_start)
+
+    def sample_starts(self, rng, batch: int, length: int, episodes: np.ndarray) -> np.ndarray:
+        episode = rng.choice(episodes, batch)
+        room = np.maximum(self.episode_length[episode] - length, 0)
+        return self.episode_start[episode] + (rng.random(batch) * (room + 1)).astype(np.int64)
+
+    def indices(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        episode = np.searchsorted(self.episode_start, starts, side="right") - 1
+        last = (self.episode_start[episode] + self.episode_length[episode] - 1)[:, None]
+        index = starts[:, None] + np.arange(length)
+        return np.minimum(index, last), index <= last
+
+
+def _wake(module: nn.Module) -> nn.Module:
+    """Fill zero-initialised parameters and enlarge residual branches: a probe must not pass on a dead network."""
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if not p.any():
+                p.normal_(std=0.3)
+            elif name.endswith(("attention.out.weight", "down.weight")):
+                p.mul_(10.0)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny_shape() -> Callable[..., TransformerConfig]:
+    """Factory of small transformer shapes: space, time, space, time."""
+
+    def make(**changes) -> TransformerConfig:
+        settings = dict(dim=16, depth=4, heads=4, kv_heads=2, mlp_ratio=2.0, time_every=2, context=4)
+        return TransformerConfig(**{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_dynamics(tiny_shape) -> Callable[..., Dynamics]:
+    """Factory of small dynamics models without dead weights; keyword arguments change the config."""
+
+    def make(seed: int = 0, awake: bool = True, shape: dict | None = None, **changes) -> Dynamics:
+        settings = dict(
+            num_tokens=3, token_dim=2, actions=ONE_DIM, action_bins=5, registers=1, agent_tokens=2,
+            grid=Grid(levels=8), transformer=tiny_shape(**(shape or {})),
+        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = Dynamics(DynamicsConfig(**{**settings, **changes}))
+            return _wake(model) if awake else model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_agent() -> Callable[..., Agent]:
+    """Factory of heads for a dynamics model."""
+
+    def make(dynamics: Dynamics, seed: int = 0, awake: bool = True, **changes) -> Agent:
+        cfg = AgentConfig(**{**dict(num_tasks=2, leads=3, hidden=16, reward_bins=9, value_bins=9), **changes})
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            agent = Agent(cfg, dynamics.space, dynamics.cfg.transformer.dim, dynamics.cfg.agent_tokens)
+            return _wake(agent) if awake else agent
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer(tiny_shape) -> Callable[..., Tokenizer]:
+    """Factory of small tokenizers (one 8x12 camera by default)."""
+
+    def make(seed: int = 0, awake: bool = True, shape: dict | None = None, **changes) -> Tokenizer:
+        settings = dict(
+            cameras=(Camera(name="front", height=8, width=12),), patch=4, num_latents=4, latent_dim=3, num_tokens=2,
+            transformer=tiny_shape(**({"context": 3} | (shape or {}))),
+        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = Tokenizer(TokenizerConfig(**{**settings, **changes}))
+            return _wake(model) if awake else model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_logs() -> Callable[..., ArrayLogs]:
+    """Factory of logs whose every number names its frame: action = frame + 0.25, reward[:, q] = frame + q / 4."""
+
+    def make(lengths: tuple[int, ...] = (5, 7, 3), tasks: int = 2, **changes) -> ArrayLogs:
+        frames = np.arange(sum(lengths), dtype=np.float32)
+        terminal = np.zeros(len(frames), bool)
+        terminal[np.cumsum(lengths) - 1] = True
+        settings = dict(
+            episode_length=np.array(lengths),
+            action=frames[:, None] + 0.25,
+            action_mask=np.ones(len(frames), bool),
+            reward=frames[:, None] + np.arange(tasks, dtype=np.float32) / 4,
+            is_terminal=terminal,
+        )
+        return ArrayLogs(**{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """A fresh generator with a fixed seed."""
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,604 @@
+"""The four phases: who is trained on what, golden curves, and tiny worlds learned end to end."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from d4_core.actions import ActionPart
+from d4_core.agent import Agent
+from d4_core.config import PRESETS
+from d4_core.dynamics import Block, Dynamics
+from d4_core.imagination import Dream, ImaginationConfig
+from d4_core.phase import Normaliser, Phase, freeze, masked_mean
+from d4_core.phases import (
+    AgentPhase,
+    AgentTraining,
+    DynamicsPhase,
+    DynamicsTraining,
+    ImaginationPhase,
+    ImaginationTraining,
+    ShortcutObjective,
+    TokenizerPhase,
+    TokenizerTraining,
+    draw_clips,
+    relevant_episodes,
+)
+from d4_core.shortcut import Grid, ramp
+
+KEY = (ActionPart(kind="binary", size=1),)
+ALWAYS_BOTH = dict(image_rows=0.3, bootstrap_rows=0.5, bootstrap_warmup=0.0)
+
+
+def run(phase: Phase, steps: int, lr: float = 3e-3) -> list[dict[str, float]]:
+    """Train with Adam; every step's losses."""
+    optimiser = torch.optim.Adam([p for _, p in phase.trainable()], lr=lr)
+    history = []
+    for step in range(steps):
+        batch = phase.sample(np.random.default_rng([7, step]), step)
+        losses, _ = phase(batch, torch.Generator().manual_seed(step), step)
+        optimiser.zero_grad()
+        phase.total(losses).backward()
+        optimiser.step()
+        history.append({name: loss.item() for name, loss in losses.items()})
+    return history
+
+
+def mean(history: list[dict[str, float]], name: str) -> float:
+    return float(np.mean([entry[name] for entry in history]))
+
+
+# ---- normaliser
+
+
+def test_normaliser_divides_by_the_running_rms() -> None:
+    normaliser, squares, outputs = Normaliser(["a", "b"], beta=0.9), [], []
+    values = [4.0, 1.0, 0.5, -3.0]
+    for n, value in enumerate(values, 1):
+        outputs.append(normaliser("a", torch.tensor(value)).item())
+        squares.append(value**2)
+        weights = np.array([0.1 * 0.9 ** (n - 1 - i) for i in range(n)])
+        assert outputs[-1] == pytest.approx(value / math.sqrt((weights @ squares) / weights.sum()), rel=1e-5)
+    assert outputs[0] == pytest.approx(1.0)
+    assert normaliser("b", torch.tensor(5.0)).item() == pytest.approx(1.0)  # terms do not mix
+
+
+def test_normaliser_is_a_constant_factor_for_the_gradient_and_survives_zero() -> None:
+    normaliser, loss = Normaliser(["a"]), torch.tensor(4.0, requires_grad=True)
+    (grad,) = torch.autograd.grad(normaliser("a", loss), loss)
+    assert grad.item() == pytest.approx(0.25)
+    assert Normaliser(["a"])("a", torch.zeros(())).item() == 0.0
+
+
+def test_normaliser_state_is_saved() -> None:
+    """Lost on resume, it would scale the first losses by its start value."""
+    a, b = Normaliser(["x"]), Normaliser(["x"])
+    for value in (1.0, 2.0, 3.0):
+        a("x", torch.tensor(value))
+    b.load_state_dict(a.state_dict())
+    assert a("x", torch.tensor(2.0)) == b("x", torch.tensor(2.0))
+
+
+def test_masked_mean() -> None:
+    value, mask = torch.tensor([[1.0, 2.0], [3.0, 8.0]]), torch.tensor([[True, False], [True, False]])
+    assert masked_mean(value, mask) == 2.0
+    assert masked_mean(value, torch.zeros(2, 2, dtype=torch.bool)) == 0.0
+    assert masked_mean(value[..., None].expand(-1, -1, 3), mask[..., None]) == 2.0
+
+
+# ---- phase 1
+
+
+def noise_latents(frames: int, tokens: int = 3, channels: int = 2, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(frames, tokens, channels)).astype(np.float32)
+
+
+@pytest.fixture
+def dynamics_phase(make_dynamics, make_logs) -> Callable[..., DynamicsPhase]:
+    def make(**changes) -> DynamicsPhase:
+        logs = make_logs((9, 12, 7))
+        logs.action[:] = np.sin(logs.action)
+        settings = dict(steps=40, batch=6, length=4, long_length=8) | changes
+        return DynamicsPhase(
+            DynamicsTraining(**settings), make_dynamics(), nn.Identity(), logs, noise_latents(28), np.arange(3)
+        )
+
+    return make
+
+
+def test_batch_shapes_alternate_and_end_long(dynamics_phase) -> None:
+    phase = dynamics_phase(steps=1000, long_share=0.1, long_final=0.2)
+    rng = np.random.default_rng(0)
+    shapes = [phase.shape(rng, step) for step in range(1000)]
+    assert set(shapes) == {(6, 4), (3, 8)}
+    early = sum(shape == (3, 8) for shape in shapes[:800]) / 800
+    assert 0.06 < early < 0.14
+    assert set(shapes[800:]) == {(3, 8)}
+    assert phase.sample(rng, 999)["tokens"].shape == (3, 8, 3, 2)
+
+
+def test_a_fixed_share_of_clips_comes_from_labelled_episodes(make_logs) -> None:
+    mask = np.zeros(28, bool)
+    mask[9:21] = True  # episode 1 of 3
+    logs, rng = make_logs((9, 12, 7), action_mask=mask), np.random.default_rng(0)
+    clips = draw_clips(DynamicsTraining(labelled_share=0.5), logs, rng, 40, 3, np.array([0, 2, 1]))
+    labelled = logs.action_mask[clips.index].all(1)
+    assert labelled[20:].all()
+    assert 0 < labelled[:20].sum() < 20
+    blind = draw_clips(DynamicsTraining(labelled_share=0.5), logs, rng, 40, 3, np.array([0, 2]))
+    assert blind.index.shape == (40, 3)
+
+
+class Recorder(nn.Module):
+    """Stands for the dynamics model: notes its inputs, and knows that all data are `truth`."""
+
+    def __init__(self, dynamics: Dynamics, truth: float, student: float) -> None:
+        super().__init__()
+        self.cfg, self.truth, self.student = dynamics.cfg, truth, student
+        self.calls: list[dict] = []
+
+    def forward(self, noisy, tau_index, e, action, labelled, agent=None, image_rows=None) -> Block:
+        self.calls.append(dict(noisy=noisy, index=tau_index, e=e, labelled=labelled, agent=agent, images=image_rows))
+        value = self.student if len(self.calls) == 1 else self.truth
+        return Block(torch.full_like(noisy, value), agent)
+
+
+def objective_call(make_dynamics, student: float, step: int = 30, **changes):
+    """One call on 400 clips of constant data 0.7."""
+    recorder = Recorder(make_dynamics(), 0.7, student)
+    objective = ShortcutObjective(DynamicsTraining(**(ALWAYS_BOTH | changes)), recorder, 100)
+    shape = (400, 5)
+    batch = dict(
+        tokens=torch.full((*shape, 3, 2), 0.7, dtype=torch.float16), prev_action=torch.zeros(*shape, 1),
+        prev_labelled=torch.ones(shape, dtype=torch.bool), valid=torch.ones(shape, dtype=torch.bool),
+    )  # fmt: skip
+    _, error, _ = objective(batch, torch.Generator().manual_seed(0), step)
+    return recorder.calls, error
+
+
+def test_roles_of_rows_are_drawn_independently(make_dynamics) -> None:
+    calls, _ = objective_call(make_dynamics, 0.7)
+    images, finest = calls[0]["images"], 3
+    bootstrap = (calls[0]["e"] < finest).all(1)
+    assert torch.equal((calls[0]["e"] < finest).any(1), bootstrap)  # the step size tells rows apart
+    assert 0.22 < images.float().mean() < 0.38
+    assert 0.42 < bootstrap.float().mean() < 0.58
+    assert 0.1 < (images & bootstrap).float().mean() < 0.2
+    assert torch.equal(~calls[0]["labelled"], images[:, None].expand(-1, 5))  # images carry no action
+
+
+def test_the_teacher_runs_on_bootstrap_rows_only_at_half_the_step(make_dynamics) -> None:
+    calls, error = objective_call(make_dynamics, 0.7)
+    student, first, second = calls
+    bootstrap = (student["e"] < 3).all(1)
+    for teacher in (first, second):
+        assert torch.equal(teacher["e"], student["e"][bootstrap] + 1)
+        assert torch.equal(teacher["labelled"], student["labelled"][bootstrap])
+        assert torch.equal(teacher["images"], student["images"][bootstrap])
+    assert torch.equal(first["noisy"], student["noisy"][bootstrap])
+    assert torch.equal(second["index"] - first["index"], 8 // 2 ** (first["e"]))
+    assert error.abs().max() < 1e-6  # a perfect model has no loss on either kind of row
+
+
+def test_loss_is_weighted_by_the_ramp_on_both_kinds_of_rows(make_dynamics) -> None:
+    calls, error = objective_call(make_dynamics, 0.2)
+    expected = 0.25 * ramp(calls[0]["index"] / 8)
+    torch.testing.assert_close(error, expected, rtol=5e-3, atol=1e-3)
+    _, flat = objective_call(make_dynamics, 0.2, ramp=False)
+    torch.testing.assert_close(flat, torch.full_like(flat, 0.25), rtol=5e-3, atol=1e-3)
+
+
+def test_no_bootstrap_before_its_time(make_dynamics) -> None:
+    assert len(objective_call(make_dynamics, 0.7, step=9, bootstrap_warmup=0.1)[0]) == 1
+    assert len(objective_call(make_dynamics, 0.7, step=10, bootstrap_warmup=0.1)[0]) == 3
+
+
+def test_committed_frames_sit_at_the_context_level_of_flow_rows(make_dynamics) -> None:
+    calls, _ = objective_call(make_dynamics, 0.7, committed=0.5)
+    flow = (calls[0]["e"] == 3).all(1)
+    share = (calls[0]["index"][flow] == 7).float().mean()
+    assert 0.5 < share < 0.62  # a half, and an eighth of the rest
+    assert (calls[0]["index"][~flow] == 7).sum() == 0
+
+
+def test_frames_past_the_end_do_not_count(dynamics_phase) -> None:
+    phase = dynamics_phase()
+    batch = phase.sample(np.random.default_rng(0), 0)
+    batch["tokens"] = batch["tokens"].clone().requires_grad_()
+    batch["valid"] = batch["valid"].clone()
+    batch["valid"][:, 2:] = False
+    losses, _ = phase(batch, torch.Generator().manual_seed(0), 0)
+    (grad,) = torch.autograd.grad(losses["dynamics"], batch["tokens"])
+    assert grad[:, :2].any()
+    assert not grad[:, 2:].any()
+
+
+def test_tokenizer_phase_mixes_frames_and_clips(make_tokenizer, make_logs) -> None:
+    logs = make_logs((9, 12), images={"front": np.zeros((21, 8, 12, 3), np.uint8)})
+    phase = TokenizerPhase(TokenizerTraining(batch=12, length=4, clip_share=0.25), make_tokenizer(), logs, np.arange(2))
+    rng = np.random.default_rng(0)
+    shapes = [tuple(phase.sample(rng, s)["front"].shape[:2]) for s in range(400)]
+    assert set(shapes) == {(12, 1), (3, 4)}
+    assert 0.18 < shapes.count((3, 4)) / 400 < 0.32
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_gate_05_presets_sample_with_trained_step_sizes(name: str) -> None:
+    """A step size whose row was never trained costs quality without a word."""
+    preset = PRESETS[name]
+    settings = preset.imagination_training.settings
+    assert preset.grid.levels % settings.steps == 0
+    assert settings.finest_label or preset.dynamics_training.bootstrap_rows > 0
+    assert preset.dynamics.context <= preset.dynamics_training.long_length
+    assert max(settings.contexts) <= preset.dynamics.context
+
+
+# ---- golden curves
+
+
+def test_golden_curve_tokenizer(make_tokenizer, make_logs) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (21, 8, 12, 3), dtype=np.uint8)
+    logs = make_logs((9, 12), images={"front": images})
+    cfg = TokenizerTraining(steps=5, batch=12, length=4, clip_share=0.5)
+    history = run(TokenizerPhase(cfg, make_tokenizer(), logs, np.arange(2)), 5)
+    np.testing.assert_allclose([h["pixels"] for h in history], GOLDEN_TOKENIZER, rtol=2e-3)
+
+
+def test_golden_curve_dynamics(dynamics_phase) -> None:
+    history = run(dynamics_phase(steps=5, bootstrap_warmup=0.4, bootstrap_rows=0.5, long_final=0.2), 5)
+    np.testing.assert_allclose([h["dynamics"] for h in history], GOLDEN_DYNAMICS, rtol=2e-3)
+
+
+GOLDEN_TOKENIZER = [0.0] * 5
+GOLDEN_DYNAMICS = [0.0] * 5
+
+
+# ---- phase 2
+
+
+def test_relevant_episodes(make_logs) -> None:
+    reward = np.zeros((15, 2), np.float32)
+    reward[[1, 6, 13], 0] = (1.0, 0.4, 0.5)
+    reward[[7, 12], 1] = 1.0
+    mask = np.ones(15, bool)
+    mask[12:] = False  # episode 2 has no action labels: nothing to clone
+    logs = make_logs((5, 7, 3), reward=reward, action_mask=mask)
+    everything = np.arange(3)
+    assert relevant_episodes(logs, everything, 0, 0.5).tolist() == [0]
+    assert relevant_episodes(logs, everything, 0, 0.3).tolist() == [0, 1]
+    assert relevant_episodes(logs, everything, 1, 0.5).tolist() == [1]
+    assert relevant_episodes(logs, np.array([0, 2]), 1, 0.5).tolist() == []
+    scalar = make_logs((5, 7, 3), reward=reward[:, :1])
+    assert relevant_episodes(scalar, everything, 1, 0.5).tolist() == [0, 2]  # a scalar reward serves every task
+
+
+@pytest.fixture
+def agent_phase(make_dynamics, make_agent, make_logs) -> Callable[..., AgentPhase]:
+    def make(awake: bool = True, **changes) -> AgentPhase:
+        logs = make_logs((9, 12, 7))
+        logs.reward[:] = 0
+        logs.reward[[4, 15], [0, 1]] = 1.0  # episode 0 does task 0, episode 1 task 1, episode 2 none
+        dynamics = make_dynamics()
+        settings = dict(steps=40, batch=12, length=4, dynamics=DynamicsTraining(**ALWAYS_BOTH)) | changes
+        return AgentPhase(
+            AgentTraining(**settings), make_agent(dynamics, awake=awake), dynamics, nn.Identity(), logs,
+            noise_latents(28), np.arange(3),
+        )  # fmt: skip
+
+    return make
+
+
+def test_agent_batches_are_half_uniform_half_relevant(agent_phase) -> None:
+    phase = agent_phase()
+    rng, seen = np.random.default_rng(0), set()
+    for step in range(40):
+        batch = phase.sample(rng, step)
+        frame = (batch["action"][..., 0] - 0.25).long()
+        episode = torch.bucketize(frame[:, 0], torch.tensor([9, 21]), right=True)
+        assert batch["relevant"].tolist() == [False] * 6 + [True] * 6
+        assert torch.equal(batch["task"][6:], episode[6:])  # hindsight: the task that was accomplished
+        seen |= set(zip(episode[:6].tolist(), batch["task"][:6].tolist(), strict=True))
+        index = frame.clamp_max(27)
+        expected = torch.from_numpy(phase.logs.reward)[index].gather(2, batch["task"][:, None, None].expand(-1, 4, 1))
+        assert torch.equal(batch["reward"][batch["valid"]], expected[..., 0][batch["valid"]])
+    assert seen == {(e, q) for e in range(3) for q in range(2)}  # uniform rows: any episode under any task
+
+
+def test_each_loss_learns_from_its_own_half(agent_phase) -> None:
+    """By gradients: cloning on relevant rows, the world on uniform rows (or it turns optimistic), reward on both."""
+    phase = agent_phase()
+    batch = phase.sample(np.random.default_rng(0), 0)
+    batch["tokens"] = batch["tokens"].clone().requires_grad_()
+    losses, _ = phase(batch, torch.Generator().manual_seed(0), 0)
+    halves = {}
+    for name, loss in losses.items():
+        (grad,) = torch.autograd.grad(loss, batch["tokens"], retain_graph=True)
+        halves[name] = (bool(grad[:6].any()), bool(grad[6:].any()))
+    both = (True, True)
+    assert halves == {"dynamics": (True, False), "policy": (False, True), "reward": both, "proceed": both}
+
+
+def test_cloning_skips_unlabelled_frames(agent_phase) -> None:
+    phase = agent_phase()
+    batch = phase.sample(np.random.default_rng(0), 0)
+    batch["labelled"][:] = False
+    losses, _ = phase(batch, torch.Generator().manual_seed(0), 0)
+    assert losses["policy"] == 0
+    assert losses["reward"] > 0
+
+
+def test_heads_train_the_transformer_and_the_task_embedding(agent_phase) -> None:
+    """Detached features would leave the agent tokens at their random start."""
+    phase = agent_phase()
+    losses, _ = phase(phase.sample(np.random.default_rng(0), 0), torch.Generator().manual_seed(0), 0)
+    for name in ("policy", "reward"):
+        grads = torch.autograd.grad(
+            losses[name], [phase.agent.task, phase.dynamics.transformer.layers[0].up.weight], retain_graph=True
+        )
+        assert all(g.any() for g in grads)
+
+
+def test_gate_02_leads_are_scored_against_the_right_ticks(agent_phase) -> None:
+    """Heads that say the same everywhere, one thing per lead: the losses can be counted by hand."""
+    phase = agent_phase(awake=False)
+    agent, leads = phase.agent, phase.agent.cfg.leads
+    with torch.no_grad():
+        agent.policy.out.bias.normal_()
+        agent.reward.out.bias.normal_()
+    batch = phase.sample(np.random.default_rng(3), 0)
+    batch["action"] = torch.rand(12, 4, 1) * 4 - 2
+    batch["labelled"] = torch.rand(12, 4) < 0.7
+    batch["reward"] = torch.rand(12, 4)
+    batch["valid"][1, 2:] = batch["valid"][8, 1:] = False
+    losses, metrics = phase(batch, torch.Generator().manual_seed(0), 0)
+    policy, reward = agent.policy.out.bias.view(leads, -1), agent.reward.out.bias.view(leads, -1)
+    nats, lead0, surprise = [], [], []
+    for b in range(12):
+        for t in range(4):
+            for n in range(min(leads, 4 - t)):
+                if b >= 6 and batch["labelled"][b, t + n]:
+                    nats.append(-agent.space.log_prob(policy[n], batch["action"][b, t + n]))
+                    lead0 += [nats[-1]] if n == 0 else []
+                if batch["valid"][b, t + n]:
+                    surprise.append(-agent.reward_dist.log_prob(reward[n], batch["reward"][b, t + n]))
+    torch.testing.assert_close(losses["policy"], torch.stack(nats).mean())
+    torch.testing.assert_close(metrics["bc_nats"], torch.stack(lead0).mean())
+    torch.testing.assert_close(losses["reward"], torch.stack(surprise).mean())
+
+
+def test_continuation_is_the_absence_of_a_terminal(agent_phase) -> None:
+    phase = agent_phase(awake=False)
+    with torch.no_grad():
+        phase.agent.proceed.out.bias.fill_(20.0)  # sure to go on
+    batch = phase.sample(np.random.default_rng(0), 0)
+    batch["terminal"][:], batch["valid"][:] = False, True
+    assert phase(batch, torch.Generator().manual_seed(0), 0)[0]["proceed"] < 1e-6
+    batch["terminal"][:] = True
+    assert phase(batch, torch.Generator().manual_seed(0), 0)[0]["proceed"] == pytest.approx(20.0)
+
+
+# ---- phase 3
+
+
+@pytest.fixture
+def imagination_phase(make_dynamics, make_agent, make_logs) -> Callable[..., ImaginationPhase]:
+    def make(awake: bool = True, **changes) -> ImaginationPhase:
+        dynamics, logs = make_dynamics(), make_logs((9, 12, 2))
+        logs.action[:] = np.sin(logs.action)
+        settings = ImaginationConfig(horizon=3, contexts=(1, 4), steps=2, warmup=0.0)
+        cfg = ImaginationTraining(**(dict(steps=20, batch=6, reuse=2, settings=settings) | changes))
+        torch.manual_seed(0)
+        return ImaginationPhase(
+            cfg, make_agent(dynamics, awake=awake), dynamics, nn.Identity(), logs, noise_latents(23), np.arange(3)
+        )
+
+    return make
+
+
+def test_imagination_changes_policy_and_critic_and_nothing_else(imagination_phase) -> None:
+    phase = imagination_phase()
+    before = copy.deepcopy(phase.state_dict())
+    named = dict(phase.trainable())
+    assert {name.split(".")[0] for name in named} == {"policy", "critic"}
+    assert all(phase.group(name, p) == "heads" for name, p in named.items())
+    run(phase, 4)
+    changed = {name.split(".")[0] for name, value in phase.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"policy", "critic", "normaliser"}
+    for name, p in phase.named_parameters():
+        assert (p.grad is not None) == (name in named), name
+    for name, value in phase.prior.state_dict().items():
+        assert torch.equal(value, phase.agent.policy.state_dict()[name])
+
+
+def test_policy_and_critic_share_no_parameter(imagination_phase) -> None:
+    phase = imagination_phase()
+    losses, _ = phase(phase.sample(np.random.default_rng(0), 0), torch.Generator().manual_seed(0), 0)
+    policy, critic = list(phase.policy.parameters()), list(phase.critic.parameters())
+    for loss, others in ((losses["policy"], critic), (losses["value"], policy)):
+        assert all(g is None for g in torch.autograd.grad(loss, others, retain_graph=True, allow_unused=True))
+
+
+def test_the_policy_starts_as_the_prior_with_no_kl(imagination_phase) -> None:
+    phase = imagination_phase()
+    _, metrics = phase(phase.sample(np.random.default_rng(0), 0), torch.Generator().manual_seed(0), 0)
+    assert metrics["kl"] == 0
+
+
+def test_warm_up_trains_only_the_critic(imagination_phase) -> None:
+    settings = ImaginationConfig(horizon=3, contexts=(1,), steps=2, warmup=0.25)
+    phase = imagination_phase(settings=settings)
+    for step, moves in ((4, False), (5, True)):
+        losses, _ = phase(phase.sample(np.random.default_rng(0), 4), torch.Generator().manual_seed(0), step)
+        phase.zero_grad()
+        phase.total(losses).backward()
+        assert any(p.grad is not None and p.grad.any() for p in phase.policy.parameters()) == moves
+        assert all(p.grad.isfinite().all() for p in phase.critic.parameters())
+
+
+def test_a_rollout_serves_several_steps(imagination_phase) -> None:
+    phase = imagination_phase()
+    assert phase.period == 2
+    first = phase.sample(np.random.default_rng(0), 0)
+    phase(first, torch.Generator().manual_seed(0), 0)
+    roll = phase._rollout
+    assert phase.sample(np.random.default_rng(1), 1) == {}
+    phase({}, torch.Generator().manual_seed(1), 1)
+    assert phase._rollout is roll
+    phase(phase.sample(np.random.default_rng(2), 2), torch.Generator().manual_seed(2), 2)
+    assert phase._rollout is not roll
+    assert not any(x.requires_grad for x in vars(roll).values())
+
+
+def test_rollouts_start_from_whole_contexts_of_long_enough_episodes(imagination_phase) -> None:
+    phase, lengths = imagination_phase(), set()
+    for step in range(0, 40, 2):
+        batch = phase.sample(np.random.default_rng(step), step)
+        lengths.add(batch["tokens"].shape[1])
+        assert batch["valid"].all()
+    assert lengths == {1, 4}
+    assert phase._episodes.tolist() == [0, 1]
+
+
+def test_rollouts_are_a_function_of_the_generator(imagination_phase) -> None:
+    phase = imagination_phase()
+    batch = phase.sample(np.random.default_rng(0), 0)
+    a, b, c = (phase.roll(batch, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(a.tokens, b.tokens)
+    assert torch.equal(a.action, b.action)
+    assert not torch.equal(a.tokens, c.tokens)
+
+
+def test_every_trained_weight_gets_a_gradient_under_autocast(imagination_phase, agent_phase, dynamics_phase) -> None:
+    """Autocast may keep the copies that a no-grad rollout or teacher made of the weights, and lose their gradients."""
+    for phase in (imagination_phase(), agent_phase(), dynamics_phase(**ALWAYS_BOTH)):
+        batch = phase.sample(np.random.default_rng(0), 0)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses, _ = phase(batch, torch.Generator().manual_seed(0), 30)
+        phase.total(losses).backward()
+        missing = [name for name, p in phase.trainable() if p.grad is None or not p.grad.isfinite().all()]
+        assert missing == []
+        assert all(p.grad.any() for name, p in phase.trainable() if p.ndim == 2 and "embed_step" not in name)
+
+
+# ---- worlds learned end to end
+
+
+def tiny_world(make_dynamics, make_logs, reward_shift: int = 0, labels: float = 1.0, seen: bool = False):
+    """40 episodes of 12 frames under a random key; the reward of a frame is the key pressed before it.
+
+    With `reward_shift` 1 it is the key pressed at the frame itself. Frames show nothing, or, if `seen`, that key.
+    """
+    rng = np.random.default_rng(0)
+    action = rng.integers(0, 2, (480, 1)).astype(np.float32)
+    arrived = np.roll(action, 1 - reward_shift, 0)
+    if not reward_shift:
+        arrived[::12] = 0
+    mask = np.repeat(np.arange(40) < 40 * labels, 12)
+    logs = make_logs((12,) * 40, tasks=1, action=action, reward=arrived, action_mask=mask, is_terminal=np.zeros(480, bool))
+    latents = noise_latents(480, 1, 1)
+    if seen:
+        latents[:, 0] = 2 * np.roll(action, 1, 0) - 1
+    shape = dict(dim=32, depth=2, time_every=2, context=8)
+    dynamics = make_dynamics(
+        actions=KEY, num_tokens=1, token_dim=1, agent_tokens=1, awake=False, shape=shape, grid=Grid(levels=8)
+    )
+    return logs, latents, dynamics
+
+
+@pytest.fixture(scope="module")
+def train_agent(make_dynamics, make_agent, make_logs):
+    def train(reward_shift: int) -> tuple[AgentPhase, list[dict[str, float]]]:
+        logs, latents, dynamics = tiny_world(make_dynamics, make_logs, reward_shift)
+        agent = make_agent(dynamics, awake=False, num_tasks=1, leads=1, hidden=32, reward_bins=5, value_bins=21)
+        flow = DynamicsTraining(image_rows=0.0, bootstrap_rows=0.25, bootstrap_warmup=0.0)
+        cfg = AgentTraining(steps=120, batch=32, length=6, dynamics=flow)
+        phase = AgentPhase(cfg, agent, dynamics, nn.Identity(), logs, latents, np.arange(40))
+        return phase, run(phase, 120)
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def keyboard(train_agent) -> tuple[AgentPhase, list[dict[str, float]]]:
+    return train_agent(0)
+
+
+def test_gate_02_reward_lead_zero_learns_the_arriving_reward_and_cannot_learn_the_outgoing(keyboard, train_agent) -> None:
+    """Frames show nothing, so all that a head can know of a reward is the action that its block carries."""
+    _, right = keyboard
+    _, shifted = train_agent(1)
+    assert mean(right[-10:], "reward") < 0.15
+    assert mean(shifted[-10:], "reward") > 0.6  # ln 2 = 0.69
+
+
+def test_gate_02_policy_lead_zero_does_not_see_the_action_it_predicts(keyboard) -> None:
+    """Keys are random: a head that beats ln 2 copies its label."""
+    phase, history = keyboard
+    assert mean(history[-10:], "policy") > 0.66
+    assert phase.agent.policy.out.weight.any()
+
+
+def real_return(phase: ImaginationPhase, policy: nn.Module, seed: int = 0) -> float:
+    """Mean reward per tick in the real world, where frames are noise and the reward is the key just pressed."""
+    gen = torch.Generator().manual_seed(seed)
+    dream = Dream(phase.dynamics, phase.agent, 64, gen)
+    action, known, total = torch.zeros(64, 1), torch.zeros(64, dtype=torch.bool), 0.0
+    with torch.no_grad():
+        for _ in range(6):
+            h = dream.observe(torch.randn(64, 1, 1, generator=gen), action, known, torch.zeros(64, dtype=torch.int64))
+            action, known = dream.dynamics.space.sample(policy.first(h), gen), torch.ones(64, dtype=torch.bool)
+            total += action.mean().item() / 6
+    return total
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_gate_11_imagination_improves_on_cloning_in_the_real_world(keyboard, seed: int) -> None:
+    trained, _ = keyboard
+    torch.manual_seed(seed)
+    settings = ImaginationConfig(horizon=4, contexts=(1, 2), steps=1, beta=0.03, discount=0.5, warmup=0.1)
+    phase = ImaginationPhase(
+        ImaginationTraining(steps=50, batch=48, reuse=1, settings=settings), copy.deepcopy(trained.agent),
+        copy.deepcopy(trained.dynamics), nn.Identity(), trained.logs, trained.latents, np.arange(40),
+    )  # fmt: skip
+    run(phase, 50, lr=1e-2)
+    cloned, improved = real_return(phase, phase.prior), real_return(phase, phase.policy)
+    assert 0.35 < cloned < 0.65
+    assert improved > 0.85
+
+
+def test_gate_08_09_actions_steer_the_world_and_unlabelled_frames_average(make_dynamics, make_logs) -> None:
+    """Trained with a fifth of the labels: right actions beat none, and none beat wrong ones."""
+    logs, latents, dynamics = tiny_world(make_dynamics, make_logs, labels=0.2, seen=True)
+    cfg = DynamicsTraining(
+        steps=150, batch=32, length=6, long_length=12, long_share=0.1, bootstrap_rows=0.25, bootstrap_warmup=0.3
+    )
+    phase = DynamicsPhase(cfg, dynamics, nn.Identity(), logs, latents, np.arange(40))
+    run(phase, 150)
+    freeze(dynamics)
+    action = torch.randint(0, 2, (64, 6, 1), generator=torch.Generator().manual_seed(0)).float()
+    target, noise = 2 * action[..., None] - 1, torch.randn(64, 6, 1, 1)
+    start, known = torch.zeros(64, 6, dtype=torch.int64), torch.ones(64, 6, dtype=torch.bool)
+
+    def loss(carried: Tensor, labelled: Tensor) -> float:
+        clean = dynamics(noise, start, start + 3, carried, labelled).clean
+        return (clean - target).square().mean().item()
+
+    right, wrong, none = loss(action, known), loss(1 - action, known), loss(action, ~known)
+    assert right < 0.3
+    assert math.isfinite(none)
+    assert 2 * right < none < wrong
+    assert wrong > 1.5
+
+
+def test_checkpoints_are_complete_in_themselves(make_dynamics, dynamics_phase, agent_phase, imagination_phase) -> None:
+    assert set(dynamics_phase().checkpoint_modules()) == {"tokenizer", "dynamics"}
+    assert set(agent_phase().checkpoint_modules()) == {"tokenizer", "dynamics", "agent"}
+    names = set(imagination_phase().checkpoint_modules())
+    assert names == {"tokenizer", "dynamics", "agent", "policy", "critic"}
+    assert isinstance(agent_phase().checkpoint_modules()["agent"], Agent)
