@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d4_core import distributed
 from d4_core.tokenizer import Tokenizer
+
+_GROUP = 8  # episodes encoded together
 
 
 class Logs(Protocol):
@@ -46,6 +49,11 @@ class Clips:
 def draw(logs: Logs, rng: np.random.Generator, batch: int, length: int, episodes: np.ndarray) -> Clips:
     """Clips of `length` frames from `episodes`."""
     return Clips(*logs.indices(logs.sample_starts(rng, batch, length, episodes), length))
+
+
+def join(parts: list[Clips]) -> Clips:
+    """Clips of the same length as one batch."""
+    return Clips(np.concatenate([p.index for p in parts]), np.concatenate([p.valid for p in parts]))
 
 
 def transitions(logs: Logs, first_frame: np.ndarray, clips: Clips) -> dict[str, Tensor]:
@@ -98,46 +106,65 @@ def pixel_statistics(logs: Logs, tokenizer: Tokenizer, rng: np.random.Generator,
 
 
 @torch.no_grad()
-def encode_episode(tokenizer: Tokenizer, logs: Logs, episode: int, chunk: int = 256) -> Tensor:
-    """Latents (T, N, L) of one episode, equal to streaming it frame by frame as a robot does.
+def encode_episode(tokenizer: Tokenizer, logs: Logs, episode: int) -> Tensor:
+    """Latents (T, N, L) of one episode; see `encode_episodes`."""
+    return encode_episodes(tokenizer, logs, np.array([episode]))[0]
 
-    Long episodes run in chunks that repeat the encoder's receptive field, so memory stays bounded.
+
+@torch.no_grad()
+def encode_episodes(tokenizer: Tokenizer, logs: Logs, episodes: np.ndarray, chunk: int = 256) -> list[Tensor]:
+    """Latents (T, N, L) of each episode, equal to streaming it frame by frame as a robot does.
+
+    Shorter episodes are padded at their end, where a causal encoder cannot notice; long ones run in chunks that repeat
+    the encoder's receptive field, so memory stays bounded.
     """
-    cfg = tokenizer.cfg.transformer
+    cfg, device = tokenizer.cfg.transformer, tokenizer.latents.device
     names = [c.name for c in tokenizer.cfg.cameras] + [v.name for v in tokenizer.cfg.vectors]
-    device = tokenizer.latents.device
     overlap = cfg.depth // cfg.time_every * (cfg.context - 1)
-    start, length, out = int(logs.episode_start[episode]), int(logs.episode_length[episode]), []
-    for t in range(0, length, chunk):
+    start, length = logs.episode_start[episodes], logs.episode_length[episodes]
+    parts = []
+    for t in range(0, int(length.max()), chunk):
         begin = max(0, t - overlap)
-        index = np.arange(start + begin, start + min(t + chunk, length))[None]
+        step = np.arange(begin, min(t + chunk, int(length.max())))
+        index = start[:, None] + np.minimum(step, length[:, None] - 1)
         obs = {k: v.to(device) for k, v in observations(logs, index, names).items()}
-        out.append(tokenizer.encode(obs)[0, t - begin :])
-    return torch.cat(out)
+        parts.append(tokenizer.encode(obs)[:, t - begin :])
+    z = torch.cat(parts, 1)
+    return [row[:n] for row, n in zip(z, length, strict=True)]
 
 
-def latent_cache(tokenizer: Tokenizer, logs: Logs, path: Path, tag: str, progress=None) -> np.ndarray:
+def latent_cache(tokenizer: Tokenizer, logs: Logs, path: Path, tag: str) -> np.ndarray:
     """Packed, standardised tokens (N, Nz, Dz) float16 of every frame, computed once per tokenizer.
 
-    Sets the tokenizer's latent statistics on the way. Written aside and renamed; `tag` (the tokenizer's hash) names the
-    file, so a changed tokenizer never reads old latents.
+    All ranks share the work. Written aside and renamed; `tag` (the tokenizer's hash) names the file, so a changed
+    tokenizer never reads old latents.
     """
     file = path / f"latents-{tag}.npy"
-    if file.exists():
-        return np.load(file, mmap_mode="r")
-    cfg = tokenizer.cfg
-    path.mkdir(parents=True, exist_ok=True)
-    aside = path / f".tmp-{os.getpid()}-{file.name}"
-    shape = (logs.num_frames, cfg.num_tokens, cfg.token_dim)
-    out = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float16, shape=shape)
-    for episode, (start, length) in enumerate(zip(logs.episode_start, logs.episode_length, strict=True)):
-        z = tokenizer.pack(encode_episode(tokenizer, logs, episode))
-        out[start : start + length] = z.half().cpu().numpy()
-        if progress is not None:
-            progress(episode + 1, len(logs.episode_start))
-    out.flush()
-    os.replace(aside, file)
+    if not distributed.all_agree(file.exists(), tokenizer.latents.device):
+        aside = path / f".tmp-{file.name}"
+        if distributed.rank() == 0:
+            path.mkdir(parents=True, exist_ok=True)
+            shape = (logs.num_frames, tokenizer.cfg.num_tokens, tokenizer.cfg.token_dim)
+            np.lib.format.open_memmap(aside, mode="w+", dtype=np.float16, shape=shape).flush()
+        distributed.barrier()
+        _fill(np.load(aside, mmap_mode="r+"), tokenizer, logs)
+        distributed.barrier()
+        if distributed.rank() == 0:
+            os.replace(aside, file)
+        distributed.barrier()
     return np.load(file, mmap_mode="r")
+
+
+def _fill(out: np.memmap, tokenizer: Tokenizer, logs: Logs) -> None:
+    """This rank's share of the episodes, in groups of similar length."""
+    order = np.argsort(logs.episode_length, kind="stable")[distributed.rank() :: distributed.world_size()]
+    for group in np.array_split(order, max(1, len(order) // _GROUP)):
+        if not len(group):  # more ranks than episodes
+            continue
+        for episode, z in zip(group, encode_episodes(tokenizer, logs, group), strict=True):
+            start = logs.episode_start[episode]
+            out[start : start + len(z)] = tokenizer.pack(z).half().cpu().numpy()
+    out.flush()
 
 
 @torch.no_grad()

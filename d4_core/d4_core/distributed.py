@@ -36,6 +36,16 @@ def barrier() -> None:
         dist.barrier()
 
 
+def share(batch: int) -> int:
+    """This rank's part of a global batch, at least one."""
+    return max(1, batch // world_size())
+
+
+def all_agree(value: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether `value` is true on every rank; `device` must suit the backend (cuda for nccl)."""
+    return average_scalar(float(value), device) == 1.0
+
+
 def average_gradients(params: Iterable[nn.Parameter]) -> None:
     """Replace each gradient by its mean over the ranks, with one all_reduce per dtype.
 

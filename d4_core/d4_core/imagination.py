@@ -59,11 +59,19 @@ class Dream:
         agent: heads and task embedding, or None to run the world alone.
         batch: number of streams.
         gen: source of all randomness (context noise and sampling noise).
+        dtype: of the cache; under autocast a float32 cache would be converted in every pass.
     """
 
-    def __init__(self, dynamics: Dynamics, agent: Agent | None, batch: int, gen: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        agent: Agent | None,
+        batch: int,
+        gen: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.dynamics, self.agent, self.batch, self.gen = dynamics, agent, batch, gen
-        self.cache: KVCache = dynamics.new_cache(batch)
+        self.cache: KVCache = dynamics.new_cache(batch, dtype)
         self.grid = dynamics.cfg.grid
         device = self.cache.position.device
         self._context = torch.full((batch,), self.grid.context_index, device=device)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d4_core.agent import Agent, Critic, shift_leads
-from d4_core.data import Clips, Logs, draw, first_frames, observations, transitions
+from d4_core.distributed import share
+from d4_core.data import Clips, Logs, draw, first_frames, join, observations, transitions
 from d4_core.dynamics import Dynamics
 from d4_core.imagination import (
     Dream,
@@ -95,11 +96,21 @@ class AgentTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class ImaginationTraining:
-    """Phase 3: every rollout batch serves `reuse` optimiser steps over the heads."""
+    """Phase 3.
+
+    Attributes:
+        steps: optimiser steps over the heads.
+        batch: rollouts per batch, one from each context.
+        reuse: optimiser steps that a batch of rollouts serves.
+        relevant_share: share of contexts from episodes that accomplish the rollout's task (paper: 0.5).
+        relevant_reward: reward that counts as accomplishing it.
+    """
 
     steps: int = 2_000
     batch: int = 64
     reuse: int = 4
+    relevant_share: float = 0.5
+    relevant_reward: float = 0.5
     settings: ImaginationConfig = ImaginationConfig()
 
 
@@ -116,7 +127,7 @@ class TokenizerPhase(Phase):
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
         """{modality: (B, T, ...)}."""
         length = self.cfg.length if rng.random() < self.cfg.clip_share else 1
-        clips = draw(self.logs, rng, max(1, self.cfg.batch // length), length, self.episodes)
+        clips = draw(self.logs, rng, max(1, share(self.cfg.batch) // length), length, self.episodes)
         return observations(self.logs, clips.index, self._names)
 
     def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:
@@ -177,7 +188,7 @@ def draw_clips(cfg: DynamicsTraining, logs: Logs, rng: np.random.Generator, batc
     parts = [draw(logs, rng, batch - count, length, episodes)]
     if count:
         parts.append(draw(logs, rng, count, length, labelled))
-    return Clips(np.concatenate([p.index for p in parts]), np.concatenate([p.valid for p in parts]))
+    return join(parts)
 
 
 class DynamicsPhase(Phase):
@@ -198,7 +209,8 @@ class DynamicsPhase(Phase):
         """(clips, frames) of the batch at `step`: short ones, now and then a long one, only long ones at the end."""
         cfg = self.cfg
         long = rng.random() < cfg.long_share or step >= cfg.steps * (1 - cfg.long_final)
-        return (max(1, cfg.batch * cfg.length // cfg.long_length), cfg.long_length) if long else (cfg.batch, cfg.length)
+        batch = share(cfg.batch)
+        return (max(1, batch * cfg.length // cfg.long_length), cfg.long_length) if long else (batch, cfg.length)
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
         """Tokens (B, T, N, L) and transitions."""
@@ -215,11 +227,21 @@ class DynamicsPhase(Phase):
         return {"tokenizer": self.tokenizer, "dynamics": self.dynamics}
 
 
-def relevant_episodes(logs: Logs, episodes: np.ndarray, task: int, threshold: float) -> np.ndarray:
-    """Labelled episodes in which the task's reward reaches the threshold, whatever the driver had in mind."""
+def accomplished(logs: Logs, episodes: np.ndarray, task: int, threshold: float) -> np.ndarray:
+    """Episodes in which the task's reward reaches the threshold, whatever the driver had in mind.
+
+    A dataset without rewards has nothing to tell episodes apart: all of them count.
+    """
+    if not logs.reward.any():
+        return episodes
     column = logs.reward[:, min(task, logs.reward.shape[1] - 1)]
     best = np.maximum.reduceat(column, logs.episode_start)
-    return episodes[logs.labelled[episodes] & (best[episodes] >= threshold)]
+    return episodes[best[episodes] >= threshold]
+
+
+def relevant_episodes(logs: Logs, episodes: np.ndarray, task: int, threshold: float) -> np.ndarray:
+    """Labelled episodes that accomplish a task: what the policy is cloned from."""
+    return accomplished(logs, episodes[logs.labelled[episodes]], task, threshold)
 
 
 class AgentPhase(Phase):
@@ -242,20 +264,18 @@ class AgentPhase(Phase):
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
         """Uniform half, then relevant half; `relevant` (B,) tells them apart, `task` (B,) is hindsight on the latter."""
-        cfg, half = self.cfg, self.cfg.batch // 2
-        uniform = draw_clips(cfg.dynamics, self.logs, rng, cfg.batch - half, cfg.length, self.episodes)
+        cfg, batch = self.cfg, max(2, share(self.cfg.batch))
+        half = batch // 2
+        uniform = draw_clips(cfg.dynamics, self.logs, rng, batch - half, cfg.length, self.episodes)
         usable = [q for q, episodes in enumerate(self.relevant) if len(episodes)]
         tasks = rng.choice(usable, half)
         rows = [draw(self.logs, rng, 1, cfg.length, self.relevant[q]) for q in tasks]
-        clips = Clips(
-            np.concatenate([uniform.index, *(r.index for r in rows)]),
-            np.concatenate([uniform.valid, *(r.valid for r in rows)]),
-        )
-        task = np.concatenate([rng.integers(0, len(self.relevant), cfg.batch - half), tasks])
-        batch = {"tokens": torch.from_numpy(self.latents[clips.index]), **transitions(self.logs, self._first, clips)}
+        clips = join([uniform, *rows])
+        task = np.concatenate([rng.integers(0, len(self.relevant), batch - half), tasks])
+        out = {"tokens": torch.from_numpy(self.latents[clips.index]), **transitions(self.logs, self._first, clips)}
         column = np.minimum(task, self.logs.reward.shape[1] - 1)
-        batch["reward"] = torch.take_along_dim(batch["reward"], torch.from_numpy(column)[:, None, None], 2)[..., 0]
-        return batch | {"task": torch.from_numpy(task), "relevant": torch.arange(cfg.batch) >= cfg.batch - half}
+        out["reward"] = torch.take_along_dim(out["reward"], torch.from_numpy(column)[:, None, None], 2)[..., 0]
+        return out | {"task": torch.from_numpy(task), "relevant": torch.arange(batch) >= batch - half}
 
     def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:
         """Dynamics loss on the uniform half, BC on the relevant half, reward and continuation on both."""
@@ -300,7 +320,8 @@ class ImaginationPhase(Phase):
         self.critic = Critic(agent.cfg, agent.policy.trunk[0].in_features)
         self._first = first_frames(logs)
         self._episodes = episodes[logs.episode_length[episodes] >= max(cfg.settings.contexts)]
-        self._relevant = [relevant_episodes(logs, self._episodes, q, 0.5) for q in range(agent.cfg.num_tasks)]
+        tasks = range(agent.cfg.num_tasks)
+        self._relevant = [accomplished(logs, self._episodes, q, cfg.relevant_reward) for q in tasks]
         self._dream: Dream | None = None
         self._rollout: tuple[Rollout, Tensor] | None = None
 
@@ -308,19 +329,21 @@ class ImaginationPhase(Phase):
         """Real contexts (B, T_c) for one batch of rollouts, with a task per row; empty while a rollout is reused."""
         if step % self.cfg.reuse:
             return {}
-        cfg = self.cfg
-        length = int(rng.choice(cfg.settings.contexts))
-        clips = draw(self.logs, rng, cfg.batch, length, self._episodes)
-        task = rng.integers(0, self.agent.cfg.num_tasks, cfg.batch)
-        batch = {"tokens": torch.from_numpy(self.latents[clips.index]), **transitions(self.logs, self._first, clips)}
-        return batch | {"task": torch.from_numpy(task)}
+        batch, length = share(self.cfg.batch), int(rng.choice(self.cfg.settings.contexts))
+        task = rng.integers(0, self.agent.cfg.num_tasks, batch)
+        relevant = rng.random(batch) < self.cfg.relevant_share
+        pools = [self._relevant[q] if r and len(self._relevant[q]) else self._episodes for q, r in zip(task, relevant, strict=True)]
+        clips = join([draw(self.logs, rng, 1, length, pool) for pool in pools])
+        out = {"tokens": torch.from_numpy(self.latents[clips.index]), **transitions(self.logs, self._first, clips)}
+        return out | {"task": torch.from_numpy(task)}
 
     @torch.no_grad()
     def roll(self, batch: Batch, gen: torch.Generator) -> Rollout:
         """Imagine from the contexts of a batch with the current policy."""
         device = batch["task"].device
         if self._dream is None:
-            self._dream = Dream(self.dynamics, self.agent, self.cfg.batch)
+            dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
+            self._dream = Dream(self.dynamics, self.agent, share(self.cfg.batch), dtype=dtype)
         dream, h = self._dream, None
         dream.reset()
         dream.gen = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=gen)))

@@ -18,6 +18,7 @@ from d4_core.memory import require_memory
 from d4_core.models import CONTENTS, Models, build, load, weights_hash
 from d4_core.phase import Phase
 from d4_core.phases import AgentPhase, DynamicsPhase, ImaginationPhase, TokenizerPhase
+from d4_core.tokenizer import Tokenizer
 from d4_core.train import TrainArgs, scaled
 from d4_datasets.errors import UserError
 from d4_datasets.windows import Windows
@@ -74,12 +75,15 @@ class Pipeline:
         torch.manual_seed(self.args.seed * 1000 + list(CONTENTS).index(phase))
         work = self._prepare(phase)
         optim = getattr(self.preset.optim, phase)
-        config = {"phase": phase, "preset": to_dict(self.preset)}
+        config = {"phase": phase, "preset": to_dict(self.preset.up_to(phase)), "data": self._data_identity()}
+        if phase in BEFORE:
+            config["before"] = weights_hash(self.folder(BEFORE[phase]))  # retrained inputs start this phase afresh
         train(
             work, self.args.run, seed=self.args.seed, optim=optim, contract=self.contract, config=config,
             device=self.device, save_every_s=self.args.save_every_s,
         )  # fmt: skip
-        failed = self._check(phase) if self.is_writer else []
+        tokenizer, latents = self._latents()
+        failed = self._check(phase, tokenizer, latents) if self.is_writer else []
         if distributed.average_scalar(float(len(failed)), self.device) > 0 and not self.args.force:
             names = "; ".join(str(g) for g in failed)
             raise UserError(f"{phase}: {len(failed)} gate(s) failed, --force goes on: {names}")
@@ -110,6 +114,11 @@ class Pipeline:
             raise UserError("imagination training needs a reward: name its topic in the contract and ingest again")
         return ImaginationPhase(self.preset.imagination_training, before.agent, *args)
 
+    def _data_identity(self) -> str:
+        """Names the data in the checkpoint's card and ties the checkpoint to it."""
+        logs = self.logs
+        return f"{logs.num_frames} frames, {len(logs.episode_start)} episodes, {int(logs.action_mask.sum())} labelled frames"
+
     def _require_labels(self) -> None:
         if not self.logs.labelled[self.train].any():
             raise UserError(
@@ -117,23 +126,19 @@ class Pipeline:
                 f"bags with {', '.join(a.topic for a in self.contract.actions)} (tokenizer and dynamics are trained)"
             )
 
-    def _latents(self) -> tuple[torch.nn.Module, np.ndarray]:
+    def _latents(self) -> tuple[Tokenizer, np.ndarray]:
         """The frozen tokenizer with its latent statistics, and the cached latents of every frame."""
         folder = self.folder("tokenizer")
         tokenizer = load(folder, self.contract, self.device).tokenizer
         latent_statistics(tokenizer, self.logs, self.train, np.random.default_rng(0))
         path, tag = self.args.run / "latents", weights_hash(folder)
-        if self.is_writer:
-            latent_cache(tokenizer, self.logs, path, tag)
-        distributed.barrier()
         return tokenizer, latent_cache(tokenizer, self.logs, path, tag)
 
     # -- gates ----------------------------------------------------------------------------------------------------
 
-    def _check(self, phase: str) -> list[Gate]:
+    def _check(self, phase: str, tokenizer: Tokenizer, latents: np.ndarray) -> list[Gate]:
         """Measure, record and print the gates of a phase; returns those that failed."""
         models = load(self.folder(phase), self.contract, self.device)
-        tokenizer, latents = self._latents_of_writer()
         gates: list[Gate] = []
         if phase == "tokenizer":
             gates = tokenizer_gates(tokenizer, self.logs, latents, self._probes(latents), self.held_out)
@@ -150,12 +155,6 @@ class Pipeline:
         for gate in gates:
             print(f"  {gate}", flush=True)
         return [g for g in gates if not g.ok]
-
-    def _latents_of_writer(self) -> tuple[torch.nn.Module, np.ndarray]:
-        folder = self.folder("tokenizer")
-        tokenizer = load(folder, self.contract, self.device).tokenizer
-        latent_statistics(tokenizer, self.logs, self.train, np.random.default_rng(0))
-        return tokenizer, latent_cache(tokenizer, self.logs, self.args.run / "latents", weights_hash(folder))
 
     def _probes(self, latents: np.ndarray) -> dict[str, Probe]:
         """One probe for every probe stream of the contract."""

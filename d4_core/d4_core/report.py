@@ -3,8 +3,8 @@
 A report shows whatever the run folder holds. What is missing reads "not run"; what cannot be read is named
 among the notes. Nothing is computed from weights or data here, so a report can be rewritten anywhere.
 
-From config.yaml come preset, scale, seed and the size of the data (episodes, frames, labelled_share); machine,
-date and commit come from the card.md of the last phase.
+From config.yaml come preset, scale, seed and the size of the data (episodes, frames, labelled_share);
+machine, date and commit come from the card.md of the last phase.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ BASELINE, IMPROVED = "wm_bc", "imagination"
 
 # what the loop writes about itself; shown in the table of costs instead of as curves
 _COSTS = {"wait_s", "step_s_mean", "step_s_median", "wall_s", "cpu_s", "peak_rss_mb", "peak_gpu_mb"}
+_MOST_NAMED = 3  # failed gates in the verdict; all of them stand in the table
+
 Interval = tuple[float, float, float]  # mean, low, high
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # by name: steps, values
 
@@ -114,27 +116,26 @@ def summary_table(run: Path) -> Table:
         UserError: there is no such folder.
     """
     found = _load(run)
-    table = Table(
-        title=f"Results of {run.resolve().name}", caption=verdict(found.gates)[0], title_justify="left"
-    )
+    caption = verdict(found.gates)[0]
+    table = Table(title=f"Results of {run.resolve().name}", caption=caption, title_justify="left")
     table.add_column("policy")
     for name in ("mean return", "95 % interval", "success", "episodes"):
         table.add_column(name, justify="right")
-    known = results(found.evaluation)
-    for name in _policy_names(found.evaluation):
-        if name not in known:
-            table.add_row(name, "not run", style="dim")
+    shown = _results(found)
+    if shown is None:
+        table.add_row("evaluation", "not run", style="dim")
+        return table
+    for row in shown["rows"]:
+        if row["result"] is None:
+            table.add_row(row["name"], "not run", style="dim")
             continue
-        mean, low, high = known[name].returns
-        success = _share(known[name].success)
-        table.add_row(
-            name, _number(mean), f"{_number(low)} to {_number(high)}", success, str(known[name].episodes)
-        )
-    gain = improvement(found.evaluation)
-    if gain is not None:
+        mean, low, high = row["numbers"]
+        table.add_row(row["name"], mean, f"{low} to {high}", row["success"], str(row["result"].episodes))
+    gain = shown["gain"]
+    if gain:
         table.add_section()
-        mean, low, high = gain
-        table.add_row(f"{IMPROVED} - {BASELINE}", f"{mean:+.3g}", f"{low:+.3g} to {high:+.3g}", "", "paired")
+        interval = f"{gain['low']} to {gain['high']}"
+        table.add_row(f"{IMPROVED} - {BASELINE}", gain["mean"], interval, "", "paired", style="bold")
     return table
 
 
@@ -155,7 +156,10 @@ def verdict(gates: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[str, str]
     if not failed:
         text = f"{count} passed ({', '.join(judged)}){rest}."
         return text[0].upper() + text[1:], "ok" if not open_ends else "unknown"
-    return f"{len(failed)} of {len(entries)} gates failed: {', '.join(failed)}{rest}.", "failed"
+    named = ", ".join(failed[:_MOST_NAMED])
+    if len(failed) > _MOST_NAMED:
+        named += f" and {len(failed) - _MOST_NAMED} more"
+    return f"{len(failed)} of {len(entries)} gates failed: {named}{rest}.", "failed"
 
 
 def results(evaluation: Mapping[str, Any]) -> dict[str, Result]:
@@ -294,9 +298,9 @@ def _data(run: _Run) -> str | None:
     frames = run.config.get("frames")
     if not frames:
         return None
-    hours = f"{_number(frames / run.contract.rate_hz / 3600)} h, " if run.contract else ""
+    time = f"{_duration(frames / run.contract.rate_hz)}, " if run.contract else ""
     return (
-        f"{_number(run.config.get('episodes'))} episodes, {_number(frames)} frames, {hours}"
+        f"{_number(run.config.get('episodes'))} episodes, {_number(frames)} frames, {time}"
         f"{_share(run.config.get('labelled_share'))} of the frames with known actions"
     )
 
@@ -334,10 +338,7 @@ def _phase(run: _Run, name: str) -> dict[str, Any]:
         state = "done"
     else:
         state = f"stopped at step {_number(step)} of {_number(total)}" if config else "not finished"
-    gates = [
-        {**gate, "text": _limit(gate), "detail": gate.get("detail") or {}, "hint": gate.get("hint") or ""}
-        for gate in run.gates.get(name, [])
-    ]
+    gates = [{**gate, "text": _limit(gate), **_explanation(gate)} for gate in run.gates.get(name, [])]
     return {
         "name": name, "state": state, "gates": gates, "failed": sum(not gate.get("ok") for gate in gates),
         "steps": step, "costs": costs,
@@ -347,6 +348,14 @@ def _phase(run: _Run, name: str) -> dict[str, Any]:
             if key not in _COSTS
         ],
     }  # fmt: skip
+
+
+def _explanation(gate: Mapping[str, Any]) -> dict[str, Any]:
+    """The hint of a gate that failed, and its details, among them the hint of one that passed."""
+    hint, detail = gate.get("hint") or "", gate.get("detail") or {}
+    if gate.get("ok") and hint:
+        return {"hint": "", "detail": {**detail, "if it fails": hint}}
+    return {"hint": hint, "detail": detail}
 
 
 def _results(run: _Run) -> dict[str, Any] | None:
@@ -467,8 +476,8 @@ def _duration(seconds: float | None) -> str:
         return "n/a"
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
 
 
 def _brief(value: Any) -> str:

@@ -28,7 +28,7 @@ _STYLE: Any = {
     "axes.grid": True, "grid.color": _LINE, "grid.linewidth": 0.7, "xtick.color": _LINE, "ytick.color": _LINE,
     "xtick.labelcolor": _MUTED, "ytick.labelcolor": _MUTED, "xtick.major.size": 0, "ytick.major.size": 0,
     "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none",
-    "legend.frameon": False,
+    "legend.frameon": False, "legend.fontsize": 8.8,
 }  # fmt: skip
 _SERIES = {  # of open-loop charts: label, colour, line style, marker
     "model": ("world model", 0, "-", "o"),
@@ -67,7 +67,7 @@ def horizon_chart(
     """Quality of prediction at each horizon (frames), one line per series; None leaves a gap."""
     ordered = [name for name in _SERIES if name in series] + [name for name in series if name not in _SERIES]
     with rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+        figure = Figure(figsize=(4.7, 3.6), layout="constrained")
         axes = figure.subplots()
         for name in ordered:
             label, color, dash, marker = _SERIES.get(name, (name, 4, "-", "x"))
@@ -89,7 +89,7 @@ def horizon_chart(
 def scatter_chart(real: Sequence[float], imagined: Sequence[float]) -> Markup:
     """Return of each imagined rollout against that of a real one from the same first frame."""
     with rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+        figure = Figure(figsize=(4.7, 3.6), layout="constrained")
         axes = figure.subplots()
         ends = [min(*real, *imagined), max(*real, *imagined)]
         axes.plot(ends, ends, color=_MUTED, linewidth=1, linestyle="--", label="imagined equals real")

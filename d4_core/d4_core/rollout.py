@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import cv2
 import numpy as np
@@ -19,9 +19,9 @@ import tyro
 from torch import Tensor
 
 from d4_core import checkpoint, threads
-from d4_core.data import Clips, encode_episode, first_frames, transitions
+from d4_core.data import Clips, encode_episodes, first_frames, transitions
 from d4_core.gates import CONTEXT
-from d4_core.imagination import Dream, imagine
+from d4_core.imagination import Dream, Rollout, imagine
 from d4_core.models import CONTENTS, Models, load
 from d4_core.pipeline import pick_device
 from d4_core.tokenizer import Tokenizer
@@ -43,8 +43,9 @@ _ENDED = ("after the end it predicts", GREY)
 class RolloutArgs:
     """Show what a run's models see, predict and do on held-out episodes, as pictures and clips in RUN/media.
 
-    tokenizer: reconstruction.png. dynamics: open_loop.png and .mp4, the future dreamed from a few real frames
-    and the logged actions. agent, imagination: dream_<task>.png and .mp4, the policy acting in the world model.
+    tokenizer: reconstruction.png. dynamics: open_loop.png and .mp4, the future dreamed from a few real
+    frames and the logged actions. agent, imagination: dream_<task>.png and .mp4, the policy acting in the
+    world model.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -65,7 +66,7 @@ class RolloutArgs:
 
 @dataclass(frozen=True)
 class Footage:
-    """Clips of a dataset: `frames` (B, T) global indices, where they begin, and whether they were held out."""
+    """Clips of a dataset: `frames` (B, T) global indices, where they begin, whether they were held out."""
 
     frames: np.ndarray
     episodes: np.ndarray
@@ -182,13 +183,10 @@ def pick_clips(
 
 def encode_clips(tokenizer: Tokenizer, logs: Windows, footage: Footage) -> Tensor:
     """Packed tokens (B, T, N, L) of clips, encoded with all that came before them in their episodes."""
-    whole = {
-        int(e): tokenizer.pack(encode_episode(tokenizer, logs, int(e))) for e in np.unique(footage.episodes)
-    }
+    ids, which = np.unique(footage.episodes, return_inverse=True)
+    whole = [tokenizer.pack(z) for z in encode_episodes(tokenizer, logs, ids)]
     rows = footage.frames - logs.episode_start[footage.episodes][:, None]
-    return torch.stack(
-        [whole[int(e)][torch.from_numpy(row)] for e, row in zip(footage.episodes, rows, strict=True)]
-    )
+    return torch.stack([whole[n][torch.from_numpy(row)] for n, row in zip(which, rows, strict=True)])
 
 
 @torch.no_grad()
@@ -230,8 +228,8 @@ def show_reconstruction(models: Models, logs: Windows, args: RolloutArgs) -> tup
             strips += [Strip(real[part], "real"), Strip(made[part], "reconstructed", notes)]
     numbers = tokenizer.cfg.num_latents * tokenizer.cfg.latent_dim
     told = (
-        f"What {numbers} numbers per frame keep: real frames and what the tokenizer makes of them, {footage}. "
-        f"PSNR on these {len(footage.frames)} frames: {', '.join(psnr)}."
+        f"What {numbers} numbers per frame keep: real frames and what the tokenizer makes of them, "
+        f"{footage}. PSNR on these {len(footage.frames)} frames: {', '.join(psnr)}."
     )
     return {"reconstruction.png": png_bytes(contact_sheet(strips, tile=_TILE))}, told
 
@@ -300,6 +298,7 @@ def _open_loop(
         middle = torch.from_numpy(logs.contract.action_low + logs.contract.action_high)
         action = torch.cat([action[:, :CONTEXT], middle - action[:, CONTEXT:]], 1)
     action = action.to(device)
+    assert models.dynamics is not None
     dream = Dream(models.dynamics, None, len(tokens), torch.Generator(device).manual_seed(seed))
     out = []
     for t in range(tokens.shape[1]):
@@ -323,29 +322,26 @@ def show_dreams(models: Models, logs: Windows, args: RolloutArgs) -> tuple[dict[
     scale = max(float(np.abs(logs.reward).max()), 1e-6)
     files = {}
     for task, name in enumerate(logs.contract.task_names):
-        tokens, reward, alive = _dream(models, logs, footage, context, task, length, args.seed)
+        tokens, run = _dream(models, logs, footage, context, task, length, args.seed)
         images = decode_clips(models.tokenizer, tokens, camera)
-        colors = [[GREEN] * CONTEXT + [ORANGE if a else GREY for a in row] for row in alive]
-        meters = (
-            np.concatenate([np.full((len(reward), CONTEXT), np.nan), reward], 1)
-            if paid
-            else [None] * len(reward)
-        )
+        before = np.full((len(images), CONTEXT), np.nan)
+        reward = [*np.concatenate([before, run.reward.cpu().numpy()], 1)] if paid else [None] * len(images)
+        colors = [[GREEN] * CONTEXT + [ORANGE if a else GREY for a in row] for row in _alive(run)]
+        acts = [[" ".join(f"{v:+.2f}" for v in a) for a in row] for row in run.action.tolist()]
+        # an action stands under the frame it was chosen at; none is chosen at the last one
+        texts = [[""] * (CONTEXT - 1) + row + [""] for row in acts]
         cells = [
-            [Panel(f"{name}, {place}", images[i], colors[i], meters[i], scale)]
+            [Panel(f"{name}, {place}", images[i], colors[i], reward[i], scale, texts[i])]
             for i, place in enumerate(footage.places)
         ]
         files[f"dream_{name}.mp4"] = _video(cells, columns=3)
-        files[f"dream_{name}.png"] = _dream_sheet(images, colors, meters, footage)
+        files[f"dream_{name}.png"] = _dream_sheet(images, colors, reward, footage)
     steps, kind = _steps(models), "cloned" if models.policy is None else "imagination-trained"
     told = (
         f"The {kind} policy acting inside the world model, not on the robot: {length} dreamed frames "
-        f"(K = {steps}) after {CONTEXT} real ones from {footage}; actions sampled. "
-        + (
-            f"Bar: reward the model predicts, full at {scale:g}. "
-            if paid
-            else "The contract has no reward to predict. "
-        )
+        f"(K = {steps}) after {CONTEXT} real ones from {footage}; actions are sampled; "
+        f"below the frames: {', '.join(logs.contract.action_names)}. "
+        + (f"Bar: predicted reward, full at {scale:g}. " if paid else "There is no reward to predict. ")
         + "Grey: after the end it predicts."
     )
     return files, told
@@ -354,10 +350,11 @@ def show_dreams(models: Models, logs: Windows, args: RolloutArgs) -> tuple[dict[
 @torch.no_grad()
 def _dream(
     models: Models, logs: Windows, footage: Footage, context: Tensor, task: int, length: int, seed: int
-) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """Tokens (B, CONTEXT + length, N, L), predicted rewards (B, length), and which frames are in the episode."""
+) -> tuple[Tensor, Rollout]:
+    """The policy acting after the real context: tokens (B, CONTEXT + length, N, L), and the rollout."""
     device = context.device
     batch = transitions(logs, first_frames(logs), Clips(footage.frames, np.ones(footage.frames.shape, bool)))
+    assert models.dynamics is not None
     dream = Dream(models.dynamics, models.agent, len(context), torch.Generator(device).manual_seed(seed))
     tasks = torch.full((len(context),), task, device=device)
     h = torch.empty(0)
@@ -365,12 +362,16 @@ def _dream(
         action, labelled = batch["prev_action"][:, t].to(device), batch["prev_labelled"][:, t].to(device)
         h = dream.observe(context[:, t], action, labelled, tasks)
     settings = replace(models.preset.imagination_training.settings, horizon=length)
-    run = imagine(dream, models.acting, h, tasks, settings)
-    alive = (
-        (run.proceed > 0.5).int().cumprod(1).bool().roll(1, 1)
-    )  # the terminal frame itself still belongs to it
+    policy: Any = models.acting
+    run = imagine(dream, policy, h, tasks, settings)
+    return torch.cat([context, run.tokens], 1), run
+
+
+def _alive(run: Rollout) -> list[list[bool]]:
+    """(B, H) whether each dreamed frame is still part of the episode; the terminal frame itself is."""
+    alive = (run.proceed > 0.5).int().cumprod(1).bool().roll(1, 1)
     alive[:, 0] = True
-    return torch.cat([context, run.tokens], 1), run.reward.cpu().numpy(), alive.cpu().numpy()
+    return alive.tolist()
 
 
 _SHOW: dict[str, Callable[[Models, Windows, RolloutArgs], tuple[dict[str, bytes], str]]] = {
@@ -386,13 +387,23 @@ _SHOW: dict[str, Callable[[Models, Windows, RolloutArgs], tuple[dict[str, bytes]
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture stream of a clip: `images` uint8 (T, H, W, 3), a colour per frame, a meter (T,) if any."""
+    """One picture stream of a clip, with a colour and perhaps more for each frame.
+
+    Attributes:
+        title: text above the picture.
+        images: uint8 (T, H, W, 3).
+        colors: colour of the bar below each frame.
+        meter: values (T,) drawn as a bar, NaN for none.
+        scale: the value of a full bar.
+        texts: a text below each frame.
+    """
 
     title: str
     images: np.ndarray
     colors: Sequence[Color]
     meter: np.ndarray | None = None
     scale: float = 1.0
+    texts: Sequence[str] = ()
 
 
 def _sheet(rows: dict[str, np.ndarray], footage: Footage, horizon: int) -> bytes:
@@ -404,22 +415,30 @@ def _sheet(rows: dict[str, np.ndarray], footage: Footage, horizon: int) -> bytes
     strips = []
     for i, place in enumerate(footage.places[:_STRIPS]):
         for number, (name, images) in enumerate(rows.items()):
-            last = number == len(rows) - 1
+            last = number == len(rows) - 1  # the copied frame, which nobody predicted
             caption = f"{name}\n{place}" if number == 0 else name
-            marks = [GREEN] * len(columns) if number == 0 else bars
+            marks = (
+                [GREEN] * len(columns)
+                if number == 0
+                else [GREEN, GREEN] + [GREY] * len(ahead)
+                if last
+                else bars
+            )
             strips.append(Strip(images[i, columns], caption, notes if last else (), marks))
     return png_bytes(contact_sheet(strips, "Frames ahead of the last real frame", _LEGEND, _TILE))
 
 
-def _dream_sheet(images: np.ndarray, colors: list[list[Color]], meters: Sequence, footage: Footage) -> bytes:
+def _dream_sheet(
+    images: np.ndarray, colors: list[list[Color]], reward: list[np.ndarray | None], footage: Footage
+) -> bytes:
     """PNG of the first dreams, one row each, with the reward predicted at the frames shown."""
     columns = np.unique(np.linspace(CONTEXT - 1, images.shape[1] - 1, 12).round().astype(int))
     strips = []
     for i, place in enumerate(footage.places[: 2 * _STRIPS]):
-        ahead = [f"+{t - CONTEXT + 1}" for t in columns]
-        if meters[i] is not None:
+        ahead, values = [f"+{t - CONTEXT + 1}" for t in columns], reward[i]
+        if values is not None:
             ahead = [
-                a if np.isnan(meters[i][t]) else f"{a}  r {meters[i][t]:.2f}"
+                a if np.isnan(values[t]) else f"{a}  r {values[t]:.2f}"
                 for a, t in zip(ahead, columns, strict=True)
             ]
         strips.append(Strip(images[i, columns], place, ahead, [colors[i][t] for t in columns]))
@@ -439,21 +458,25 @@ def _video(cells: list[list[Panel]], columns: int = 2) -> bytes:
 
 
 def _panel(panel: Panel) -> np.ndarray:
-    """A panel as frames (T, h, w, 3): title, picture, colour bar, meter."""
+    """A panel as frames (T, h, w, 3): title, picture, colour bar, text, meter."""
     images = fit(panel.images, _PANEL)
     count, height, width = images.shape[:3]
-    foot = 26 if panel.meter is not None else 8
-    out = np.full((count, height + 24 + foot + _GAP, width + _GAP, 3), 255, np.uint8)
-    out[:, 24 : 24 + height, :width] = images
+    bar = 24 + height
+    text = bar + 8
+    meter = text + 18 * bool(panel.texts)
+    bottom = meter + 18 * (panel.meter is not None) + _GAP
+    out = np.full((count, bottom, width + _GAP, 3), 255, np.uint8)
+    out[:, 24:bar, :width] = images
     for t in range(count):
         _text(out[t], panel.title, 4, 17)
-        out[t, 24 + height : 24 + height + 6, :width] = panel.colors[t]
+        out[t, bar : bar + 6, :width] = panel.colors[t]
+        if panel.texts:
+            _text(out[t], panel.texts[t], 4, text + 13)
         if panel.meter is not None and np.isfinite(panel.meter[t]):
             value = float(panel.meter[t])
             reach = round(min(1.0, abs(value) / panel.scale) * (width - 60))
-            top = 24 + height + 10
-            out[t, top : top + 14, 60 : 60 + reach] = GREEN if value >= 0 else ORANGE
-            _text(out[t], f"{value:+.2f}", 4, top + 12)
+            out[t, meter + 2 : meter + 16, 60 : 60 + reach] = GREEN if value >= 0 else ORANGE
+            _text(out[t], f"{value:+.2f}", 4, meter + 13)
     return out
 
 

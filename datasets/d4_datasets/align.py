@@ -97,13 +97,12 @@ def terminals(stamps: np.ndarray, ticks: Grid, period: int, *, after_start: bool
     return flags
 
 
-def segments(
-    valid: np.ndarray, terminal: np.ndarray, ticks: Grid, longest: int | None = None
-) -> np.ndarray:
+def segments(valid: np.ndarray, terminal: np.ndarray, ticks: Grid, longest: int | None = None) -> np.ndarray:
     """Episodes as [start, stop) tick indices, int64 [E, 2].
 
     `valid` bool [N] says that every observation is there. A group is cut after its first terminal tick,
-    split where a tick is not valid and cut every `longest` ticks; runs shorter than `MIN_TICKS` are left out.
+    split where a tick is not valid, and cut into even pieces of at most `longest` ticks; runs shorter than
+    `MIN_TICKS` are left out.
     """
     if len(valid) == 0:
         return np.zeros((0, 2), np.int64)
@@ -116,8 +115,12 @@ def segments(
     ends = use & np.append(ticks.first[1:] | ~use[1:], True)
     runs = np.stack([np.flatnonzero(begins), np.flatnonzero(ends) + 1], axis=1)
     if longest is not None:
-        pieces = [(cut, min(cut + longest, end)) for begin, end in runs for cut in range(begin, end, longest)]
-        runs = np.array(pieces, np.int64).reshape(-1, 2)
+        # Even pieces: a last one of a single tick would be left out, and a terminal with it.
+        counts = -((runs[:, 0] - runs[:, 1]) // longest)
+        run = np.repeat(runs, counts, axis=0)
+        piece = np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)
+        bounds = np.stack([piece, piece + 1], axis=1) * (run[:, 1:] - run[:, :1])
+        runs = run[:, :1] + bounds // np.repeat(counts, counts)[:, None]
     return runs[runs[:, 1] - runs[:, 0] >= MIN_TICKS]
 
 

@@ -46,7 +46,7 @@ IMPROVED = ("imagination", "expert")
 Command = tuple[str, ...]
 
 _STATE = "stages.json"
-_BYTES_PER_EPISODE = 1_500_000  # bags, dataset, frame cache and latents of one episode, with room to spare
+_BYTES_PER_EPISODE = 1_000_000  # bags, dataset, frame cache and latents of one episode, with room to spare
 _BYTES_OF_RUN = 300_000_000  # checkpoints, videos and the report
 _MOST_PICTURES = 6  # named after a stage
 
@@ -113,13 +113,13 @@ def plan(args: Args, jobs: int) -> list[Stage]:
     common: dict[str, Any] = {"seed": args.seed, "scale": args.scale, "force": args.force}
     train = partial(command, "d4-train", dataset, run=run, preset=args.preset, **common)
     drive = partial(command, "d4-eval", run, dataset=dataset, episodes=args.eval_episodes, **common)
-    film = command("d4-rollout", run, dataset=dataset)
+    film = partial(command, "d4-rollout", run, dataset=dataset, seed=args.seed)
 
     def stage(name: str, needs: str, title: str, *commands: Command, makes: tuple[Path, ...] = ()) -> Stage:
         return Stage(name, title, commands, tuple(needs.split()), makes, _typical_s(name, args))
 
     def phase(name: str, needs: str, title: str, makes: tuple[Path, ...] = ()) -> Stage:
-        return stage(name, needs, title, train(phases=name), film, makes=makes)
+        return stage(name, needs, title, train(phases=name), film(phase=name), makes=makes)
 
     def evaluate(name: str, needs: str, title: str, *policies: str) -> Stage:
         return stage(name, needs, title, drive(policies=policies))
@@ -400,7 +400,7 @@ def _check(args: Args) -> None:
 
 
 def _require_space(args: Args) -> None:
-    """Say that the disk is too small before hours of work, not after; what is there already counts as free."""
+    """Say that the disk is too small before the work; what is there already counts as free."""
     there = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file())
     needed = args.episodes * _BYTES_PER_EPISODE + _BYTES_OF_RUN - there
     free = shutil.disk_usage(args.out).free

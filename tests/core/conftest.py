@@ -14,6 +14,7 @@ from torch import nn
 from d4_core.actions import ActionPart
 from d4_core.agent import Agent, AgentConfig
 from d4_core.dynamics import Dynamics, DynamicsConfig
+from d4_core.phase import Phase
 from d4_core.shortcut import Grid
 from d4_core.tokenizer import Camera, Tokenizer, TokenizerConfig
 from d4_core.transformer import TransformerConfig
@@ -64,7 +65,7 @@ class ArrayLogs:
 
 
 def _wake(module: nn.Module) -> nn.Module:
-    """Fill zero-initialised parameters and enlarge residual branches: a probe must not pass on a dead network."""
+    """Fill zero-initialised parameters, enlarge residual branches: no probe shall pass on a dead network."""
     with torch.no_grad():
         for name, p in module.named_parameters():
             if not p.any():
@@ -79,7 +80,15 @@ def tiny_shape() -> Callable[..., TransformerConfig]:
     """Factory of small transformer shapes: space, time, space, time."""
 
     def make(**changes) -> TransformerConfig:
-        settings = dict(dim=16, depth=4, heads=4, kv_heads=2, mlp_ratio=2.0, time_every=2, context=4)
+        settings = {
+            "dim": 16,
+            "depth": 4,
+            "heads": 4,
+            "kv_heads": 2,
+            "mlp_ratio": 2.0,
+            "time_every": 2,
+            "context": 4,
+        }
         return TransformerConfig(**{**settings, **changes})
 
     return make
@@ -90,10 +99,11 @@ def make_dynamics(tiny_shape) -> Callable[..., Dynamics]:
     """Factory of small dynamics models without dead weights; keyword arguments change the config."""
 
     def make(seed: int = 0, awake: bool = True, shape: dict | None = None, **changes) -> Dynamics:
-        settings = dict(
-            num_tokens=3, token_dim=2, actions=ONE_DIM, action_bins=5, registers=1, agent_tokens=2,
-            grid=Grid(levels=8), transformer=tiny_shape(**(shape or {})),
-        )  # fmt: skip
+        settings = {
+            "num_tokens": 3, "token_dim": 2, "actions": ONE_DIM, "action_bins": 5,
+            "registers": 1, "agent_tokens": 2,
+            "grid": Grid(levels=8), "transformer": tiny_shape(**(shape or {})),
+        }  # fmt: skip
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = Dynamics(DynamicsConfig(**{**settings, **changes}))
@@ -107,7 +117,9 @@ def make_agent() -> Callable[..., Agent]:
     """Factory of heads for a dynamics model."""
 
     def make(dynamics: Dynamics, seed: int = 0, awake: bool = True, **changes) -> Agent:
-        cfg = AgentConfig(**{**dict(num_tasks=2, leads=3, hidden=16, reward_bins=9, value_bins=9), **changes})
+        cfg = AgentConfig(
+            **{**{"num_tasks": 2, "leads": 3, "hidden": 16, "reward_bins": 9, "value_bins": 9}, **changes}
+        )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             agent = Agent(cfg, dynamics.space, dynamics.cfg.transformer.dim, dynamics.cfg.agent_tokens)
@@ -121,10 +133,11 @@ def make_tokenizer(tiny_shape) -> Callable[..., Tokenizer]:
     """Factory of small tokenizers (one 8x12 camera by default)."""
 
     def make(seed: int = 0, awake: bool = True, shape: dict | None = None, **changes) -> Tokenizer:
-        settings = dict(
-            cameras=(Camera(name="front", height=8, width=12),), patch=4, num_latents=4, latent_dim=3, num_tokens=2,
-            transformer=tiny_shape(**({"context": 3} | (shape or {}))),
-        )  # fmt: skip
+        settings = {
+            "cameras": (Camera(name="front", height=8, width=12),), "patch": 4,
+            "num_latents": 4, "latent_dim": 3, "num_tokens": 2,
+            "transformer": tiny_shape(**({"context": 3} | (shape or {}))),
+        }  # fmt: skip
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = Tokenizer(TokenizerConfig(**{**settings, **changes}))
@@ -135,19 +148,19 @@ def make_tokenizer(tiny_shape) -> Callable[..., Tokenizer]:
 
 @pytest.fixture(scope="session")
 def make_logs() -> Callable[..., ArrayLogs]:
-    """Factory of logs whose every number names its frame: action = frame + 0.25, reward[:, q] = frame + q / 4."""
+    """Factory of logs whose numbers name their frame: action = frame + 0.25, reward[:, q] = frame + q / 4."""
 
     def make(lengths: tuple[int, ...] = (5, 7, 3), tasks: int = 2, **changes) -> ArrayLogs:
         frames = np.arange(sum(lengths), dtype=np.float32)
         terminal = np.zeros(len(frames), bool)
         terminal[np.cumsum(lengths) - 1] = True
-        settings = dict(
-            episode_length=np.array(lengths),
-            action=frames[:, None] + 0.25,
-            action_mask=np.ones(len(frames), bool),
-            reward=frames[:, None] + np.arange(tasks, dtype=np.float32) / 4,
-            is_terminal=terminal,
-        )
+        settings = {
+            "episode_length": np.array(lengths),
+            "action": frames[:, None] + 0.25,
+            "action_mask": np.ones(len(frames), bool),
+            "reward": frames[:, None] + np.arange(tasks, dtype=np.float32) / 4,
+            "is_terminal": terminal,
+        }
         return ArrayLogs(**{**settings, **changes})
 
     return make
@@ -157,3 +170,32 @@ def make_logs() -> Callable[..., ArrayLogs]:
 def rng() -> torch.Generator:
     """A fresh generator with a fixed seed."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def noise_latents() -> Callable[..., np.ndarray]:
+    """Factory of latents that show nothing: unit noise [N, tokens, channels]."""
+
+    def make(frames: int, tokens: int = 3, channels: int = 2) -> np.ndarray:
+        return np.random.default_rng(0).normal(size=(frames, tokens, channels)).astype(np.float32)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., list[dict[str, float]]]:
+    """Trains a phase with Adam and returns the losses of every step."""
+
+    def train(phase: Phase, steps: int, lr: float = 3e-3) -> list[dict[str, float]]:
+        optimiser = torch.optim.Adam([p for _, p in phase.trainable()], lr=lr)
+        history = []
+        for step in range(steps):
+            batch = phase.sample(np.random.default_rng([7, step]), step)
+            losses, _ = phase(batch, torch.Generator().manual_seed(step), step)
+            optimiser.zero_grad()
+            phase.total(losses).backward()
+            optimiser.step()
+            history.append({name: loss.item() for name, loss in losses.items()})
+        return history
+
+    return train

@@ -63,7 +63,9 @@ def entries(space: ActionSpace, action: Tensor) -> list[Tensor]:
 
 @given(parts=parts, seed=st.integers(0, 1000))
 @settings(max_examples=40)
-def test_log_prob_kl_mode_and_samples_agree_with_the_library(parts: tuple[ActionPart, ...], seed: int) -> None:
+def test_log_prob_kl_mode_and_samples_agree_with_the_library(
+    parts: tuple[ActionPart, ...], seed: int
+) -> None:
     space, gen = ActionSpace(parts, BINS), torch.Generator().manual_seed(seed)
     params, prior = 3 * torch.randn(2, 2, 3, space.num_params, generator=gen)
     ours, theirs = reference(space, params), reference(space, prior)
@@ -127,7 +129,9 @@ def test_values_between_centres_count_towards_both_by_distance(value: float) -> 
 def test_labels_outside_the_limits_count_as_the_limit() -> None:
     space = ActionSpace((ActionPart(kind="continuous", size=1, low=(-2.0,), high=(2.0,)),), BINS)
     params = torch.randn(BINS)
-    assert torch.equal(space.log_prob(params, torch.tensor([9.0])), space.log_prob(params, torch.tensor([2.0])))
+    assert torch.equal(
+        space.log_prob(params, torch.tensor([9.0])), space.log_prob(params, torch.tensor([2.0]))
+    )
 
 
 def test_bounded_and_finite_at_extreme_logits() -> None:
@@ -164,7 +168,9 @@ def encoder() -> ActionEncoder:
 def test_parts_are_encoded_separately_and_summed(encoder: ActionEncoder) -> None:
     action = torch.tensor([[[1.0, 0.0, 3.0, 0.25, 2.0, -1.0]]])
     yes = torch.ones(1, 1, dtype=torch.bool)
-    total = encoder.base + encoder.tables["0"].weight[1] + encoder.tables["0"].weight[2]  # key 0 down, key 1 up
+    total = (
+        encoder.base + encoder.tables["0"].weight[1] + encoder.tables["0"].weight[2]
+    )  # key 0 down, key 1 up
     total = total + encoder.linear["1"](torch.tensor([1.0, 0.0])) + encoder.tables["2"].weight[2]
     total = total + encoder.linear["3"](torch.tensor([-0.5]))
     torch.testing.assert_close(encoder(action, yes)[0, 0], total.view(3, 8))

@@ -26,7 +26,9 @@ def test_two_hot_round_trip_is_exact(value: float, bins: int) -> None:
     torch.testing.assert_close(dist.centres, symexp(grid))
     logits = torch.full((bins,), -1e9)
     weights = torch.zeros(bins)
-    upper = int(torch.searchsorted(dist.centres, target.clamp(dist.centres[0], dist.centres[-1])).clamp(1, bins - 1))
+    upper = int(
+        torch.searchsorted(dist.centres, target.clamp(dist.centres[0], dist.centres[-1])).clamp(1, bins - 1)
+    )
     low, high = dist.centres[upper - 1], dist.centres[upper]
     share = ((target - low) / (high - low)).clamp(0, 1)
     weights[upper - 1], weights[upper] = 1 - share, share
@@ -62,7 +64,9 @@ def test_untrained_heads_say_the_same_everywhere(make_dynamics, make_agent) -> N
     assert (value == value[0]).all()
 
 
-@pytest.mark.parametrize(("limits", "error"), [((-1.0, 1.0), 1e-4), ((-20.0, 20.0), 1e-3), ((-1.0, 4.0), 0.3)])
+@pytest.mark.parametrize(
+    ("limits", "error"), [((-1.0, 1.0), 1e-4), ((-20.0, 20.0), 1e-3), ((-1.0, 4.0), 0.3)]
+)
 def test_initial_prediction_is_about_zero(limits: tuple[float, float], error: float) -> None:
     """A uniform start would predict the middle of the range: millions, for the widest."""
     cfg = AgentConfig(num_tasks=1, hidden=8, value_bins=81, value_range=limits)

@@ -8,10 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from d4_core import data
 from d4_core.data import (
     Clips,
     draw,
     encode_episode,
+    encode_episodes,
     first_frames,
     latent_cache,
     latent_statistics,
@@ -75,7 +77,9 @@ def test_gate_02_past_the_end_nothing_is_known(make_logs) -> None:
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60)
-def test_gate_02_transitions_against_brute_force(make_logs, lengths: list[int], length: int, seed: int) -> None:
+def test_gate_02_transitions_against_brute_force(
+    make_logs, lengths: list[int], length: int, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     frames = sum(lengths)
     logs = make_logs(tuple(lengths), action_mask=rng.random(frames) < 0.6)
@@ -88,7 +92,12 @@ def test_gate_02_transitions_against_brute_force(make_logs, lengths: list[int], 
             frame = start + t
             inside = frame < frames and episode_of[frame] == episode_of[start]
             assert bool(out["valid"][b, t]) == inside
-            knows = inside and frame > 0 and episode_of[frame - 1] == episode_of[frame] and logs.action_mask[frame - 1]
+            knows = (
+                inside
+                and frame > 0
+                and episode_of[frame - 1] == episode_of[frame]
+                and logs.action_mask[frame - 1]
+            )
             assert bool(out["prev_labelled"][b, t]) == bool(knows)
             assert out["prev_action"][b, t, 0] == (frame - 1 + 0.25 if knows else 0)
             assert bool(out["labelled"][b, t]) == bool(inside and logs.action_mask[min(frame, frames - 1)])
@@ -108,7 +117,9 @@ def test_changing_an_action_changes_only_the_next_block(make_logs) -> None:
 
 
 def test_first_frames_and_observations(make_logs) -> None:
-    logs = make_logs(LENGTHS, images=pictures(15), vectors={"joints": np.arange(30, dtype=np.float32).reshape(15, 2)})
+    logs = make_logs(
+        LENGTHS, images=pictures(15), vectors={"joints": np.arange(30, dtype=np.float32).reshape(15, 2)}
+    )
     assert np.flatnonzero(first_frames(logs)).tolist() == [0, 5, 12]
     out = observations(logs, np.array([[3, 4], [7, 8]]), ["front", "joints"])
     assert out["front"].dtype == torch.uint8
@@ -138,24 +149,31 @@ def test_pixel_statistics_survive_a_constant_camera(make_logs, make_tokenizer) -
 
 @pytest.mark.parametrize("chunk", [1, 4, 5, 64])
 def test_gate_06_encoding_in_chunks_equals_streaming(make_logs, make_tokenizer, chunk: int) -> None:
-    """Latents in training are those a robot computes, frame by frame, past the window's eviction."""
-    logs = make_logs((4, 23), images=pictures(27))
+    """Latents in training are those a robot computes, frame by frame, past the window's eviction.
+
+    Episodes of several lengths run together: neither the padding nor a neighbour may show.
+    """
+    logs = make_logs((4, 23, 9), images=pictures(36))
     tokenizer = make_tokenizer()
-    z = encode_episode(tokenizer, logs, 1, chunk=chunk)
-    assert z.shape == (23, 4, 3)
-    obs, cache = observations(logs, np.arange(4, 27), ["front"]), tokenizer.new_cache(1)
-    with torch.no_grad():
-        live = torch.cat([tokenizer.encode_step({"front": obs["front"][t : t + 1]}, cache) for t in range(23)])
-    torch.testing.assert_close(z, live, rtol=1e-5, atol=1e-5)
+    together = encode_episodes(tokenizer, logs, np.array([2, 0, 1]), chunk=chunk)
+    assert [z.shape for z in together] == [(9, 4, 3), (4, 4, 3), (23, 4, 3)]
+    for episode, z in zip((2, 0, 1), together, strict=True):
+        frames = logs.episode_start[episode] + np.arange(logs.episode_length[episode])
+        obs, cache = observations(logs, frames, ["front"]), tokenizer.new_cache(1)
+        with torch.no_grad():
+            live = [tokenizer.encode_step({"front": frame[None]}, cache) for frame in obs["front"]]
+        torch.testing.assert_close(z, torch.cat(live), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(encode_episode(tokenizer, logs, episode), z, rtol=1e-5, atol=1e-5)
 
 
-def test_latent_cache_is_written_once_and_named_after_the_tokenizer(tmp_path, make_logs, make_tokenizer) -> None:
-    logs, tokenizer = make_logs(LENGTHS, images=pictures(15)), make_tokenizer()
-    latent_statistics(tokenizer, logs, np.arange(3), np.random.default_rng(0))
-    seen = []
-    z = latent_cache(tokenizer, logs, tmp_path / "cache", "abc", progress=lambda i, n: seen.append((i, n)))
-    assert z.shape == (15, 2, 6)
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+def test_latent_cache_is_written_once_and_named_after_the_tokenizer(
+    tmp_path, make_logs, make_tokenizer
+) -> None:
+    lengths = (5, 1, 3) * 7  # several groups
+    logs, tokenizer = make_logs(lengths, images=pictures(63)), make_tokenizer()
+    latent_statistics(tokenizer, logs, np.arange(21), np.random.default_rng(0))
+    z = latent_cache(tokenizer, logs, tmp_path / "cache", "abc")
+    assert z.shape == (63, 2, 6)
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["latents-abc.npy"]
     for episode, start in enumerate(logs.episode_start):
         expected = tokenizer.pack(encode_episode(tokenizer, logs, episode))
@@ -165,18 +183,52 @@ def test_latent_cache_is_written_once_and_named_after_the_tokenizer(tmp_path, ma
     torch.testing.assert_close(flat.std(0), torch.ones(2, 6), rtol=0, atol=5e-3)
     with torch.no_grad():
         tokenizer.to_latent.bias.add_(1.0)
-    again = latent_cache(tokenizer, logs, tmp_path / "cache", "abc")
-    assert np.array_equal(again, z)
+    assert np.array_equal(latent_cache(tokenizer, logs, tmp_path / "cache", "abc"), z)
     assert not np.array_equal(latent_cache(tokenizer, logs, tmp_path / "cache", "other"), z)
 
 
-def test_an_interrupted_latent_cache_leaves_no_file_that_looks_whole(tmp_path, make_logs, make_tokenizer) -> None:
-    logs, tokenizer = make_logs(LENGTHS, images=pictures(15)), make_tokenizer()
+def test_an_interrupted_latent_cache_leaves_no_file_that_looks_whole(
+    tmp_path, make_logs, make_tokenizer, monkeypatch
+) -> None:
+    logs, tokenizer = make_logs((1,) * 20, images=pictures(20)), make_tokenizer()
+    encode, calls = tokenizer.encode, []
 
-    def stop(done: int, total: int) -> None:
-        raise KeyboardInterrupt
+    def stop(obs: dict) -> torch.Tensor:
+        calls.append(obs)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(obs)
 
+    monkeypatch.setattr(tokenizer, "encode", stop)
     with pytest.raises(KeyboardInterrupt):
-        latent_cache(tokenizer, logs, tmp_path, "abc", progress=stop)
+        latent_cache(tokenizer, logs, tmp_path, "abc")
     assert not (tmp_path / "latents-abc.npy").exists()
-    assert latent_cache(tokenizer, logs, tmp_path, "abc").any()
+    monkeypatch.undo()
+    assert np.abs(latent_cache(tokenizer, logs, tmp_path, "abc")).min(axis=(1, 2)).all()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_more_processes_than_episodes_share_the_encoding(
+    tmp_path, make_logs, make_tokenizer, monkeypatch, rank: int
+) -> None:
+    """One long bag on a machine with many devices: most of them have nothing to encode."""
+    logs, tokenizer = make_logs((4, 5), images=pictures(9)), make_tokenizer()
+    monkeypatch.setattr(data.distributed, "rank", lambda: rank)
+    monkeypatch.setattr(data.distributed, "world_size", lambda: 3)
+    out = np.zeros((9, 2, 6), np.float16)
+    data._fill(_Flushable(out), tokenizer, logs)
+    filled = out.any((1, 2))
+    assert filled.tolist() == {0: [True] * 4 + [False] * 5, 1: [False] * 4 + [True] * 5, 2: [False] * 9}[rank]
+
+
+class _Flushable:
+    """An array with the `flush` of a memory map."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __setitem__(self, key: slice, value: np.ndarray) -> None:
+        self.array[key] = value
+
+    def flush(self) -> None:
+        pass

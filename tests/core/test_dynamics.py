@@ -13,20 +13,20 @@ from d4_core.imagination import Dream
 from d4_core.tokenizer import Tokenizer
 from d4_datasets.contract import Contract
 
-TOLERANCE = dict(rtol=1e-5, atol=1e-5)
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 B, T, N, L = 2, 6, 3, 2
 
 
 def clip(model: Dynamics, length: int = T, seed: int = 0) -> dict[str, Tensor]:
     gen = torch.Generator().manual_seed(seed)
     levels, finest = model.cfg.grid.levels, model.cfg.grid.finest
-    return dict(
-        noisy_BTNL=torch.randn(B, length, N, L, generator=gen),
-        tau_index=torch.randint(0, levels, (B, length), generator=gen),
-        e=torch.randint(0, finest + 1, (B, length), generator=gen),
-        prev_action=4 * torch.rand(B, length, 1, generator=gen) - 2,
-        labelled=torch.rand(B, length, generator=gen) < 0.7,
-    )
+    return {
+        "noisy_BTNL": torch.randn(B, length, N, L, generator=gen),
+        "tau_index": torch.randint(0, levels, (B, length), generator=gen),
+        "e": torch.randint(0, finest + 1, (B, length), generator=gen),
+        "prev_action": 4 * torch.rand(B, length, 1, generator=gen) - 2,
+        "labelled": torch.rand(B, length, generator=gen) < 0.7,
+    }
 
 
 def agent_tokens(length: int = T, seed: int = 1) -> Tensor:
@@ -96,7 +96,9 @@ def test_agent_tokens_read_everything_in_their_block(make_dynamics) -> None:
     args["prev_action"].requires_grad_()
     args["labelled"][:] = True
     block = model(**args, agent_BTGD=agent_tokens())
-    tokens, action = torch.autograd.grad(block.agent[:, 2].square().sum(), [args["noisy_BTNL"], args["prev_action"]])
+    tokens, action = torch.autograd.grad(
+        block.agent[:, 2].square().sum(), [args["noisy_BTNL"], args["prev_action"]]
+    )
     for grad in (tokens.flatten(2), action):
         assert (grad[:, :3].abs().amax((0, 2)) > 0).all()
         assert not grad[:, 3:].any()
@@ -139,7 +141,9 @@ def test_gate_06_prefill_and_steps_equal_one_clip_past_eviction(make_dynamics, p
     whole = model(**args, agent_BTGD=tokens)
     cache = model.new_cache(B)
     if prefill:
-        head = model(**{k: v[:, :prefill] for k, v in args.items()}, agent_BTGD=tokens[:, :prefill], cache=cache)
+        head = model(
+            **{k: v[:, :prefill] for k, v in args.items()}, agent_BTGD=tokens[:, :prefill], cache=cache
+        )
         torch.testing.assert_close(head.clean, whole.clean[:, :prefill], **TOLERANCE)
     for t in range(prefill, length):
         frame = model.begin(cache)
@@ -154,7 +158,9 @@ def test_gate_06_prefill_and_steps_equal_one_clip_past_eviction(make_dynamics, p
 
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 4])
-def test_gate_06_dreaming_with_context_noise_equals_the_uncached_model(make_dynamics, make_agent, steps: int) -> None:
+def test_gate_06_dreaming_with_context_noise_equals_the_uncached_model(
+    make_dynamics, make_agent, steps: int
+) -> None:
     """The same noise fed to both: history enters corrupted, is labelled so, and stays as it was committed."""
     model = make_dynamics()
     agent, grid, length = make_agent(model), model.cfg.grid, 7  # context 4
@@ -265,15 +271,22 @@ def size(module: nn.Module) -> int:
 def test_paper_preset_has_the_papers_size() -> None:
     """400 M + 1.6 B, built without memory: 384x640 pictures, 23 keys and a 121-way mouse."""
     align = {"strategy": "hold", "timeline": "receive", "tolerance_ms": 250}
+    view = {"name": "view", "topic": "/view", "type": "sensor_msgs/msg/Image"}
     keys = {"name": "keys", "topic": "/keys", "type": "std_msgs/msg/UInt8MultiArray", "kind": "binary"}
-    mouse = {"name": "mouse", "topic": "/mouse", "type": "std_msgs/msg/Int64", "kind": "categorical", "classes": 121}
+    mouse = {
+        "name": "mouse",
+        "topic": "/mouse",
+        "type": "std_msgs/msg/Int64",
+        "kind": "categorical",
+        "classes": 121,
+    }
     contract = Contract.from_dict(
         {
             "name": "blocks",
             "rate_hz": 20,
             "latency_ms": 0,
             "observations": [
-                {"name": "view", "topic": "/view", "type": "sensor_msgs/msg/Image", "size": [384, 640], "align": align}
+                view | {"size": [384, 640], "align": align}
             ],
             "actions": [
                 keys | {"select": [f"data[{i}]" for i in range(23)], "safety": "zeros", "align": align},

@@ -9,14 +9,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from d4_core.actions import ActionPart
 from d4_core.agent import Agent
 from d4_core.config import PRESETS
 from d4_core.dynamics import Block, Dynamics
-from d4_core.imagination import Dream, ImaginationConfig
-from d4_core.phase import Normaliser, Phase, freeze, masked_mean
+from d4_core.imagination import ImaginationConfig
+from d4_core.phase import Normaliser, masked_mean
 from d4_core.phases import (
     AgentPhase,
     AgentTraining,
@@ -27,31 +26,13 @@ from d4_core.phases import (
     ShortcutObjective,
     TokenizerPhase,
     TokenizerTraining,
+    accomplished,
     draw_clips,
     relevant_episodes,
 )
-from d4_core.shortcut import Grid, ramp
+from d4_core.shortcut import ramp
 
-KEY = (ActionPart(kind="binary", size=1),)
-ALWAYS_BOTH = dict(image_rows=0.3, bootstrap_rows=0.5, bootstrap_warmup=0.0)
-
-
-def run(phase: Phase, steps: int, lr: float = 3e-3) -> list[dict[str, float]]:
-    """Train with Adam; every step's losses."""
-    optimiser = torch.optim.Adam([p for _, p in phase.trainable()], lr=lr)
-    history = []
-    for step in range(steps):
-        batch = phase.sample(np.random.default_rng([7, step]), step)
-        losses, _ = phase(batch, torch.Generator().manual_seed(step), step)
-        optimiser.zero_grad()
-        phase.total(losses).backward()
-        optimiser.step()
-        history.append({name: loss.item() for name, loss in losses.items()})
-    return history
-
-
-def mean(history: list[dict[str, float]], name: str) -> float:
-    return float(np.mean([entry[name] for entry in history]))
+ALWAYS_BOTH = {"image_rows": 0.3, "bootstrap_rows": 0.5, "bootstrap_warmup": 0.0}
 
 
 # ---- normaliser
@@ -95,18 +76,19 @@ def test_masked_mean() -> None:
 # ---- phase 1
 
 
-def noise_latents(frames: int, tokens: int = 3, channels: int = 2, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(frames, tokens, channels)).astype(np.float32)
-
-
 @pytest.fixture
-def dynamics_phase(make_dynamics, make_logs) -> Callable[..., DynamicsPhase]:
+def dynamics_phase(make_dynamics, make_logs, noise_latents) -> Callable[..., DynamicsPhase]:
     def make(**changes) -> DynamicsPhase:
         logs = make_logs((9, 12, 7))
         logs.action[:] = np.sin(logs.action)
-        settings = dict(steps=40, batch=6, length=4, long_length=8) | changes
+        settings = {"steps": 40, "batch": 6, "length": 4, "long_length": 8} | changes
         return DynamicsPhase(
-            DynamicsTraining(**settings), make_dynamics(), nn.Identity(), logs, noise_latents(28), np.arange(3)
+            DynamicsTraining(**settings),
+            make_dynamics(),
+            nn.Identity(),
+            logs,
+            noise_latents(28),
+            np.arange(3),
         )
 
     return make
@@ -144,7 +126,16 @@ class Recorder(nn.Module):
         self.calls: list[dict] = []
 
     def forward(self, noisy, tau_index, e, action, labelled, agent=None, image_rows=None) -> Block:
-        self.calls.append(dict(noisy=noisy, index=tau_index, e=e, labelled=labelled, agent=agent, images=image_rows))
+        self.calls.append(
+            {
+                "noisy": noisy,
+                "index": tau_index,
+                "e": e,
+                "labelled": labelled,
+                "agent": agent,
+                "images": image_rows,
+            }
+        )
         value = self.student if len(self.calls) == 1 else self.truth
         return Block(torch.full_like(noisy, value), agent)
 
@@ -154,10 +145,10 @@ def objective_call(make_dynamics, student: float, step: int = 30, **changes):
     recorder = Recorder(make_dynamics(), 0.7, student)
     objective = ShortcutObjective(DynamicsTraining(**(ALWAYS_BOTH | changes)), recorder, 100)
     shape = (400, 5)
-    batch = dict(
-        tokens=torch.full((*shape, 3, 2), 0.7, dtype=torch.float16), prev_action=torch.zeros(*shape, 1),
-        prev_labelled=torch.ones(shape, dtype=torch.bool), valid=torch.ones(shape, dtype=torch.bool),
-    )  # fmt: skip
+    batch = {
+        "tokens": torch.full((*shape, 3, 2), 0.7, dtype=torch.float16), "prev_action": torch.zeros(*shape, 1),
+        "prev_labelled": torch.ones(shape, dtype=torch.bool), "valid": torch.ones(shape, dtype=torch.bool),
+    }  # fmt: skip
     _, error, _ = objective(batch, torch.Generator().manual_seed(0), step)
     return recorder.calls, error
 
@@ -221,7 +212,9 @@ def test_frames_past_the_end_do_not_count(dynamics_phase) -> None:
 
 def test_tokenizer_phase_mixes_frames_and_clips(make_tokenizer, make_logs) -> None:
     logs = make_logs((9, 12), images={"front": np.zeros((21, 8, 12, 3), np.uint8)})
-    phase = TokenizerPhase(TokenizerTraining(batch=12, length=4, clip_share=0.25), make_tokenizer(), logs, np.arange(2))
+    phase = TokenizerPhase(
+        TokenizerTraining(batch=12, length=4, clip_share=0.25), make_tokenizer(), logs, np.arange(2)
+    )
     rng = np.random.default_rng(0)
     shapes = [tuple(phase.sample(rng, s)["front"].shape[:2]) for s in range(400)]
     assert set(shapes) == {(12, 1), (3, 4)}
@@ -235,28 +228,35 @@ def test_gate_05_presets_sample_with_trained_step_sizes(name: str) -> None:
     settings = preset.imagination_training.settings
     assert preset.grid.levels % settings.steps == 0
     assert settings.finest_label or preset.dynamics_training.bootstrap_rows > 0
-    assert preset.dynamics.context <= preset.dynamics_training.long_length
     assert max(settings.contexts) <= preset.dynamics.context
 
 
-# ---- golden curves
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_train_on_clips_that_fill_the_attention_window(name: str) -> None:
+    """Else a session that runs on looks back over distances that no clip ever had."""
+    preset = PRESETS[name]
+    assert preset.dynamics.context < preset.dynamics_training.long_length
+    assert preset.tokenizer.context <= preset.tokenizer_training.length
+    assert preset.dynamics.context <= preset.agent_training.length
 
 
-def test_golden_curve_tokenizer(make_tokenizer, make_logs) -> None:
+# ---- golden curves: a change that is meant to leave the computation alone must leave these alone
+
+GOLDEN_TOKENIZER = [1.831164, 1.533122, 1.343878, 1.137666, 1.005521]
+GOLDEN_DYNAMICS = [1.972014, 0.826017, 0.679364, 0.214334, 0.707807]
+
+
+def test_golden_curve_tokenizer(run, make_tokenizer, make_logs) -> None:
     images = np.random.default_rng(0).integers(0, 256, (21, 8, 12, 3), dtype=np.uint8)
     logs = make_logs((9, 12), images={"front": images})
     cfg = TokenizerTraining(steps=5, batch=12, length=4, clip_share=0.5)
     history = run(TokenizerPhase(cfg, make_tokenizer(), logs, np.arange(2)), 5)
-    np.testing.assert_allclose([h["pixels"] for h in history], GOLDEN_TOKENIZER, rtol=2e-3)
+    np.testing.assert_allclose([h["pixels"] for h in history], GOLDEN_TOKENIZER, rtol=5e-3)
 
 
-def test_golden_curve_dynamics(dynamics_phase) -> None:
+def test_golden_curve_dynamics(run, dynamics_phase) -> None:
     history = run(dynamics_phase(steps=5, bootstrap_warmup=0.4, bootstrap_rows=0.5, long_final=0.2), 5)
-    np.testing.assert_allclose([h["dynamics"] for h in history], GOLDEN_DYNAMICS, rtol=2e-3)
-
-
-GOLDEN_TOKENIZER = [0.0] * 5
-GOLDEN_DYNAMICS = [0.0] * 5
+    np.testing.assert_allclose([h["dynamics"] for h in history], GOLDEN_DYNAMICS, rtol=5e-3)
 
 
 # ---- phase 2
@@ -274,18 +274,33 @@ def test_relevant_episodes(make_logs) -> None:
     assert relevant_episodes(logs, everything, 0, 0.3).tolist() == [0, 1]
     assert relevant_episodes(logs, everything, 1, 0.5).tolist() == [1]
     assert relevant_episodes(logs, np.array([0, 2]), 1, 0.5).tolist() == []
+    assert accomplished(logs, everything, 0, 0.5).tolist() == [
+        0,
+        2,
+    ]  # a good place to imagine from all the same
+    never = make_logs((5, 7, 3), reward=reward * np.array([1.0, 0.0], np.float32))
+    assert accomplished(never, everything, 1, 0.5).tolist() == []  # no success is not success everywhere
+    assert accomplished(make_logs((5, 7, 3), reward=0 * reward), everything, 1, 0.5).tolist() == [0, 1, 2]
     scalar = make_logs((5, 7, 3), reward=reward[:, :1])
-    assert relevant_episodes(scalar, everything, 1, 0.5).tolist() == [0, 2]  # a scalar reward serves every task
+    assert relevant_episodes(scalar, everything, 1, 0.5).tolist() == [
+        0,
+        2,
+    ]  # a scalar reward serves every task
 
 
 @pytest.fixture
-def agent_phase(make_dynamics, make_agent, make_logs) -> Callable[..., AgentPhase]:
+def agent_phase(make_dynamics, make_agent, make_logs, noise_latents) -> Callable[..., AgentPhase]:
     def make(awake: bool = True, **changes) -> AgentPhase:
         logs = make_logs((9, 12, 7))
         logs.reward[:] = 0
         logs.reward[[4, 15], [0, 1]] = 1.0  # episode 0 does task 0, episode 1 task 1, episode 2 none
         dynamics = make_dynamics()
-        settings = dict(steps=40, batch=12, length=4, dynamics=DynamicsTraining(**ALWAYS_BOTH)) | changes
+        settings = {
+            "steps": 40,
+            "batch": 12,
+            "length": 4,
+            "dynamics": DynamicsTraining(**ALWAYS_BOTH),
+        } | changes
         return AgentPhase(
             AgentTraining(**settings), make_agent(dynamics, awake=awake), dynamics, nn.Identity(), logs,
             noise_latents(28), np.arange(3),
@@ -300,18 +315,20 @@ def test_agent_batches_are_half_uniform_half_relevant(agent_phase) -> None:
     for step in range(40):
         batch = phase.sample(rng, step)
         frame = (batch["action"][..., 0] - 0.25).long()
-        episode = torch.bucketize(frame[:, 0], torch.tensor([9, 21]), right=True)
+        episode = torch.bucketize(frame[:, 0].contiguous(), torch.tensor([9, 21]), right=True)
         assert batch["relevant"].tolist() == [False] * 6 + [True] * 6
         assert torch.equal(batch["task"][6:], episode[6:])  # hindsight: the task that was accomplished
         seen |= set(zip(episode[:6].tolist(), batch["task"][:6].tolist(), strict=True))
         index = frame.clamp_max(27)
-        expected = torch.from_numpy(phase.logs.reward)[index].gather(2, batch["task"][:, None, None].expand(-1, 4, 1))
+        expected = torch.from_numpy(phase.logs.reward)[index].gather(
+            2, batch["task"][:, None, None].expand(-1, 4, 1)
+        )
         assert torch.equal(batch["reward"][batch["valid"]], expected[..., 0][batch["valid"]])
     assert seen == {(e, q) for e in range(3) for q in range(2)}  # uniform rows: any episode under any task
 
 
 def test_each_loss_learns_from_its_own_half(agent_phase) -> None:
-    """By gradients: cloning on relevant rows, the world on uniform rows (or it turns optimistic), reward on both."""
+    """By gradients: cloning on relevant rows, the world on uniform ones (or it turns optimistic)."""
     phase = agent_phase()
     batch = phase.sample(np.random.default_rng(0), 0)
     batch["tokens"] = batch["tokens"].clone().requires_grad_()
@@ -339,7 +356,9 @@ def test_heads_train_the_transformer_and_the_task_embedding(agent_phase) -> None
     losses, _ = phase(phase.sample(np.random.default_rng(0), 0), torch.Generator().manual_seed(0), 0)
     for name in ("policy", "reward"):
         grads = torch.autograd.grad(
-            losses[name], [phase.agent.task, phase.dynamics.transformer.layers[0].up.weight], retain_graph=True
+            losses[name],
+            [phase.agent.task, phase.dynamics.transformer.layers[0].up.weight],
+            retain_graph=True,
         )
         assert all(g.any() for g in grads)
 
@@ -378,37 +397,47 @@ def test_continuation_is_the_absence_of_a_terminal(agent_phase) -> None:
         phase.agent.proceed.out.bias.fill_(20.0)  # sure to go on
     batch = phase.sample(np.random.default_rng(0), 0)
     batch["terminal"][:], batch["valid"][:] = False, True
-    assert phase(batch, torch.Generator().manual_seed(0), 0)[0]["proceed"] < 1e-6
+    assert phase(batch, torch.Generator().manual_seed(0), 0)[0]["proceed"].item() < 1e-6
     batch["terminal"][:] = True
-    assert phase(batch, torch.Generator().manual_seed(0), 0)[0]["proceed"] == pytest.approx(20.0)
+    assert phase(batch, torch.Generator().manual_seed(0), 0)[0]["proceed"].item() == pytest.approx(20.0)
 
 
 # ---- phase 3
 
 
 @pytest.fixture
-def imagination_phase(make_dynamics, make_agent, make_logs) -> Callable[..., ImaginationPhase]:
+def imagination_phase(make_dynamics, make_agent, make_logs, noise_latents) -> Callable[..., ImaginationPhase]:
     def make(awake: bool = True, **changes) -> ImaginationPhase:
         dynamics, logs = make_dynamics(), make_logs((9, 12, 2))
         logs.action[:] = np.sin(logs.action)
         settings = ImaginationConfig(horizon=3, contexts=(1, 4), steps=2, warmup=0.0)
-        cfg = ImaginationTraining(**(dict(steps=20, batch=6, reuse=2, settings=settings) | changes))
+        cfg = ImaginationTraining(**({"steps": 20, "batch": 6, "reuse": 2, "settings": settings} | changes))
         torch.manual_seed(0)
         return ImaginationPhase(
-            cfg, make_agent(dynamics, awake=awake), dynamics, nn.Identity(), logs, noise_latents(23), np.arange(3)
+            cfg,
+            make_agent(dynamics, awake=awake),
+            dynamics,
+            nn.Identity(),
+            logs,
+            noise_latents(23),
+            np.arange(3),
         )
 
     return make
 
 
-def test_imagination_changes_policy_and_critic_and_nothing_else(imagination_phase) -> None:
+def test_imagination_changes_policy_and_critic_and_nothing_else(run, imagination_phase) -> None:
     phase = imagination_phase()
     before = copy.deepcopy(phase.state_dict())
     named = dict(phase.trainable())
     assert {name.split(".")[0] for name in named} == {"policy", "critic"}
     assert all(phase.group(name, p) == "heads" for name, p in named.items())
     run(phase, 4)
-    changed = {name.split(".")[0] for name, value in phase.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name.split(".")[0]
+        for name, value in phase.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
     assert changed == {"policy", "critic", "normaliser"}
     for name, p in phase.named_parameters():
         assert (p.grad is not None) == (name in named), name
@@ -474,129 +503,26 @@ def test_rollouts_are_a_function_of_the_generator(imagination_phase) -> None:
     assert not torch.equal(a.tokens, c.tokens)
 
 
-def test_every_trained_weight_gets_a_gradient_under_autocast(imagination_phase, agent_phase, dynamics_phase) -> None:
-    """Autocast may keep the copies that a no-grad rollout or teacher made of the weights, and lose their gradients."""
+def test_every_trained_weight_gets_a_gradient_under_autocast(
+    imagination_phase, agent_phase, dynamics_phase
+) -> None:
+    """Autocast may keep copies of the weights from a no-grad rollout or teacher, and lose their gradients."""
     for phase in (imagination_phase(), agent_phase(), dynamics_phase(**ALWAYS_BOTH)):
+        if isinstance(phase, ImaginationPhase):
+            nn.init.normal_(phase.critic.head.out.weight)  # its start at zero would hide what lies behind it
         batch = phase.sample(np.random.default_rng(0), 0)
         with torch.autocast("cpu", torch.bfloat16):
             losses, _ = phase(batch, torch.Generator().manual_seed(0), 30)
         phase.total(losses).backward()
         missing = [name for name, p in phase.trainable() if p.grad is None or not p.grad.isfinite().all()]
         assert missing == []
-        assert all(p.grad.any() for name, p in phase.trainable() if p.ndim == 2 and "embed_step" not in name)
+        dead = [name for name, p in phase.trainable() if p.ndim == 2 and not p.grad.any()]
+        assert dead == []
 
 
-# ---- worlds learned end to end
-
-
-def tiny_world(make_dynamics, make_logs, reward_shift: int = 0, labels: float = 1.0, seen: bool = False):
-    """40 episodes of 12 frames under a random key; the reward of a frame is the key pressed before it.
-
-    With `reward_shift` 1 it is the key pressed at the frame itself. Frames show nothing, or, if `seen`, that key.
-    """
-    rng = np.random.default_rng(0)
-    action = rng.integers(0, 2, (480, 1)).astype(np.float32)
-    arrived = np.roll(action, 1 - reward_shift, 0)
-    if not reward_shift:
-        arrived[::12] = 0
-    mask = np.repeat(np.arange(40) < 40 * labels, 12)
-    logs = make_logs((12,) * 40, tasks=1, action=action, reward=arrived, action_mask=mask, is_terminal=np.zeros(480, bool))
-    latents = noise_latents(480, 1, 1)
-    if seen:
-        latents[:, 0] = 2 * np.roll(action, 1, 0) - 1
-    shape = dict(dim=32, depth=2, time_every=2, context=8)
-    dynamics = make_dynamics(
-        actions=KEY, num_tokens=1, token_dim=1, agent_tokens=1, awake=False, shape=shape, grid=Grid(levels=8)
-    )
-    return logs, latents, dynamics
-
-
-@pytest.fixture(scope="module")
-def train_agent(make_dynamics, make_agent, make_logs):
-    def train(reward_shift: int) -> tuple[AgentPhase, list[dict[str, float]]]:
-        logs, latents, dynamics = tiny_world(make_dynamics, make_logs, reward_shift)
-        agent = make_agent(dynamics, awake=False, num_tasks=1, leads=1, hidden=32, reward_bins=5, value_bins=21)
-        flow = DynamicsTraining(image_rows=0.0, bootstrap_rows=0.25, bootstrap_warmup=0.0)
-        cfg = AgentTraining(steps=120, batch=32, length=6, dynamics=flow)
-        phase = AgentPhase(cfg, agent, dynamics, nn.Identity(), logs, latents, np.arange(40))
-        return phase, run(phase, 120)
-
-    return train
-
-
-@pytest.fixture(scope="module")
-def keyboard(train_agent) -> tuple[AgentPhase, list[dict[str, float]]]:
-    return train_agent(0)
-
-
-def test_gate_02_reward_lead_zero_learns_the_arriving_reward_and_cannot_learn_the_outgoing(keyboard, train_agent) -> None:
-    """Frames show nothing, so all that a head can know of a reward is the action that its block carries."""
-    _, right = keyboard
-    _, shifted = train_agent(1)
-    assert mean(right[-10:], "reward") < 0.15
-    assert mean(shifted[-10:], "reward") > 0.6  # ln 2 = 0.69
-
-
-def test_gate_02_policy_lead_zero_does_not_see_the_action_it_predicts(keyboard) -> None:
-    """Keys are random: a head that beats ln 2 copies its label."""
-    phase, history = keyboard
-    assert mean(history[-10:], "policy") > 0.66
-    assert phase.agent.policy.out.weight.any()
-
-
-def real_return(phase: ImaginationPhase, policy: nn.Module, seed: int = 0) -> float:
-    """Mean reward per tick in the real world, where frames are noise and the reward is the key just pressed."""
-    gen = torch.Generator().manual_seed(seed)
-    dream = Dream(phase.dynamics, phase.agent, 64, gen)
-    action, known, total = torch.zeros(64, 1), torch.zeros(64, dtype=torch.bool), 0.0
-    with torch.no_grad():
-        for _ in range(6):
-            h = dream.observe(torch.randn(64, 1, 1, generator=gen), action, known, torch.zeros(64, dtype=torch.int64))
-            action, known = dream.dynamics.space.sample(policy.first(h), gen), torch.ones(64, dtype=torch.bool)
-            total += action.mean().item() / 6
-    return total
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_gate_11_imagination_improves_on_cloning_in_the_real_world(keyboard, seed: int) -> None:
-    trained, _ = keyboard
-    torch.manual_seed(seed)
-    settings = ImaginationConfig(horizon=4, contexts=(1, 2), steps=1, beta=0.03, discount=0.5, warmup=0.1)
-    phase = ImaginationPhase(
-        ImaginationTraining(steps=50, batch=48, reuse=1, settings=settings), copy.deepcopy(trained.agent),
-        copy.deepcopy(trained.dynamics), nn.Identity(), trained.logs, trained.latents, np.arange(40),
-    )  # fmt: skip
-    run(phase, 50, lr=1e-2)
-    cloned, improved = real_return(phase, phase.prior), real_return(phase, phase.policy)
-    assert 0.35 < cloned < 0.65
-    assert improved > 0.85
-
-
-def test_gate_08_09_actions_steer_the_world_and_unlabelled_frames_average(make_dynamics, make_logs) -> None:
-    """Trained with a fifth of the labels: right actions beat none, and none beat wrong ones."""
-    logs, latents, dynamics = tiny_world(make_dynamics, make_logs, labels=0.2, seen=True)
-    cfg = DynamicsTraining(
-        steps=150, batch=32, length=6, long_length=12, long_share=0.1, bootstrap_rows=0.25, bootstrap_warmup=0.3
-    )
-    phase = DynamicsPhase(cfg, dynamics, nn.Identity(), logs, latents, np.arange(40))
-    run(phase, 150)
-    freeze(dynamics)
-    action = torch.randint(0, 2, (64, 6, 1), generator=torch.Generator().manual_seed(0)).float()
-    target, noise = 2 * action[..., None] - 1, torch.randn(64, 6, 1, 1)
-    start, known = torch.zeros(64, 6, dtype=torch.int64), torch.ones(64, 6, dtype=torch.bool)
-
-    def loss(carried: Tensor, labelled: Tensor) -> float:
-        clean = dynamics(noise, start, start + 3, carried, labelled).clean
-        return (clean - target).square().mean().item()
-
-    right, wrong, none = loss(action, known), loss(1 - action, known), loss(action, ~known)
-    assert right < 0.3
-    assert math.isfinite(none)
-    assert 2 * right < none < wrong
-    assert wrong > 1.5
-
-
-def test_checkpoints_are_complete_in_themselves(make_dynamics, dynamics_phase, agent_phase, imagination_phase) -> None:
+def test_checkpoints_are_complete_in_themselves(
+    make_dynamics, dynamics_phase, agent_phase, imagination_phase
+) -> None:
     assert set(dynamics_phase().checkpoint_modules()) == {"tokenizer", "dynamics"}
     assert set(agent_phase().checkpoint_modules()) == {"tokenizer", "dynamics", "agent"}
     names = set(imagination_phase().checkpoint_modules())

@@ -58,7 +58,9 @@ def test_corruption_and_ramp() -> None:
 
 
 @pytest.mark.parametrize("levels", [8, 64])
-def test_gate_05_every_row_used_at_inference_can_be_drawn_in_training(levels: int, rng: torch.Generator) -> None:
+def test_gate_05_every_row_used_at_inference_can_be_drawn_in_training(
+    levels: int, rng: torch.Generator
+) -> None:
     grid = Grid(levels=levels)
     rows = torch.arange(4000) % 2 == 0
     index, e = sample_levels(grid, (4000, 16), rows, rng)
@@ -79,7 +81,7 @@ def test_gate_05_every_row_used_at_inference_can_be_drawn_in_training(levels: in
 
 
 def test_level_law(rng: torch.Generator) -> None:
-    """Flow rows: finest step, tau uniform over all levels. Bootstrap rows: coarser steps alike, tau on their grid."""
+    """Flow rows: finest step, tau uniform. Bootstrap rows: coarser steps alike, tau uniform on their grid."""
     grid = Grid(levels=8)
     rows = torch.arange(2000) < 1000
     index, e = sample_levels(grid, (2000, 20), rows, rng)
@@ -136,7 +138,11 @@ def test_gate_03_a_perfect_teacher_gives_the_data(rng: torch.Generator) -> None:
     noisy = corrupt(clean, torch.randn(SHAPE), grid.tau(index))
 
     def oracle(z: Tensor, tau_index: Tensor, exponent: Tensor) -> Tensor:
-        expected = corrupt(clean, (noisy - grid.tau(index)[..., None, None] * clean) / (1 - grid.tau(index))[..., None, None], grid.tau(tau_index))
+        expected = corrupt(
+            clean,
+            (noisy - grid.tau(index)[..., None, None] * clean) / (1 - grid.tau(index))[..., None, None],
+            grid.tau(tau_index),
+        )
         torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)  # content and label agree
         return clean
 
@@ -157,7 +163,9 @@ def test_bootstrap_target_is_a_constant() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize("finest_label", [False, True])
-def test_gate_04_sampler_with_an_oracle_is_exact_and_labels_what_it_shows(steps: int, finest_label: bool) -> None:
+def test_gate_04_sampler_with_an_oracle_is_exact_and_labels_what_it_shows(
+    steps: int, finest_label: bool
+) -> None:
     grid, clean, noise = Grid(levels=8), *torch.randn(2, *SHAPE)
     labels = []
 

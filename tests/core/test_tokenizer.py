@@ -9,11 +9,11 @@ import torch
 
 from d4_core.tokenizer import Camera, Tokenizer, Vector, reconstruction_loss
 
-TOLERANCE = dict(rtol=1e-5, atol=1e-5)
-RICH = dict(
-    cameras=(Camera(name="front", height=8, width=12), Camera(name="wrist", height=4, width=8)),
-    vectors=(Vector(name="joints", size=3),),
-)
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+RICH = {
+    "cameras": (Camera(name="front", height=8, width=12), Camera(name="wrist", height=4, width=8)),
+    "vectors": (Vector(name="joints", size=3),),
+}
 
 
 def observe(model: Tokenizer, batch: int = 2, length: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -108,7 +108,11 @@ def test_decoder_pixels_come_from_latents_only(rich: Tokenizer) -> None:
     (grad,) = torch.autograd.grad(y[:, :, :4].square().sum(), x, retain_graph=True)
     assert not grad[:, :, 4:].any()  # latents never read queries
     assert grad[:, :, :4].any()
-    for rows, others in ((slice(4, 10), slice(10, 13)), (slice(10, 12), slice(4, 10)), (slice(12, 13), slice(4, 12))):
+    for rows, others in (
+        (slice(4, 10), slice(10, 13)),
+        (slice(10, 12), slice(4, 10)),
+        (slice(12, 13), slice(4, 12)),
+    ):
         (grad,) = torch.autograd.grad(y[:, -1, rows].square().sum(), x, retain_graph=True)
         assert grad[:, :, :4].any()
         assert not grad[:, :, others].any()
@@ -185,7 +189,9 @@ def test_packing_joins_neighbours_and_inverts(make_tokenizer) -> None:
         model.latent_mean.uniform_(-0.5, 0.5)
         model.latent_std.uniform_(0.1, 2.0)
     torch.testing.assert_close(model.unpack(model.pack(z)), z, **TOLERANCE)
-    assert model.unpack(1e3 * torch.randn(2, 2, 6)).abs().max() <= 1  # dreams are clamped to what tanh can produce
+    assert (
+        model.unpack(1e3 * torch.randn(2, 2, 6)).abs().max() <= 1
+    )  # dreams are clamped to what tanh can produce
 
 
 def test_loss_is_the_mean_over_modalities_and_scores_visible_patches(rich: Tokenizer) -> None:

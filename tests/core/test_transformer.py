@@ -1,4 +1,4 @@
-"""Space/time transformer: attention arithmetic, masks, and the ring-buffer cache against the plain forward pass."""
+"""Space/time transformer: attention arithmetic, masks, and the cache against the plain forward pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from d4_core.transformer import (
 )
 
 SLOTS = 3
-TOLERANCE = dict(rtol=1e-5, atol=1e-5)
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def build(shape: TransformerConfig, time_slots: int = 0) -> Transformer:
@@ -50,7 +50,7 @@ def stream(model: Transformer, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
 # ---- arithmetic
 
 
-@pytest.mark.parametrize("changes", [dict(depth=3), dict(kv_heads=3), dict(dim=18), dict(dim=12)])
+@pytest.mark.parametrize("changes", [{"depth": 3}, {"kv_heads": 3}, {"dim": 18}, {"dim": 12}])
 def test_shapes_that_do_not_divide_are_refused(tiny_shape, changes: dict) -> None:
     with pytest.raises(ValueError, match=r"must be a multiple|do not divide"):
         tiny_shape(**changes)
@@ -75,7 +75,9 @@ def test_rms_norm_equals_the_library_and_survives_zeros() -> None:
 def test_attention_equals_a_reference_written_out(tiny_shape, soft_cap: float) -> None:
     shape = tiny_shape(soft_cap=soft_cap)
     attention, x = Attention(shape), 3 * torch.randn(2, 3, SLOTS, shape.dim)
-    bias = torch.zeros(SLOTS, SLOTS).masked_fill(torch.tensor([[0, 1, 0], [0, 0, 0], [1, 1, 0]]).bool(), -math.inf)
+    bias = torch.zeros(SLOTS, SLOTS).masked_fill(
+        torch.tensor([[0, 1, 0], [0, 0, 0], [1, 1, 0]]).bool(), -math.inf
+    )
     q, k, v = attention.project(x, over_time=False)  # (B, T, H or K, S, E)
     k, v = (t.repeat_interleave(shape.heads // shape.kv_heads, dim=2) for t in (k, v))
     logits = q @ k.transpose(-1, -2) / math.sqrt(shape.head_dim)
@@ -93,16 +95,24 @@ def test_masked_keys_get_exactly_no_weight(tiny_shape) -> None:
     bias[:2, 2] = -math.inf
     changed = x.clone()
     changed[:, :, 2] = 1e3 * torch.randn(16)
-    assert torch.equal(attention.forward_space(x, bias)[:, :, :2], attention.forward_space(changed, bias)[:, :, :2])
+    assert torch.equal(
+        attention.forward_space(x, bias)[:, :, :2], attention.forward_space(changed, bias)[:, :, :2]
+    )
 
 
 def test_rotation_is_relative_and_exact_after_weeks() -> None:
     q, k = torch.randn(2, 1, 64)
-    near = rotate(q, rotary_tables(torch.tensor([7]), 64, 1e4)) @ rotate(k, rotary_tables(torch.tensor([2]), 64, 1e4)).T
+    near = (
+        rotate(q, rotary_tables(torch.tensor([7]), 64, 1e4))
+        @ rotate(k, rotary_tables(torch.tensor([2]), 64, 1e4)).T
+    )
     for start in (10**6, 10**7, 10**9):
         a, b = (rotary_tables(torch.tensor([start + i]), 64, 1e4) for i in (7, 2))
         torch.testing.assert_close(rotate(q, a) @ rotate(k, b).T, near, **TOLERANCE)
-    moved = rotate(q, rotary_tables(torch.tensor([8]), 64, 1e4)) @ rotate(k, rotary_tables(torch.tensor([2]), 64, 1e4)).T
+    moved = (
+        rotate(q, rotary_tables(torch.tensor([8]), 64, 1e4))
+        @ rotate(k, rotary_tables(torch.tensor([2]), 64, 1e4)).T
+    )
     assert (moved - near).abs().max() > 1e-3  # and it does encode the distance
 
 
@@ -133,7 +143,10 @@ def test_nothing_depends_on_the_future(tiny_shape) -> None:
 
 
 def test_time_attention_is_a_sliding_window_of_context_frames(tiny_shape) -> None:
-    model, x = build(tiny_shape(depth=1, time_every=1, context=3)), torch.randn(1, 8, 1, 16, requires_grad=True)
+    model, x = (
+        build(tiny_shape(depth=1, time_every=1, context=3)),
+        torch.randn(1, 8, 1, 16, requires_grad=True),
+    )
     (grad,) = torch.autograd.grad(model(x)[0, 6].sum(), x)
     assert [bool(g.any()) for g in grad[0, :, 0]] == [False, False, False, False, True, True, True, False]
 
@@ -168,11 +181,17 @@ def test_gate_06_cached_equals_uncached_past_eviction(tiny_shape, context: int, 
     torch.testing.assert_close(stream(model, x, cache_of(model)), model(x), **TOLERANCE)
 
 
-@given(context=st.integers(1, 5), prefill=st.integers(1, 9), steps=st.integers(1, 7), passes=st.integers(0, 2))
+@given(
+    context=st.integers(1, 5), prefill=st.integers(1, 9), steps=st.integers(1, 7), passes=st.integers(0, 2)
+)
 @settings(max_examples=25)
 @torch.no_grad()
-def test_gate_06_prefill_then_steps_equal_one_clip(context: int, prefill: int, steps: int, passes: int) -> None:
-    shape = TransformerConfig(dim=16, depth=4, heads=4, kv_heads=2, mlp_ratio=2.0, time_every=2, context=context)
+def test_gate_06_prefill_then_steps_equal_one_clip(
+    context: int, prefill: int, steps: int, passes: int
+) -> None:
+    shape = TransformerConfig(
+        dim=16, depth=4, heads=4, kv_heads=2, mlp_ratio=2.0, time_every=2, context=context
+    )
     model, x = build(shape), torch.randn(2, prefill + steps, SLOTS, 16)
     cache = cache_of(model)
     stream(model, torch.randn(2, 7, SLOTS, 16), cache)  # rubbish of an earlier session stays in the memory

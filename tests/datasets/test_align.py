@@ -168,6 +168,16 @@ def test_the_label_is_the_command_in_force_after_the_latency():
     assert late.tolist() == [-1, 0, 2]
 
 
+def test_long_episodes_are_cut_into_even_pieces_and_keep_their_terminal():
+    ticks = align.grid(0, 600, PERIOD, np.array([0, 300]))
+    valid, terminal = np.ones(61, bool), np.zeros(61, bool)
+    terminal[[24, 60]] = True  # 25 ticks and 31, where pieces of 10 would leave a single tick over
+    pieces = align.segments(valid, terminal, ticks, longest=10)
+    assert pieces.tolist() == [[0, 8], [8, 16], [16, 25], [30, 37], [37, 45], [45, 53], [53, 61]]
+    assert align.segments(valid, terminal, ticks, longest=31).tolist() == [[0, 25], [30, 61]]
+    assert align.segments(np.zeros(61, bool), terminal, ticks, longest=10).shape == (0, 2)
+
+
 def test_a_terminal_after_the_last_frame_is_not_lost_and_none_leaks_into_the_next_episode():
     ticks = align.grid(0, 45, PERIOD, np.array([0, 26]))
     assert ticks.time.tolist() == [0, 10, 20, 26, 36, 46]

@@ -18,17 +18,20 @@ latency_ms: 40
 observations:
   - {name: overhead, topic: /camera, type: sensor_msgs/msg/CompressedImage, size: [48, 64],
      align: {strategy: hold, timeline: header, tolerance_ms: 150}}
-  - {name: pose, topic: /pose, type: geometry_msgs/msg/PoseStamped, select: [pose.position.x, pose.position.y],
-     units: [m, m], role: probe, align: {strategy: hold, timeline: header, tolerance_ms: 150}}
+  - {name: pose, topic: /pose, type: geometry_msgs/msg/PoseStamped,
+     select: [pose.position.x, pose.position.y], units: [m, m], role: probe,
+     align: {strategy: hold, timeline: header, tolerance_ms: 150}}
   - {name: speed, topic: /speed, type: std_msgs/msg/Float64MultiArray, select: ["data[0]"],
      align: {strategy: hold, timeline: receive}}
 actions:
-  - {name: base, topic: /cmd_vel, type: geometry_msgs/msg/Twist, select: [linear.x, linear.y], units: [m/s, m/s],
+  - {name: base, topic: /cmd_vel, type: geometry_msgs/msg/Twist,
+     select: [linear.x, linear.y], units: [m/s, m/s],
      low: [-1.2, -1], high: [1.2, 1], max_rate: [30, 30], safety: zeros,
      align: {strategy: hold, timeline: receive, tolerance_ms: 250}}
   - {name: grip, topic: /grip, type: std_msgs/msg/Bool, select: [data], kind: binary, safety: hold,
      align: {strategy: hold, timeline: receive, tolerance_ms: 250}}
-  - {name: gear, topic: /gear, type: std_msgs/msg/Int64, select: [data], kind: categorical, classes: 4, safety: hold,
+  - {name: gear, topic: /gear, type: std_msgs/msg/Int64, select: [data],
+     kind: categorical, classes: 4, safety: hold,
      align: {strategy: hold, timeline: receive, tolerance_ms: 250}}
 tasks: {topic: /task, type: std_msgs/msg/String, select: data, names: [reach_red, reach_blue]}
 reward: {topic: /reward, type: std_msgs/msg/Float64MultiArray, select: data, reduce: last}
@@ -69,6 +72,10 @@ def test_canonical_yaml_round_trips_and_the_hash_is_of_the_meaning(tmp_path):
     same = copy.deepcopy(YARD) | {"rate_hz": 10.0}
     same["observations"][0]["role"] = "input"
     assert Contract.from_dict(same).hash == contract.hash
+    assert contract.max_ticks is None
+    longest = edit(["episode", "max_s"], 2.5)
+    assert Contract.from_dict(longest).max_ticks == 25
+    assert Contract.from_dict(Contract.from_dict(longest).to_dict()) == Contract.from_dict(longest)
     assert Contract.from_dict(YARD | {"latency_ms": 41}).hash != contract.hash
 
 
@@ -134,6 +141,8 @@ def edit(path, value):
         (["tasks", "names"], [], "must be a list"),
         (["reward", "reduce"], "mean", "must be one of last, sum"),
         (["episode", "start", "topic"], "episode", r"`episode.start.topic`"),
+        (["episode", "max_s"], 0.1, "must last at least two ticks"),
+        (["episode", "max_s"], -1, "must be a number above 0"),
         (["episode", "end"], {}, "`episode.end`: unknown key"),
         (["tasks"], "reach", "tasks. must be a mapping"),
     ],
@@ -166,8 +175,7 @@ def test_unreadable_files(tmp_path, content, message):
 
 
 def test_the_robot_process_can_load_it_without_heavy_imports():
-    code = "import sys, d4_datasets.contract; print(sorted({'torch', 'cv2', 'av', 'pyarrow', 'rosbags'} & set(sys.modules)))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "[]\n"
-    )
+    heavy = {"torch", "cv2", "av", "pyarrow", "rosbags"}
+    code = f"import sys, d4_datasets.contract; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
