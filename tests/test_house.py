@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import json
 import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import reduce
 from importlib import import_module
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
+
+from d4_core.config import PRESETS, Preset
+from d4_datasets.contract import Action, Align, Contract, Episode, Observation, Reward, Tasks
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -179,3 +186,55 @@ def test_the_working_tree_holds_no_leftovers() -> None:
     files = [Path(line) for line in done.stdout.splitlines()]
     assert [str(f) for f in files if any(part.startswith(LEFTOVERS) for part in f.parts)] == []
     assert [str(f) for f in files if (ROOT / f).exists() and (ROOT / f).stat().st_size > 10_000_000] == []
+
+
+def code_blocks(path: Path, language: str) -> list[str]:
+    """The fenced blocks of a document in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
+def test_contracts_in_documents_are_valid(path: Path) -> None:
+    for block in code_blocks(path, "yaml"):
+        if block.startswith("name:"):
+            Contract.from_dict(yaml.safe_load(block), source=str(path))
+
+
+def test_the_contract_guide_explains_every_key() -> None:
+    text = (ROOT / "docs" / "contract.md").read_text()
+    kinds = (Contract, Observation, Action, Align, Tasks, Reward, Episode)
+    keys = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    assert sorted(key for key in keys if not re.search(rf"`(\w+\.)?{key}[`.]", text)) == []
+
+
+def test_the_training_guide_agrees_with_the_presets() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    rows = re.findall(r"^\| `([a-z_.]+)` \| `([^`]+)` \| `([^`]+)` \|", text, re.MULTILINE)
+    assert len(rows) > 5
+    for option, default, nano in rows:
+        for preset, shown in ((Preset(), default), (PRESETS["nano"], nano)):
+            value = reduce(getattr, option.split("."), preset)
+            assert json.loads(shown) == value, f"{option} is {value}"
+    assert [name for name in PRESETS if f"`{name}`" not in text] == []
+
+
+def gates_in_code() -> Iterator[tuple[str, str | None]]:
+    """(constant beginning of its name, limit as text or None where it is computed) of all gates."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Gate":
+                name, _, operator, limit = node.args[:4]
+                first = name.values[0] if isinstance(name, ast.JoinedStr) else name
+                if isinstance(first, ast.Constant):
+                    known = isinstance(operator, ast.Constant) and isinstance(limit, ast.Constant)
+                    yield first.value, f"{operator.value} {limit.value:g}" if known else None
+
+
+def test_the_gates_guide_has_every_gate_with_its_limit() -> None:
+    rows = [line for line in (ROOT / "docs" / "gates.md").read_text().splitlines() if line.startswith("| ")]
+    found = list(gates_in_code())
+    assert len(found) > 10
+    for name, limit in found:
+        row = next((row for row in rows if row.startswith(f"| {name}")), None)
+        assert row is not None, f"docs/gates.md does not explain the gate {name!r}"
+        assert limit is None or f"| {limit} |" in row, f"{name}: the limit is {limit}"

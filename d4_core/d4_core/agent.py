@@ -146,20 +146,3 @@ class Critic(nn.Module):
     def log_prob(self, h: Tensor, target: Tensor) -> Tensor:
         """Log-likelihood (..) of return targets (..)."""
         return self.dist.log_prob(self.head.first(h), target)
-
-
-def shift_leads(value: Tensor, valid: Tensor, leads: int) -> tuple[Tensor, Tensor]:
-    """Targets for multi-token prediction.
-
-    Args:
-        value: (B, T, ...) per-frame values.
-        valid: (B, T) whether a frame's value may be used as a target.
-        leads: number of leads.
-
-    Returns:
-        (B, T, leads, ...) values at t + n and their (B, T, leads) mask; leads past the end of the clip are masked.
-    """
-    length = value.shape[1]
-    index = torch.arange(length, device=value.device)[:, None] + torch.arange(leads, device=value.device)
-    inside, index = index < length, index.clamp_max(length - 1)
-    return value[:, index], valid[:, index] & inside

@@ -187,7 +187,7 @@ def _transformer(dim: int, depth: int, heads: int, kv_heads: int, context: int) 
 # clips fill the attention windows (long ones of the dynamics exceed theirs): a running session looks back over no
 # distance that training never had
 _NANO_DYNAMICS = DynamicsTraining(
-    steps=2000, batch=16, length=16, long_length=32, image_rows=0.1, ramp=False, committed=0.5, labelled_share=0.4
+    steps=2500, batch=16, length=16, long_length=32, image_rows=0.1, ramp=False, committed=0.5, labelled_share=0.4
 )
 
 PRESETS: dict[str, Preset] = {
@@ -202,14 +202,15 @@ PRESETS: dict[str, Preset] = {
         tokenizer_training=TokenizerTraining(steps=1500, batch=64, length=8, clip_share=0.2),
         dynamics_training=_NANO_DYNAMICS,
         agent_training=AgentTraining(
-            steps=1500, batch=16, length=16, dynamics=replace(_NANO_DYNAMICS, bootstrap_warmup=0.0)
+            steps=1500, batch=64, length=4, long_length=16, relevant_reward=0.9,
+            dynamics=replace(_NANO_DYNAMICS, bootstrap_warmup=0.0, bootstrap_rows=0.1),
         ),
         imagination_training=ImaginationTraining(
             steps=800, batch=64, reuse=4, settings=ImaginationConfig(horizon=12, discount=0.95)
         ),
         optim=Optimisers(
             tokenizer=OptimConfig(), dynamics=OptimConfig(),
-            agent=OptimConfig(ema=0.99),
+            agent=OptimConfig(lr_muon=0.01, ema=0.99),
             imagination=OptimConfig(lr_heads=1e-3, decay_fraction=0.0, ema=0.98),
         ),
     ),
@@ -218,20 +219,21 @@ PRESETS: dict[str, Preset] = {
         tokenizer=_transformer(256, 8, 8, 8, 16), dynamics=_transformer(384, 12, 8, 2, 32),
         grid=Grid(levels=16), reward_bins=101, reward_range=(-3.0, 3.0), value_bins=101, value_range=(-6.0, 6.0),
         tokenizer_training=TokenizerTraining(length=16), dynamics_training=DynamicsTraining(long_length=64),
-        agent_training=AgentTraining(length=32),
+        agent_training=AgentTraining(long_length=32),
     ),
     "base": Preset(
         patch=16, num_latents=64, latent_dim=16, num_tokens=32,
         tokenizer=_transformer(512, 8, 8, 8, 16), dynamics=_transformer(768, 16, 12, 3, 48), registers=8,
         tokenizer_training=TokenizerTraining(length=16), dynamics_training=DynamicsTraining(long_length=64),
-        agent_training=AgentTraining(length=48),
+        agent_training=AgentTraining(length=16, long_length=48),
     ),
     "large": Preset(
         patch=16, num_latents=256, latent_dim=16, num_tokens=128,
         tokenizer=_transformer(768, 12, 12, 12, 32), dynamics=_transformer(1280, 24, 20, 4, 96), registers=8,
         action_tokens=4,
         tokenizer_training=TokenizerTraining(length=32),
-        dynamics_training=DynamicsTraining(length=32, long_length=128), agent_training=AgentTraining(length=96),
+        dynamics_training=DynamicsTraining(length=32, long_length=128),
+        agent_training=AgentTraining(length=32, long_length=96),
     ),
     # 12+12 x 1024 and 30 x 1920 come to the paper's 400 M + 1.6 B; depth is rounded to a multiple of time_every
     "paper": Preset(
@@ -239,7 +241,8 @@ PRESETS: dict[str, Preset] = {
         tokenizer=_transformer(1024, 12, 16, 16, 32), dynamics=_transformer(1920, 32, 30, 3, 192), registers=8,
         action_tokens=4,
         tokenizer_training=TokenizerTraining(length=32),
-        dynamics_training=DynamicsTraining(length=64, long_length=256), agent_training=AgentTraining(length=192),
+        dynamics_training=DynamicsTraining(length=64, long_length=256),
+        agent_training=AgentTraining(length=64, long_length=192),
     ),
 }  # fmt: skip
 

@@ -78,6 +78,27 @@ def transitions(logs: Logs, first_frame: np.ndarray, clips: Clips) -> dict[str, 
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
 
 
+def lead_targets(logs: Logs, clips: Clips, leads: int) -> dict[str, Tensor]:
+    """Targets of multi-token prediction, looked up in the logs and not cut at the clip's end.
+
+    Returns:
+        lead_action (B, T, n, A) with lead_labelled (B, T, n): a_{t+n} and whether it is known; lead_reward (B, T, n, K)
+        with lead_valid (B, T, n): r_{t+n} and whether frame t+n still belongs to the episode.
+    """
+    episode = np.searchsorted(logs.episode_start, clips.index, side="right") - 1
+    end = (logs.episode_start + logs.episode_length)[episode][..., None]
+    ahead = clips.index[..., None] + np.arange(leads)
+    valid = (ahead < end) & clips.valid[..., None]
+    ahead = np.minimum(ahead, end - 1)
+    arrays = {
+        "lead_action": logs.action[ahead].astype(np.float32),
+        "lead_labelled": logs.action_mask[ahead] & valid,
+        "lead_reward": logs.reward[ahead].astype(np.float32),
+        "lead_valid": valid,
+    }
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
+
+
 def first_frames(logs: Logs) -> np.ndarray:
     """(N,) bool: True on the first frame of every episode."""
     out = np.zeros(logs.num_frames, bool)

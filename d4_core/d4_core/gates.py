@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d4_core.agent import Agent, shift_leads
+from d4_core.agent import Agent
 from d4_core.data import Logs, draw, encode_episode, first_frames, transitions
 from d4_core.dynamics import Dynamics
 from d4_core.imagination import Dream

@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
 from ctypes.util import find_library
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -84,7 +83,7 @@ def _print(facts: list[Fact]) -> None:
         print(f"MISSING {fact.name}: {fact.missing}")
 
 
-# -- this machine ---------------------------------------------------------------------------------------------
+# -- this machine --------------------------------------------------------------------------------------------
 
 
 def installation() -> list[Fact]:
@@ -118,7 +117,7 @@ def _package(name: str) -> Fact:
 def _gpu() -> Fact:
     if not torch.cuda.is_available():
         driver = Path("/proc/driver/nvidia").exists()
-        hint = f"there is a driver, but torch {torch.__version__} is built without CUDA: install a CUDA build of torch"
+        hint = f"there is a driver, but torch {torch.__version__} is built without CUDA: install one that is"
         return Fact("GPU", "none that torch can use", hint if driver and torch.version.cuda is None else "")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return Fact("GPU", f"{', '.join(names)} (CUDA {torch.version.cuda})")
@@ -157,7 +156,7 @@ def _cores() -> Fact:
     )
 
 
-# -- what lies at a path ----------------------------------------------------------------------------------------
+# -- what lies at a path -------------------------------------------------------------------------------------
 
 
 def path_facts(path: Path) -> list[Fact]:
@@ -192,10 +191,11 @@ def dataset_facts(root: Path) -> list[Fact]:
     share = sum(e["labelled"] for e in episodes) / max(1, frames)
     size = sum(f.stat().st_size for f in root.rglob("*") if f.is_file() and "cache" not in f.parts)
     lengths = [e["frames"] for e in episodes] or [0]
+    ended = sum(bool(e["terminal"]) for e in episodes)
     spread = f"{min(lengths)} to {max(lengths)} frames, median {np.median(lengths):.0f}"
     return [
         Fact("dataset", str(root)),
-        Fact("episodes", f"{len(episodes)} ({spread}); {sum(bool(e['terminal']) for e in episodes)} end in a terminal"),
+        Fact("episodes", f"{len(episodes)} ({spread}); {ended} end in a terminal"),
         Fact("frames", f"{frames}, {frames / contract.rate_hz / 3600:.3g} h at {contract.rate_hz:g} Hz"),
         Fact("labelled", f"{share:.1%} of the frames, in {len(labelled)} episodes"),
         Fact("on disk", f"{_bytes(size)} without the frame cache"),
@@ -230,12 +230,13 @@ def checkpoint_facts(folder: Path) -> list[Fact]:
         ),
         Fact("trained on", str(config["config"].get("data", "not recorded"))),
     ]
-    facts += [Fact(name, f"{value:.4g}") for name, value in config.get("metrics", {}).items()]
+    metrics = config.get("metrics", {})
+    facts.append(Fact("metrics", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())))
     counts = _stored_parameters(checkpoint.resolve(folder))
     flops = {name: cost.flops for name, cost in costs(_preset_of(config), contract).items()}
     for name, count in counts.items():
         work = f", {_si(flops[name])}FLOPs per frame" if name in flops else ""
-        facts.append(Fact(name, f"{_si(count)}parameters{work}"))
+        facts.append(Fact(f"{name} network", f"{_si(count)}parameters{work}"))
     return facts + contract_facts(contract)
 
 
@@ -282,20 +283,20 @@ def bag_facts(path: Path) -> list[Fact]:
     """Topics of a bag with type, count and rate: what a contract can name."""
     bag = Bag(path)
     stamps: dict[str, list[int]] = {topic: [] for topic in bag.topics}
+    times: list[int] = []
     for topic, receive, _ in bag.raw(list(bag.topics)):
         stamps[topic].append(receive)
-    ends = (
-        [time for times in stamps.values() for time in (times[0], times[-1]) if times]
-        if any(stamps.values())
-        else [0]
-    )
-    facts = [Fact("bag", f"{path}, {(max(ends) - min(ends)) / 1e9:.1f} s")]
-    for topic, times in stamps.items():
-        span = (times[-1] - times[0]) / 1e9 if times else 0.0
-        rate = f", {(len(times) - 1) / span:.1f} Hz" if span > 0 else ""
+        times.append(receive)
+    facts = [Fact("bag", f"{path}, {_span(times):.1f} s")]
+    for topic, own in stamps.items():
+        rate = f", {(len(own) - 1) / _span(own):.1f} Hz" if _span(own) > 0 else ""
         known = "" if bag.decodable(topic) else ", type unknown"
-        facts.append(Fact(topic, f"{bag.topics[topic]}, {len(times)} messages{rate}{known}"))
+        facts.append(Fact(topic, f"{bag.topics[topic]}, {len(own)} messages{rate}{known}"))
     return facts + [Fact("warning", text) for text in bag.report.warnings]
+
+
+def _span(times: list[int]) -> float:
+    return (times[-1] - times[0]) / 1e9 if times else 0.0
 
 
 def _bag_line(path: Path) -> Fact:
@@ -305,7 +306,7 @@ def _bag_line(path: Path) -> Fact:
         return Fact(str(path), str(error))
 
 
-# -- presets --------------------------------------------------------------------------------------------------
+# -- presets -------------------------------------------------------------------------------------------------
 
 
 def preset_facts(settings: Preset, contract: Contract) -> list[Fact]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d4_core.agent import Agent, Critic, shift_leads
+from d4_core.agent import Agent, Critic
 from d4_core.distributed import share
-from d4_core.data import Clips, Logs, draw, first_frames, join, observations, transitions
+from d4_core.data import Clips, Logs, draw, first_frames, join, lead_targets, observations, transitions
 from d4_core.dynamics import Dynamics
 from d4_core.imagination import (
     Dream,
@@ -80,15 +80,19 @@ class AgentTraining:
     """Phase 2.
 
     Attributes:
-        batch: clips per step, one half uniform (dynamics loss), one half relevant (BC loss); reward on both.
+        steps, batch, length, long_length, long_share: as in phase 1b; one half of the clips is uniform (dynamics loss),
+            one half relevant (BC loss), the reward is learned on both. Short clips matter here: reward and policy are
+            learned from the number of different scenes, and the frames of one clip all show the same scene.
         relevant_reward: an episode is relevant for a task if its reward reaches this value somewhere.
         dynamics: how the dynamics loss on the uniform half is drawn.
         dynamics_weight: weight of that loss.
     """
 
     steps: int = 5_000
-    batch: int = 16
-    length: int = 16
+    batch: int = 32
+    length: int = 8
+    long_length: int = 32
+    long_share: float = 0.2
     relevant_reward: float = 0.5
     dynamics: DynamicsTraining = DynamicsTraining()
     dynamics_weight: float = 1.0
@@ -264,39 +268,40 @@ class AgentPhase(Phase):
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
         """Uniform half, then relevant half; `relevant` (B,) tells them apart, `task` (B,) is hindsight on the latter."""
-        cfg, batch = self.cfg, max(2, share(self.cfg.batch))
+        cfg = self.cfg
+        length = cfg.long_length if rng.random() < cfg.long_share else cfg.length
+        batch = max(2, share(cfg.batch) * cfg.length // length)
         half = batch // 2
-        uniform = draw_clips(cfg.dynamics, self.logs, rng, batch - half, cfg.length, self.episodes)
+        uniform = draw_clips(cfg.dynamics, self.logs, rng, batch - half, length, self.episodes)
         usable = [q for q, episodes in enumerate(self.relevant) if len(episodes)]
         tasks = rng.choice(usable, half)
-        rows = [draw(self.logs, rng, 1, cfg.length, self.relevant[q]) for q in tasks]
+        rows = [draw(self.logs, rng, 1, length, self.relevant[q]) for q in tasks]
         clips = join([uniform, *rows])
         task = np.concatenate([rng.integers(0, len(self.relevant), batch - half), tasks])
         out = {"tokens": torch.from_numpy(self.latents[clips.index]), **transitions(self.logs, self._first, clips)}
-        column = np.minimum(task, self.logs.reward.shape[1] - 1)
-        out["reward"] = torch.take_along_dim(out["reward"], torch.from_numpy(column)[:, None, None], 2)[..., 0]
+        out |= lead_targets(self.logs, clips, self.agent.cfg.leads)
+        column = torch.from_numpy(np.minimum(task, self.logs.reward.shape[1] - 1))
+        out["lead_reward"] = torch.take_along_dim(out["lead_reward"], column[:, None, None, None], 3)[..., 0]
         return out | {"task": torch.from_numpy(task), "relevant": torch.arange(batch) >= batch - half}
 
     def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:
         """Dynamics loss on the uniform half, BC on the relevant half, reward and continuation on both."""
-        leads, length = self.agent.cfg.leads, batch["valid"].shape[1]
-        tokens = self.agent.tokens(batch["task"])[:, None].expand(-1, length, -1, -1)
+        tokens = self.agent.tokens(batch["task"])[:, None].expand(-1, batch["valid"].shape[1], -1, -1)
         outputs, error, metrics = self.objective(batch, gen, step, tokens)
         h, valid, relevant = Agent.readout(outputs), batch["valid"], batch["relevant"][:, None]
-        action, act_ok = shift_leads(batch["action"], batch["labelled"], leads)
-        reward, rew_ok = shift_leads(batch["reward"], valid, leads)
-        nats = -self.agent.space.log_prob(self.agent.policy(h), action)
-        surprise = -self.agent.reward_dist.log_prob(self.agent.reward(h), reward)
+        known = batch["lead_labelled"] & relevant[..., None]
+        nats = -self.agent.space.log_prob(self.agent.policy(h), batch["lead_action"])
+        surprise = -self.agent.reward_dist.log_prob(self.agent.reward(h), batch["lead_reward"])
         alive = F.binary_cross_entropy_with_logits(
             self.agent.proceed.first(h)[..., 0].float(), (~batch["terminal"]).float(), reduction="none"
         )
         losses = {
             "dynamics": masked_mean(error, valid & ~relevant),
-            "policy": masked_mean(nats, act_ok & relevant[..., None]),
-            "reward": masked_mean(surprise, rew_ok),
+            "policy": masked_mean(nats, known),
+            "reward": masked_mean(surprise, batch["lead_valid"]),
             "proceed": masked_mean(alive, valid),
         }
-        lead0 = masked_mean(nats[..., 0].detach(), act_ok[..., 0] & relevant)
+        lead0 = masked_mean(nats[..., 0].detach(), known[..., 0])
         return losses, metrics | {"bc_nats": lead0}
 
     def checkpoint_modules(self) -> dict[str, torch.nn.Module]:
@@ -375,7 +380,7 @@ class ImaginationPhase(Phase):
             "kl": kl.detach(),
             "imagined_reward": roll.reward.sum(1).mean(),
             "imagined_return": returns[:, 0].mean(),
-            "value": value[:, 0].mean(),
+            "value_mean": value[:, 0].mean(),
             "positive_share": (advantage >= 0).float().mean(),
             "event_density": (roll.reward.max(1).values > 0.5).float().mean(),
         }

@@ -45,10 +45,9 @@ class Driver:
             raise ValueError(f"unknown driver kind {self.kind!r}, not one of {KINDS}")
         rng = self.rng
         self._noise = np.zeros(2)
-        self._speed = rng.uniform(0.2, 0.6)
-        self._noise_level = rng.uniform(0.15, 0.35)  # m/s
+        self._speed = rng.uniform(0.25, 0.7)
+        self._noise_level = rng.uniform(0.5, 1.1)  # m/s
         self._careful = bool(rng.random() < 0.3)
-        self._paused_until = int(rng.integers(0, 6))  # people do not start at once
         self._burst_until, self._burst = 0, np.zeros(2)
         if self.kind == "expert":
             self._careful = True
@@ -79,20 +78,14 @@ class Driver:
         return wanted * min(1.0, SPEED_LIMIT / max(float(np.abs(wanted).max()), 1e-9))
 
     def _sloppy(self, command: np.ndarray, tick: int) -> np.ndarray:
-        """Slower, noisy, with pauses and bursts of something else."""
-        if tick >= max(self._paused_until, self._burst_until) and self.rng.random() < 0.035:
-            length = int(self.rng.integers(4, 14))
-            if self.rng.random() < 0.5:
-                self._paused_until = tick + length
-            else:
-                self._burst_until = tick + length
-                self._burst = self.rng.uniform(-1.0, 1.0, 2)
-        noise = self._ou(self._noise_level, memory=0.8)
-        if tick < self._paused_until:
-            return np.zeros(2)
-        if tick < self._burst_until:
-            return self._burst + noise
-        return self._speed * command + noise
+        """Slower, with a shaky hand, and now and then a moment of driving somewhere else."""
+        if tick >= self._burst_until and self.rng.random() < 0.03:
+            self._burst_until = tick + int(self.rng.integers(3, 7))
+            self._burst = self.rng.uniform(-1.0, 1.0, 2)
+        # Shaky, not drifting: with slowly drifting noise the last command would predict the next one better than
+        # the scene does, and a policy cloned from such logs copies itself instead of looking.
+        noise = self._ou(self._noise_level, memory=0.2)
+        return (self._burst if tick < self._burst_until else self._speed * command) + noise
 
     def _ou(self, level: float, memory: float) -> np.ndarray:
         """Ornstein-Uhlenbeck noise with standard deviation `level` (m/s)."""

@@ -76,7 +76,8 @@ class Evaluation:
         self.args = args
         self.logs: Windows = Windows(args.dataset)
         self.world = self.logs.contract.name
-        self.horizon = make_world(self.world).horizon
+        world = make_world(self.world)
+        self.horizon, self.success_reward = world.horizon, world.success_reward
         self.seeds = EVAL_SEED + 10_000 * args.seed + np.arange(args.episodes)
         num_tasks = max(1, len(self.logs.contract.task_names))
         self.tasks = np.arange(args.episodes) % num_tasks
@@ -112,7 +113,7 @@ class Evaluation:
         task = logs.task_index[first]
         return {
             "return": np.add.reduceat(own, first).tolist(),
-            "success": [int(x) for x in (own[last] >= np.exp(-((0.18 / 0.35) ** 2)))],
+            "success": (own[last] >= self.success_reward).astype(int).tolist(),
             "task": task.tolist(),
         }
 

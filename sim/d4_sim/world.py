@@ -37,6 +37,7 @@ class World(Protocol):
     action_low: np.ndarray  # float32 [A]
     action_high: np.ndarray  # float32 [A]
     horizon: int  # ticks until `truncated`
+    success_reward: float  # own-task reward at the last tick that counts as success in logs
 
     @property
     def contract(self) -> Contract:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ SPEED_LIMIT = 2.0  # m/s on each axis
 ROBOT_LIMIT = 0.86  # m, the robot's centre; the joint range in yard.xml
 PIT_RADIUS = 0.21  # m, the robot falls when its centre is this close
 SUCCESS_RADIUS = 0.18  # m
-REWARD_SCALE = 0.35  # m
+REWARD_SCALE = 0.45  # m
 
 # Where things are placed (|x|, |y| at most, metres) and how far apart.
 _PAD_EXTENT, _PIT_EXTENT, _START_EXTENT = 0.77, 0.80, 0.84
@@ -110,6 +111,7 @@ class Yard:
 
     tasks = TASKS
     horizon = HORIZON
+    success_reward = math.exp(-((SUCCESS_RADIUS / REWARD_SCALE) ** 2))
     action_low = np.full(2, -SPEED_LIMIT, np.float32)
     action_high = np.full(2, SPEED_LIMIT, np.float32)
 
@@ -139,7 +141,7 @@ class Yard:
 
     @property
     def rewards(self) -> np.ndarray:
-        """exp(-(d / 0.35 m)^2) for every pad, float32 [2]; zeros once fallen."""
+        """exp(-(d / 0.45 m)^2) for every pad, float32 [2]; zeros once fallen."""
         if self._fallen:
             return np.zeros(2, np.float32)
         distance = np.linalg.norm(self._pads - self._data.qpos, axis=1)

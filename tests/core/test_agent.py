@@ -1,13 +1,13 @@
-"""Heads: two-hot values, initial predictions and multi-token targets."""
+"""Heads: two-hot values, initial predictions and layout."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from d4_core.agent import AgentConfig, Critic, Head, TwoHot, shift_leads, symexp, symlog
+from d4_core.agent import AgentConfig, Critic, Head, TwoHot, symexp, symlog
 
 
 @given(st.floats(-1e6, 1e6))
@@ -98,20 +98,3 @@ def test_task_and_readout_layout(make_dynamics, make_agent) -> None:
     assert h.shape == (3, 32)
     assert torch.equal(h[0, :16], tokens[0, 0])
     assert torch.equal(h[0, 16:], tokens[0, 1])  # all agent tokens, in order: no mean here and token 0 there
-
-
-@given(length=st.integers(1, 7), leads=st.integers(1, 9), seed=st.integers(0, 50))
-@settings(max_examples=30)
-def test_gate_02_shift_leads_against_brute_force(length: int, leads: int, seed: int) -> None:
-    gen = torch.Generator().manual_seed(seed)
-    value = torch.randn(3, length, 2, generator=gen)
-    valid = torch.rand(3, length, generator=gen) < 0.7
-    shifted, mask = shift_leads(value, valid, leads)
-    assert shifted.shape == (3, length, leads, 2)
-    for b in range(3):
-        for t in range(length):
-            for n in range(leads):
-                inside = t + n < length
-                assert bool(mask[b, t, n]) == (inside and bool(valid[b, t + n]))
-                if inside:
-                    assert torch.equal(shifted[b, t, n], value[b, t + n])

@@ -17,6 +17,7 @@ from d4_core.data import (
     first_frames,
     latent_cache,
     latent_statistics,
+    lead_targets,
     observations,
     pixel_statistics,
     transitions,
@@ -104,6 +105,37 @@ def test_gate_02_transitions_against_brute_force(
             if inside:
                 assert out["action"][b, t, 0] == frame + 0.25
                 assert out["reward"][b, t].tolist() == [frame, frame + 0.25]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    length=st.integers(1, 8),
+    leads=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60)
+def test_gate_02_lead_targets_against_brute_force(
+    make_logs, lengths: list[int], length: int, leads: int, seed: int
+) -> None:
+    """Lead n is tick t + n: looked up past the clip's end, never past the episode's."""
+    rng = np.random.default_rng(seed)
+    frames = sum(lengths)
+    logs = make_logs(tuple(lengths), action_mask=rng.random(frames) < 0.6)
+    clips = draw(logs, rng, 4, length, np.arange(len(lengths)))
+    out = lead_targets(logs, clips, leads)
+    episode_of = np.repeat(np.arange(len(lengths)), lengths)
+    for b in range(4):
+        start = clips.index[b, 0]
+        for t in range(length):
+            for n in range(leads):
+                frame = start + t + n
+                inside = frame < frames and episode_of[frame] == episode_of[start]
+                assert bool(out["lead_valid"][b, t, n]) == inside
+                known = inside and bool(logs.action_mask[frame])
+                assert bool(out["lead_labelled"][b, t, n]) == known
+                if inside:
+                    assert out["lead_action"][b, t, n, 0] == frame + 0.25
+                    assert out["lead_reward"][b, t, n].tolist() == [frame, frame + 0.25]
 
 
 def test_changing_an_action_changes_only_the_next_block(make_logs) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 
@@ -237,7 +238,9 @@ def test_presets_train_on_clips_that_fill_the_attention_window(name: str) -> Non
     preset = PRESETS[name]
     assert preset.dynamics.context < preset.dynamics_training.long_length
     assert preset.tokenizer.context <= preset.tokenizer_training.length
-    assert preset.dynamics.context <= preset.agent_training.length
+    assert preset.dynamics.context <= preset.agent_training.long_length
+    assert preset.agent_training.length <= preset.agent_training.long_length
+    assert preset.agent_training.long_share > 0
 
 
 # ---- golden curves: a change that is meant to leave the computation alone must leave these alone
@@ -282,10 +285,7 @@ def test_relevant_episodes(make_logs) -> None:
     assert accomplished(never, everything, 1, 0.5).tolist() == []  # no success is not success everywhere
     assert accomplished(make_logs((5, 7, 3), reward=0 * reward), everything, 1, 0.5).tolist() == [0, 1, 2]
     scalar = make_logs((5, 7, 3), reward=reward[:, :1])
-    assert relevant_episodes(scalar, everything, 1, 0.5).tolist() == [
-        0,
-        2,
-    ]  # a scalar reward serves every task
+    assert accomplished(scalar, everything, 1, 0.5).tolist() == [0, 2]  # a scalar reward serves every task
 
 
 @pytest.fixture
@@ -299,6 +299,7 @@ def agent_phase(make_dynamics, make_agent, make_logs, noise_latents) -> Callable
             "steps": 40,
             "batch": 12,
             "length": 4,
+            "long_share": 0.0,
             "dynamics": DynamicsTraining(**ALWAYS_BOTH),
         } | changes
         return AgentPhase(
@@ -319,12 +320,18 @@ def test_agent_batches_are_half_uniform_half_relevant(agent_phase) -> None:
         assert batch["relevant"].tolist() == [False] * 6 + [True] * 6
         assert torch.equal(batch["task"][6:], episode[6:])  # hindsight: the task that was accomplished
         seen |= set(zip(episode[:6].tolist(), batch["task"][:6].tolist(), strict=True))
-        index = frame.clamp_max(27)
-        expected = torch.from_numpy(phase.logs.reward)[index].gather(
-            2, batch["task"][:, None, None].expand(-1, 4, 1)
-        )
-        assert torch.equal(batch["reward"][batch["valid"]], expected[..., 0][batch["valid"]])
+        reward, task = torch.from_numpy(phase.logs.reward), batch["task"][:, None].expand(-1, 4)
+        arrived = batch["lead_reward"][:, :, 0]
+        assert torch.equal(arrived[batch["valid"]], reward[frame, task][batch["valid"]])
     assert seen == {(e, q) for e in range(3) for q in range(2)}  # uniform rows: any episode under any task
+
+
+def test_agent_batches_are_now_and_then_long(agent_phase) -> None:
+    phase = agent_phase(long_share=0.3, long_length=8)
+    rng = np.random.default_rng(0)
+    shapes = [tuple(phase.sample(rng, step)["valid"].shape) for step in range(200)]
+    assert set(shapes) == {(12, 4), (6, 8)}
+    assert 0.2 < shapes.count((6, 8)) / 200 < 0.4
 
 
 def test_each_loss_learns_from_its_own_half(agent_phase) -> None:
@@ -344,7 +351,7 @@ def test_each_loss_learns_from_its_own_half(agent_phase) -> None:
 def test_cloning_skips_unlabelled_frames(agent_phase) -> None:
     phase = agent_phase()
     batch = phase.sample(np.random.default_rng(0), 0)
-    batch["labelled"][:] = False
+    batch["lead_labelled"][:] = False
     losses, _ = phase(batch, torch.Generator().manual_seed(0), 0)
     assert losses["policy"] == 0
     assert losses["reward"] > 0
@@ -370,22 +377,24 @@ def test_gate_02_leads_are_scored_against_the_right_ticks(agent_phase) -> None:
     with torch.no_grad():
         agent.policy.out.bias.normal_()
         agent.reward.out.bias.normal_()
-    batch = phase.sample(np.random.default_rng(3), 0)
-    batch["action"] = torch.rand(12, 4, 1) * 4 - 2
-    batch["labelled"] = torch.rand(12, 4) < 0.7
-    batch["reward"] = torch.rand(12, 4)
-    batch["valid"][1, 2:] = batch["valid"][8, 1:] = False
+    logs, rng = phase.logs, np.random.default_rng(3)
+    logs.action[:, 0], logs.reward[:] = np.linspace(-2, 2, 28), rng.random((28, 2))
+    logs.action_mask[:] = rng.random(28) < 0.7
+    batch = phase.sample(rng, 0)
     losses, metrics = phase(batch, torch.Generator().manual_seed(0), 0)
     policy, reward = agent.policy.out.bias.view(leads, -1), agent.reward.out.bias.view(leads, -1)
+    episode = np.repeat(np.arange(3), logs.episode_length)
+    start = ((batch["action"][:, 0, 0] + 2) / 4 * 27).round().long().tolist()
     nats, lead0, surprise = [], [], []
-    for b in range(12):
-        for t in range(4):
-            for n in range(min(leads, 4 - t)):
-                if b >= 6 and batch["labelled"][b, t + n]:
-                    nats.append(-agent.space.log_prob(policy[n], batch["action"][b, t + n]))
-                    lead0 += [nats[-1]] if n == 0 else []
-                if batch["valid"][b, t + n]:
-                    surprise.append(-agent.reward_dist.log_prob(reward[n], batch["reward"][b, t + n]))
+    for b, t, n in itertools.product(range(12), range(4), range(leads)):
+        frame = start[b] + t + n
+        if frame >= 28 or episode[frame] != episode[start[b]]:
+            continue
+        if b >= 6 and logs.action_mask[frame]:
+            nats.append(-agent.space.log_prob(policy[n], torch.from_numpy(logs.action[frame])))
+            lead0 += [nats[-1]] if n == 0 else []
+        arrived = torch.tensor(logs.reward[frame, batch["task"][b]])
+        surprise.append(-agent.reward_dist.log_prob(reward[n], arrived))
     torch.testing.assert_close(losses["policy"], torch.stack(nats).mean())
     torch.testing.assert_close(metrics["bc_nats"], torch.stack(lead0).mean())
     torch.testing.assert_close(losses["reward"], torch.stack(surprise).mean())
@@ -457,6 +466,30 @@ def test_the_policy_starts_as_the_prior_with_no_kl(imagination_phase) -> None:
     phase = imagination_phase()
     _, metrics = phase(phase.sample(np.random.default_rng(0), 0), torch.Generator().manual_seed(0), 0)
     assert metrics["kl"] == 0
+
+
+def test_gate_10_the_policy_is_held_by_the_cloned_one(imagination_phase) -> None:
+    """Loss and gradient contain beta KL(policy || prior), with the frozen copy as the prior."""
+    results = []
+    for beta in (0.0, 2.0):
+        settings = ImaginationConfig(horizon=3, contexts=(1,), steps=2, warmup=0.0, beta=beta)
+        phase = imagination_phase(settings=settings)
+        with torch.no_grad():
+            phase.policy.out.bias += torch.linspace(-3, 3, len(phase.policy.out.bias))
+        batch = phase.sample(np.random.default_rng(0), 0)
+        losses, metrics = phase(batch, torch.Generator().manual_seed(0), 0)
+        roll, bias = phase._rollout, phase.policy.out.bias
+        h = roll.h[:, :-1]
+        weight = torch.cat([torch.ones(6, 1), roll.proceed[:, :-1].cumprod(1)], 1)
+        kl = phase.agent.space.kl(phase.policy.first(h), phase.agent.policy.first(h))
+        kl = (kl * weight).sum() / weight.sum()
+        assert kl.item() > 0.05
+        torch.testing.assert_close(metrics["kl"], kl.detach())
+        grads = [torch.autograd.grad(x, bias, retain_graph=True)[0] for x in (losses["policy"], kl)]
+        results.append((losses["policy"].detach(), kl.detach(), *grads))
+    (free, _, free_grad, _), (held, kl, held_grad, kl_grad) = results
+    torch.testing.assert_close(held - free, 2 * kl)
+    torch.testing.assert_close(held_grad - free_grad, 2 * kl_grad, rtol=1e-4, atol=1e-5)
 
 
 def test_warm_up_trains_only_the_critic(imagination_phase) -> None:

@@ -144,7 +144,7 @@ def test_reward_is_the_formula_for_both_tasks(yard: Yard) -> None:
     yard._pit[:] = 5.0
     reward, _, _ = push(yard, 0.3, 0.3)
     distance = np.linalg.norm(yard.state()["pads"] - yard.pose, axis=1)
-    np.testing.assert_allclose(reward, np.exp(-((distance / 0.35) ** 2)), rtol=1e-4)
+    np.testing.assert_allclose(reward, np.exp(-((distance / 0.45) ** 2)), rtol=1e-4)
     assert reward.dtype == np.float32
     for task in (0, 1):
         yard.reset(5, task)
