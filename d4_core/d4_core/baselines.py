@@ -22,7 +22,7 @@ class ScratchTraining:
     batch: int = 64
     frames: int = 3
     shift: int = 2
-    relevant_reward: float = 0.5
+    relevant_return: float = 0.4
 
 
 class ScratchPolicy(nn.Module):
@@ -60,7 +60,7 @@ class ScratchPhase(Phase):
         self._start = np.repeat(logs.episode_start, logs.episode_length)
         self._frames = []
         for task in range(policy.num_tasks):
-            relevant = relevant_episodes(logs, episodes, task, cfg.relevant_reward)
+            relevant = relevant_episodes(logs, episodes, task, cfg.relevant_return)
             self._frames.append(np.flatnonzero(np.isin(logs.episode_index, relevant) & logs.action_mask))
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:

@@ -409,7 +409,7 @@ def _features(agent: Agent, dynamics: Dynamics, batch: dict[str, Tensor], tokens
 def _hindsight(logs: Logs, episodes: np.ndarray, tasks: int, count: int, length: int) -> tuple[np.ndarray, Tensor]:
     rng, frames, task = np.random.default_rng(0), [], []
     for q in range(tasks):
-        usable = relevant_episodes(logs, episodes, q, 0.5)
+        usable = relevant_episodes(logs, episodes, q, 0.4)
         if len(usable):
             clips = draw(logs, rng, count // tasks, length, usable)
             frames.append(clips.index[clips.valid.all(1)])

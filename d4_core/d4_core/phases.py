@@ -83,7 +83,7 @@ class AgentTraining:
         steps, batch, length, long_length, long_share: as in phase 1b; one half of the clips is uniform (dynamics loss),
             one half relevant (BC loss), the reward is learned on both. Short clips matter here: reward and policy are
             learned from the number of different scenes, and the frames of one clip all show the same scene.
-        relevant_reward: an episode is relevant for a task if its reward reaches this value somewhere.
+        relevant_return: an episode is relevant for a task if its return reaches this share of the best.
         dynamics: how the dynamics loss on the uniform half is drawn.
         dynamics_weight: weight of that loss.
     """
@@ -93,7 +93,7 @@ class AgentTraining:
     length: int = 8
     long_length: int = 32
     long_share: float = 0.2
-    relevant_reward: float = 0.5
+    relevant_return: float = 0.4
     dynamics: DynamicsTraining = DynamicsTraining()
     dynamics_weight: float = 1.0
 
@@ -107,14 +107,14 @@ class ImaginationTraining:
         batch: rollouts per batch, one from each context.
         reuse: optimiser steps that a batch of rollouts serves.
         relevant_share: share of contexts from episodes that accomplish the rollout's task (paper: 0.5).
-        relevant_reward: reward that counts as accomplishing it.
+        relevant_return: share of the best return that counts as accomplishing it.
     """
 
     steps: int = 2_000
     batch: int = 64
     reuse: int = 4
     relevant_share: float = 0.5
-    relevant_reward: float = 0.5
+    relevant_return: float = 0.4
     settings: ImaginationConfig = ImaginationConfig()
 
 
@@ -231,21 +231,22 @@ class DynamicsPhase(Phase):
         return {"tokenizer": self.tokenizer, "dynamics": self.dynamics}
 
 
-def accomplished(logs: Logs, episodes: np.ndarray, task: int, threshold: float) -> np.ndarray:
-    """Episodes in which the task's reward reaches the threshold, whatever the driver had in mind.
+def accomplished(logs: Logs, episodes: np.ndarray, task: int, share: float) -> np.ndarray:
+    """Episodes whose return for the task reaches `share` of the best in the logs, whatever the driver had in mind.
 
-    A dataset without rewards has nothing to tell episodes apart: all of them count.
+    The return tells doing a task from passing by, and for sparse rewards it counts the events. A dataset without
+    rewards has nothing to tell episodes apart: all of them count.
     """
     if not logs.reward.any():
         return episodes
     column = logs.reward[:, min(task, logs.reward.shape[1] - 1)]
-    best = np.maximum.reduceat(column, logs.episode_start)
-    return episodes[best[episodes] >= threshold]
+    returns = np.add.reduceat(column, logs.episode_start)
+    return episodes[(returns[episodes] >= share * returns.max()) & (returns[episodes] > 0)]
 
 
-def relevant_episodes(logs: Logs, episodes: np.ndarray, task: int, threshold: float) -> np.ndarray:
+def relevant_episodes(logs: Logs, episodes: np.ndarray, task: int, share: float) -> np.ndarray:
     """Labelled episodes that accomplish a task: what the policy is cloned from."""
-    return accomplished(logs, episodes[logs.labelled[episodes]], task, threshold)
+    return accomplished(logs, episodes[logs.labelled[episodes]], task, share)
 
 
 class AgentPhase(Phase):
@@ -264,7 +265,7 @@ class AgentPhase(Phase):
         self.objective = ShortcutObjective(cfg.dynamics, dynamics, cfg.steps)
         self._first = first_frames(logs)
         tasks = range(agent.cfg.num_tasks)
-        self.relevant = [relevant_episodes(logs, episodes, q, cfg.relevant_reward) for q in tasks]
+        self.relevant = [relevant_episodes(logs, episodes, q, cfg.relevant_return) for q in tasks]
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
         """Uniform half, then relevant half; `relevant` (B,) tells them apart, `task` (B,) is hindsight on the latter."""
@@ -326,7 +327,7 @@ class ImaginationPhase(Phase):
         self._first = first_frames(logs)
         self._episodes = episodes[logs.episode_length[episodes] >= max(cfg.settings.contexts)]
         tasks = range(agent.cfg.num_tasks)
-        self._relevant = [accomplished(logs, self._episodes, q, cfg.relevant_reward) for q in tasks]
+        self._relevant = [accomplished(logs, self._episodes, q, cfg.relevant_return) for q in tasks]
         self._dream: Dream | None = None
         self._rollout: tuple[Rollout, Tensor] | None = None
 

@@ -24,6 +24,7 @@ from d4_core.gates import CONTEXT
 from d4_core.imagination import Dream, Rollout, imagine
 from d4_core.models import CONTENTS, Models, load
 from d4_core.pipeline import pick_device
+from d4_core.report import write_report
 from d4_core.tokenizer import Tokenizer
 from d4_datasets.errors import UserError, run_cli
 from d4_datasets.pictures import GREEN, GREY, ORANGE, Color, Strip, contact_sheet, fit, mp4_bytes, png_bytes
@@ -45,7 +46,7 @@ class RolloutArgs:
 
     tokenizer: reconstruction.png. dynamics: open_loop.png and .mp4, the future dreamed from a few real
     frames and the logged actions. agent, imagination: dream_<task>.png and .mp4, the policy acting in the
-    world model.
+    world model. RUN/report.html is brought up to date.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -88,6 +89,7 @@ def _main(args: RolloutArgs) -> None:
     threads.configure()
     for name, caption in rollout(args).items():
         print(f"{args.run / 'media' / name}\n    {caption}")
+    print(f"report: {write_report(args.run)}")
 
 
 def rollout(args: RolloutArgs) -> dict[str, str]:

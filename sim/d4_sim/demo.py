@@ -335,7 +335,7 @@ class Demo:
         finally:
             self.state.note(stage.name, time.monotonic() - began, done=code == 0)
         if code == 0:
-            self._show(since)
+            self._show(stage, since)
         return code
 
     def _commands(self, stage: Stage) -> int:
@@ -357,7 +357,7 @@ class Demo:
                 return code
         return 0
 
-    def _show(self, since: float) -> None:
+    def _show(self, stage: Stage, since: float) -> None:
         """Name the pictures made since a time (unix seconds), and bring the report up to date."""
         run = self.args.out / "run"
         found = [*self.args.out.glob("*.png"), *(run / "media").glob("*.png"), *(run / "media").glob("*.mp4")]
@@ -369,7 +369,9 @@ class Demo:
         if run.exists():
             from d4_core.report import write_report
 
-            self.say(f"report so far: {write_report(run)}")
+            path = write_report(run)
+            if stage.commands:
+                self.say(f"report so far: {path}")
 
     def _end(self) -> None:
         from d4_core.report import summary_table

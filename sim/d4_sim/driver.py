@@ -45,8 +45,8 @@ class Driver:
             raise ValueError(f"unknown driver kind {self.kind!r}, not one of {KINDS}")
         rng = self.rng
         self._noise = np.zeros(2)
-        self._speed = rng.uniform(0.25, 0.7)
-        self._noise_level = rng.uniform(0.5, 1.1)  # m/s
+        self._speed = rng.uniform(0.2, 0.8)
+        self._noise_level = rng.uniform(0.2, 0.5)  # m/s
         self._careful = bool(rng.random() < 0.3)
         self._burst_until, self._burst = 0, np.zeros(2)
         if self.kind == "expert":

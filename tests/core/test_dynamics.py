@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from d4_core.agent import Agent, AgentConfig
-from d4_core.config import preset
+from d4_core.config import PRESETS, preset
 from d4_core.dynamics import Dynamics
 from d4_core.imagination import Dream
 from d4_core.tokenizer import Tokenizer
@@ -261,7 +261,7 @@ def test_gradients_reach_every_parameter(make_dynamics) -> None:
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-# ---- size
+# ---- presets
 
 
 def size(module: nn.Module) -> int:
@@ -308,3 +308,24 @@ def test_paper_preset_has_the_papers_size() -> None:
     assert size(dynamics) == pytest.approx(1.6e9, rel=0.1)
     assert (dynamics.cfg.num_tokens, dynamics.cfg.token_dim, dynamics.space.num_params) == (256, 32, 23 + 121)
     assert (dynamics.cfg.transformer.context, cfg.leads) == (192, 8)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_gate_05_presets_sample_with_trained_step_sizes(name: str) -> None:
+    """A step size whose row was never trained costs quality without a word."""
+    chosen = preset(name)
+    settings = chosen.imagination_training.settings
+    assert chosen.grid.levels % settings.steps == 0
+    assert settings.finest_label or chosen.dynamics_training.bootstrap_rows > 0
+    assert max(settings.contexts) <= chosen.dynamics.context
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_train_on_clips_that_fill_the_attention_window(name: str) -> None:
+    """Else a session that runs on looks back over distances that no clip ever had."""
+    chosen = preset(name)
+    assert chosen.dynamics.context < chosen.dynamics_training.long_length
+    assert chosen.tokenizer.context <= chosen.tokenizer_training.length
+    assert chosen.dynamics.context <= chosen.agent_training.long_length
+    assert chosen.agent_training.length <= chosen.agent_training.long_length
+    assert chosen.agent_training.long_share > 0

@@ -12,10 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from d4_core.agent import Agent
-from d4_core.config import PRESETS
 from d4_core.dynamics import Block, Dynamics
-from d4_core.imagination import ImaginationConfig
+from d4_core.imagination import Dream, ImaginationConfig, lambda_returns
 from d4_core.phase import Normaliser, masked_mean
 from d4_core.phases import (
     AgentPhase,
@@ -222,27 +220,6 @@ def test_tokenizer_phase_mixes_frames_and_clips(make_tokenizer, make_logs) -> No
     assert 0.18 < shapes.count((3, 4)) / 400 < 0.32
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_gate_05_presets_sample_with_trained_step_sizes(name: str) -> None:
-    """A step size whose row was never trained costs quality without a word."""
-    preset = PRESETS[name]
-    settings = preset.imagination_training.settings
-    assert preset.grid.levels % settings.steps == 0
-    assert settings.finest_label or preset.dynamics_training.bootstrap_rows > 0
-    assert max(settings.contexts) <= preset.dynamics.context
-
-
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_presets_train_on_clips_that_fill_the_attention_window(name: str) -> None:
-    """Else a session that runs on looks back over distances that no clip ever had."""
-    preset = PRESETS[name]
-    assert preset.dynamics.context < preset.dynamics_training.long_length
-    assert preset.tokenizer.context <= preset.tokenizer_training.length
-    assert preset.dynamics.context <= preset.agent_training.long_length
-    assert preset.agent_training.length <= preset.agent_training.long_length
-    assert preset.agent_training.long_share > 0
-
-
 # ---- golden curves: a change that is meant to leave the computation alone must leave these alone
 
 GOLDEN_TOKENIZER = [1.831164, 1.533122, 1.343878, 1.137666, 1.005521]
@@ -419,6 +396,8 @@ def imagination_phase(make_dynamics, make_agent, make_logs, noise_latents) -> Ca
     def make(awake: bool = True, **changes) -> ImaginationPhase:
         dynamics, logs = make_dynamics(), make_logs((9, 12, 2))
         logs.action[:] = np.sin(logs.action)
+        logs.reward[:] = 0
+        logs.reward[[4, 15], [0, 1]] = 1.0  # episode 0 does task 0, episode 1 task 1
         settings = ImaginationConfig(horizon=3, contexts=(1, 4), steps=2, warmup=0.0)
         cfg = ImaginationTraining(**({"steps": 20, "batch": 6, "reuse": 2, "settings": settings} | changes))
         torch.manual_seed(0)
@@ -492,6 +471,63 @@ def test_gate_10_the_policy_is_held_by_the_cloned_one(imagination_phase) -> None
     torch.testing.assert_close(held_grad - free_grad, 2 * kl_grad, rtol=1e-4, atol=1e-5)
 
 
+def test_gate_10_advantage_and_value_target_belong_to_the_acting_frame(imagination_phase) -> None:
+    """G_t - v_t weighs a_t, and G_t is what v_t is taught; a_t was drawn from h_t."""
+    settings = ImaginationConfig(horizon=5, contexts=(4,), steps=1, warmup=0.0, beta=0.0, discount=0.9)
+    phase = imagination_phase(settings=settings, batch=32)
+    with torch.no_grad():
+        phase.critic.head.out.weight.normal_()
+    batch = phase.sample(np.random.default_rng(0), 0)
+    losses, metrics = phase(batch, torch.Generator().manual_seed(0), 0)
+    roll = phase._rollout
+    with torch.no_grad():
+        value = phase.critic(roll.h)
+    returns = lambda_returns(roll.reward, roll.proceed, value, 0.9, settings.trace)
+    advantage = returns - value[:, :-1]
+    assert 0.1 < (advantage > 0).float().mean() < 0.9
+    weight = torch.cat([torch.ones(32, 1), roll.proceed[:, :-1].cumprod(1)], 1)
+    good, bad = weight * (advantage >= 0), weight * (advantage < 0)
+    log_prob = phase.agent.space.log_prob(phase.policy.first(roll.h[:, :-1]), roll.action)
+    expected = 0.5 * (bad * log_prob).sum() / bad.sum() - 0.5 * (good * log_prob).sum() / good.sum()
+    torch.testing.assert_close(losses["policy"], expected)
+    nats = -phase.critic.log_prob(roll.h[:, :-1], returns)
+    torch.testing.assert_close(losses["value"], (nats * weight).sum() / weight.sum())
+    torch.testing.assert_close(metrics["imagined_return"], returns[:, 0].mean())
+
+
+def test_gate_02_contexts_are_replayed_as_they_were_recorded(imagination_phase, monkeypatch) -> None:
+    phase = imagination_phase(settings=ImaginationConfig(horizon=2, contexts=(4,), steps=1))
+    batch = phase.sample(np.random.default_rng(0), 0)
+    assert not batch["prev_labelled"].all()  # some contexts begin with an episode
+    observed, observe = [], Dream.observe
+    monkeypatch.setattr(Dream, "observe", lambda dream, *a: observed.append(a) or observe(dream, *a))
+    roll = phase.roll(batch, torch.Generator().manual_seed(0))
+    assert len(observed) == 4 + 2
+    for t, (tokens, action, labelled, task) in enumerate(observed[:4]):
+        assert torch.equal(tokens, batch["tokens"][:, t])
+        assert torch.equal(action, batch["prev_action"][:, t])
+        assert torch.equal(labelled, batch["prev_labelled"][:, t])
+        assert torch.equal(task, batch["task"])
+    for t, (tokens, action, labelled, task) in enumerate(observed[4:]):
+        assert torch.equal(tokens, roll.tokens[:, t])
+        assert torch.equal(action, roll.action[:, t])
+        assert labelled.all()
+        assert torch.equal(task, batch["task"])
+
+
+@pytest.mark.parametrize(("share", "matching"), [(0.0, 0.5), (0.5, 0.75), (1.0, 1.0)])
+def test_contexts_are_a_mixture_of_relevant_and_uniform(
+    imagination_phase, share: float, matching: float
+) -> None:
+    phase = imagination_phase(relevant_share=share, batch=400)
+    batch = phase.sample(np.random.default_rng(0), 0)
+    named = torch.from_numpy(np.sin(np.arange(23, dtype=np.float32) + 0.25))
+    frame = (batch["action"][:, :1, 0] - named).abs().argmin(1)
+    episode = (frame >= 9).long()
+    assert 0.4 < batch["task"].float().mean() < 0.6
+    assert (episode == batch["task"]).float().mean().item() == pytest.approx(matching, abs=0.1)
+
+
 def test_warm_up_trains_only_the_critic(imagination_phase) -> None:
     settings = ImaginationConfig(horizon=3, contexts=(1,), steps=2, warmup=0.25)
     phase = imagination_phase(settings=settings)
@@ -553,11 +589,8 @@ def test_every_trained_weight_gets_a_gradient_under_autocast(
         assert dead == []
 
 
-def test_checkpoints_are_complete_in_themselves(
-    make_dynamics, dynamics_phase, agent_phase, imagination_phase
-) -> None:
+def test_checkpoints_are_complete_in_themselves(dynamics_phase, agent_phase, imagination_phase) -> None:
     assert set(dynamics_phase().checkpoint_modules()) == {"tokenizer", "dynamics"}
     assert set(agent_phase().checkpoint_modules()) == {"tokenizer", "dynamics", "agent"}
     names = set(imagination_phase().checkpoint_modules())
     assert names == {"tokenizer", "dynamics", "agent", "policy", "critic"}
-    assert isinstance(agent_phase().checkpoint_modules()["agent"], Agent)

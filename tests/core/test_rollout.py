@@ -236,3 +236,4 @@ def test_the_command_prints_files_and_captions(run, dataset, monkeypatch, capsys
     out = capsys.readouterr().out
     assert "reconstruction.png" in out
     assert "PSNR" in out
+    assert "data:image/png" in (run / "report.html").read_text()
