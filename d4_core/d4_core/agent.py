@@ -65,7 +65,7 @@ class TwoHot(nn.Module):
     def concentrate(self, bias: Tensor, around: float = 0.0) -> None:
         """Initialise a head's output bias (.., bins) near one value: a uniform start would predict the middle bin."""
         with torch.no_grad():
-            bias.copy_(-2.0 * (symlog(self.centres) - around).abs().expand_as(bias))
+            bias.copy_(-6.0 * (symlog(self.centres) - around).abs().expand_as(bias))
 
 
 class Head(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from d4_core import distributed
 from d4_core.tokenizer import Tokenizer
 
-_GROUP = 8  # episodes encoded together
+_TOKENS = 2**15  # encoded at a time: bounds the memory of a pass whatever the size of the pictures
 
 
 class Logs(Protocol):
@@ -115,11 +116,13 @@ def observations(logs: Logs, index: np.ndarray, names: list[str]) -> dict[str, T
 def pixel_statistics(logs: Logs, tokenizer: Tokenizer, rng: np.random.Generator, frames: int = 2000) -> None:
     """Set the tokenizer's mean image, pixel spread and vector statistics from a random sample of frames."""
     index = np.sort(rng.choice(logs.num_frames, min(frames, logs.num_frames), replace=False))
+    parts = np.array_split(index, max(1, len(index) // 64))  # a few pictures at a time
     mean, std = {}, {}
     for cam in tokenizer.cfg.cameras:
-        x = torch.from_numpy(np.ascontiguousarray(logs.images[cam.name][index])).float() / 255
-        mean[cam.name] = x.mean(0)
-        std[cam.name] = (x - mean[cam.name]).square().mean().sqrt()
+        images = logs.images[cam.name]
+        first = sum((images[p] / 255.0).sum(0) for p in parts) / len(index)
+        square = sum(((images[p] / 255.0 - first) ** 2).mean((1, 2, 3)).sum() for p in parts) / len(index)
+        mean[cam.name], std[cam.name] = torch.from_numpy(first).float(), torch.tensor(square**0.5).float()
     for vec in tokenizer.cfg.vectors:
         x = torch.from_numpy(np.ascontiguousarray(logs.vectors[vec.name][index]))
         mean[vec.name], std[vec.name] = x.mean(0), x.std(0)
@@ -133,7 +136,7 @@ def encode_episode(tokenizer: Tokenizer, logs: Logs, episode: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode_episodes(tokenizer: Tokenizer, logs: Logs, episodes: np.ndarray, chunk: int = 256) -> list[Tensor]:
+def encode_episodes(tokenizer: Tokenizer, logs: Logs, episodes: np.ndarray, chunk: int = 0) -> list[Tensor]:
     """Latents (T, N, L) of each episode, equal to streaming it frame by frame as a robot does.
 
     Shorter episodes are padded at their end, where a causal encoder cannot notice; long ones run in chunks that repeat
@@ -143,6 +146,7 @@ def encode_episodes(tokenizer: Tokenizer, logs: Logs, episodes: np.ndarray, chun
     names = [c.name for c in tokenizer.cfg.cameras] + [v.name for v in tokenizer.cfg.vectors]
     overlap = cfg.depth // cfg.time_every * (cfg.context - 1)
     start, length = logs.episode_start[episodes], logs.episode_length[episodes]
+    chunk = chunk or max(1, chunk_frames(tokenizer) // len(episodes))
     parts = []
     for t in range(0, int(length.max()), chunk):
         begin = max(0, t - overlap)
@@ -152,6 +156,11 @@ def encode_episodes(tokenizer: Tokenizer, logs: Logs, episodes: np.ndarray, chun
         parts.append(tokenizer.encode(obs)[:, t - begin :])
     z = torch.cat(parts, 1)
     return [row[:n] for row, n in zip(z, length, strict=True)]
+
+
+def chunk_frames(tokenizer: Tokenizer) -> int:
+    """Frames to encode in one pass."""
+    return max(16, _TOKENS // tokenizer.encoder_bias.shape[0])
 
 
 def latent_cache(tokenizer: Tokenizer, logs: Logs, path: Path, tag: str) -> np.ndarray:
@@ -179,7 +188,9 @@ def latent_cache(tokenizer: Tokenizer, logs: Logs, path: Path, tag: str) -> np.n
 def _fill(out: np.memmap, tokenizer: Tokenizer, logs: Logs) -> None:
     """This rank's share of the episodes, in groups of similar length."""
     order = np.argsort(logs.episode_length, kind="stable")[distributed.rank() :: distributed.world_size()]
-    for group in np.array_split(order, max(1, len(order) // _GROUP)):
+    longest = int(logs.episode_length.max())
+    group_size = max(1, chunk_frames(tokenizer) // longest)
+    for group in np.array_split(order, max(1, math.ceil(len(order) / group_size))):
         if not len(group):  # more ranks than episodes
             continue
         for episode, z in zip(group, encode_episodes(tokenizer, logs, group), strict=True):

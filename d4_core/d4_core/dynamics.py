@@ -104,7 +104,9 @@ class Dynamics(nn.Module):
 
     def _read(self, x_BTSD: Tensor) -> Block:
         agent = x_BTSD[:, :, self.cfg.world_slots :]
-        return Block(self.flow(x_BTSD[:, :, : self.cfg.num_tokens]).float(), agent if agent.shape[2] else None)
+        with torch.autocast(x_BTSD.device.type, enabled=False):  # the flow head works in float32: bfloat16 rounding shows in rollouts
+            clean = self.flow(x_BTSD[:, :, : self.cfg.num_tokens].float())
+        return Block(clean, agent if agent.shape[2] else None)
 
     def _space_bias(self, slots: int) -> Tensor | None:
         return self.bias if slots > self.cfg.world_slots else None

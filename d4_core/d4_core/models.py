@@ -75,7 +75,7 @@ def load(folder: Path, contract: Contract | None = None, device: torch.device | 
     """
     config = checkpoint.load_config(folder)
     try:
-        preset = from_dict(Preset, config["preset"])
+        preset = from_dict(Preset, config["config"]["preset"])
         own = Contract.load(checkpoint.resolve(folder) / "contract.yaml")
         models = build(preset, own, config["phase"])
     except (KeyError, TypeError) as error:

@@ -13,6 +13,9 @@ Batch = dict[str, Tensor]
 Losses = dict[str, Tensor]
 Metrics = dict[str, Tensor | float]
 
+# a loss that has all but vanished is not scaled up any further: its gradient would be noise
+_FLOOR = 1e-3
+
 
 class Normaliser(nn.Module):
     """Divides every loss by its running root mean square, L / sqrt(m) with m <- beta m + (1 - beta) L^2.
@@ -36,7 +39,7 @@ class Normaliser(nn.Module):
             new = new / dist.get_world_size()
         square.mul_(self.beta).add_(new, alpha=1 - self.beta)
         weight.mul_(self.beta).add_(1 - self.beta)  # bias correction: the first value counts fully
-        return loss / (square / weight).sqrt().clamp_min(1e-8)
+        return loss / (square / weight).sqrt().clamp_min(_FLOOR)
 
 
 class Phase(nn.Module):

@@ -26,6 +26,7 @@ from d4_core.imagination import (
 from d4_core.phase import Batch, Losses, Metrics, Phase, freeze, masked_mean
 from d4_core.shortcut import bootstrap_target, corrupt, ramp, sample_levels, shortcut_schedule
 from d4_core.tokenizer import Tokenizer, reconstruction_loss
+from d4_datasets.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class AgentTraining:
     long_length: int = 32
     long_share: float = 0.2
     relevant_return: float = 0.4
-    dynamics: DynamicsTraining = DynamicsTraining()
+    dynamics: DynamicsTraining = DynamicsTraining(bootstrap_warmup=0.0)
     dynamics_weight: float = 1.0
 
 
@@ -118,6 +119,11 @@ class ImaginationTraining:
     settings: ImaginationConfig = ImaginationConfig()
 
 
+def shape_rng(step: int) -> np.random.Generator:
+    """Decides the shape of a step's batch: the same on every rank, so that none waits for a longer one."""
+    return np.random.default_rng(step)
+
+
 class TokenizerPhase(Phase):
     """Masked-autoencoder training of the tokenizer."""
 
@@ -130,7 +136,7 @@ class TokenizerPhase(Phase):
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
         """{modality: (B, T, ...)}."""
-        length = self.cfg.length if rng.random() < self.cfg.clip_share else 1
+        length = self.cfg.length if shape_rng(step).random() < self.cfg.clip_share else 1
         clips = draw(self.logs, rng, max(1, share(self.cfg.batch) // length), length, self.episodes)
         return observations(self.logs, clips.index, self._names)
 
@@ -209,16 +215,16 @@ class DynamicsPhase(Phase):
         self.objective = ShortcutObjective(cfg, dynamics, cfg.steps)
         self._first = first_frames(logs)
 
-    def shape(self, rng: np.random.Generator, step: int) -> tuple[int, int]:
+    def shape(self, step: int) -> tuple[int, int]:
         """(clips, frames) of the batch at `step`: short ones, now and then a long one, only long ones at the end."""
         cfg = self.cfg
-        long = rng.random() < cfg.long_share or step >= cfg.steps * (1 - cfg.long_final)
+        long = shape_rng(step).random() < cfg.long_share or step >= cfg.steps * (1 - cfg.long_final)
         batch = share(cfg.batch)
         return (max(1, batch * cfg.length // cfg.long_length), cfg.long_length) if long else (batch, cfg.length)
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
         """Tokens (B, T, N, L) and transitions."""
-        clips = draw_clips(self.cfg, self.logs, rng, *self.shape(rng, step), self.episodes)
+        clips = draw_clips(self.cfg, self.logs, rng, *self.shape(step), self.episodes)
         return {"tokens": torch.from_numpy(self.latents[clips.index]), **transitions(self.logs, self._first, clips)}
 
     def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:
@@ -266,11 +272,16 @@ class AgentPhase(Phase):
         self._first = first_frames(logs)
         tasks = range(agent.cfg.num_tasks)
         self.relevant = [relevant_episodes(logs, episodes, q, cfg.relevant_return) for q in tasks]
+        if not any(map(len, self.relevant)):
+            raise UserError(
+                f"no labelled episode reaches {cfg.relevant_return:.0%} of the best return of any task, so there is "
+                "nothing to clone: label more episodes or lower agent_training.relevant_return"
+            )
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
         """Uniform half, then relevant half; `relevant` (B,) tells them apart, `task` (B,) is hindsight on the latter."""
         cfg = self.cfg
-        length = cfg.long_length if rng.random() < cfg.long_share else cfg.length
+        length = cfg.long_length if shape_rng(step).random() < cfg.long_share else cfg.length
         batch = max(2, share(cfg.batch) * cfg.length // length)
         half = batch // 2
         uniform = draw_clips(cfg.dynamics, self.logs, rng, batch - half, length, self.episodes)
@@ -318,7 +329,7 @@ class ImaginationPhase(Phase):
     def __init__(
         self, cfg: ImaginationTraining, agent: Agent, dynamics: Dynamics, tokenizer: Tokenizer, logs: Logs, latents: np.ndarray, episodes: np.ndarray
     ) -> None:
-        super().__init__(cfg.steps, {"policy": 1.0, "value": 1.0})
+        super().__init__(cfg.steps, {"policy": 1.0, "value": 1.0, "leads": 1.0})
         self.cfg, self.logs, self.latents, self.period = cfg, logs, latents, cfg.reuse
         self.tokenizer, self.dynamics, self.agent = freeze(tokenizer), freeze(dynamics), freeze(agent)
         self.prior = freeze(copy.deepcopy(agent.policy))
@@ -329,13 +340,13 @@ class ImaginationPhase(Phase):
         tasks = range(agent.cfg.num_tasks)
         self._relevant = [accomplished(logs, self._episodes, q, cfg.relevant_return) for q in tasks]
         self._dream: Dream | None = None
-        self._rollout: tuple[Rollout, Tensor] | None = None
+        self._rollout: tuple[Rollout, Tensor] | None = None  # and whether its real start was not terminal
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
         """Real contexts (B, T_c) for one batch of rollouts, with a task per row; empty while a rollout is reused."""
         if step % self.cfg.reuse:
             return {}
-        batch, length = share(self.cfg.batch), int(rng.choice(self.cfg.settings.contexts))
+        batch, length = share(self.cfg.batch), int(shape_rng(step).choice(self.cfg.settings.contexts))
         task = rng.integers(0, self.agent.cfg.num_tasks, batch)
         relevant = rng.random(batch) < self.cfg.relevant_share
         pools = [self._relevant[q] if r and len(self._relevant[q]) else self._episodes for q, r in zip(task, relevant, strict=True)]
@@ -363,15 +374,16 @@ class ImaginationPhase(Phase):
         """Policy and value loss on the current rollout."""
         cfg = self.cfg.settings
         if batch:
-            self._rollout = self.roll(batch, gen)
-        roll = self._rollout
+            self._rollout = self.roll(batch, gen), ~batch["terminal"][:, -1:]
+        roll, alive = self._rollout
         h = roll.h[:, :-1]
         with torch.no_grad():
             value = self.critic(roll.h)
             returns = lambda_returns(roll.reward, roll.proceed, value, cfg.discount, cfg.trace)
-            weight = weights_of_frames(roll.proceed)
+            weight = weights_of_frames(roll.proceed) * alive
             prior = self.prior.first(h)
-        params = self.policy.first(h)
+        leads = self.policy(h)
+        params = leads[:, :, 0]
         log_prob = self.agent.space.log_prob(params, roll.action)
         advantage = returns - value[:, :-1]
         kl = (self.agent.space.kl(params, prior) * weight).sum() / weight.sum()
@@ -387,11 +399,22 @@ class ImaginationPhase(Phase):
         }
         # the zero-initialised critic would sign the first advantages at random
         warm = 0.0 if step < cfg.warmup * self.cfg.steps else 1.0
-        return {"policy": warm * policy, "value": value_loss}, metrics
+        losses = {"policy": warm * policy, "value": value_loss}
+        if leads.shape[2] > 1:
+            losses["leads"] = self._follow(leads, roll.action, weight)
+        return losses, metrics
+
+    def _follow(self, leads: Tensor, action: Tensor, weight: Tensor) -> Tensor:
+        """Leads n >= 1 clone what the improved policy goes on to do: a robot falls back on them when a tick is late."""
+        ahead = torch.arange(action.shape[1], device=action.device)[:, None] + torch.arange(1, leads.shape[2], device=action.device)
+        inside, ahead = ahead < action.shape[1], ahead.clamp_max(action.shape[1] - 1)
+        nats = -self.agent.space.log_prob(leads[:, :, 1:], action[:, ahead])
+        return masked_mean(nats * weight[..., None], inside)
 
     def total(self, losses: Losses) -> Tensor:
         """Policy loss as it is (all its terms are nats, and it may be negative), value loss normalised."""
-        return losses["policy"] + self.normaliser("value", losses["value"])
+        rest = {name: loss for name, loss in losses.items() if name != "policy"}
+        return losses["policy"] + super().total(rest)
 
     def checkpoint_modules(self) -> dict[str, torch.nn.Module]:
         """Everything that a robot or a player needs, with the behavioural prior for comparison."""

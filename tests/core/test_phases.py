@@ -254,15 +254,20 @@ def test_relevant_episodes(make_logs) -> None:
     assert relevant_episodes(logs, everything, 0, 0.3).tolist() == [0, 1]
     assert relevant_episodes(logs, everything, 1, 0.5).tolist() == [1]
     assert relevant_episodes(logs, np.array([0, 2]), 1, 0.5).tolist() == []
-    assert accomplished(logs, everything, 0, 0.5).tolist() == [
-        0,
-        2,
-    ]  # a good place to imagine from all the same
+    # without labels an episode is a good place to imagine from all the same
+    assert accomplished(logs, everything, 0, 0.5).tolist() == [0, 2]
     never = make_logs((5, 7, 3), reward=reward * np.array([1.0, 0.0], np.float32))
     assert accomplished(never, everything, 1, 0.5).tolist() == []  # no success is not success everywhere
     assert accomplished(make_logs((5, 7, 3), reward=0 * reward), everything, 1, 0.5).tolist() == [0, 1, 2]
     scalar = make_logs((5, 7, 3), reward=reward[:, :1])
     assert accomplished(scalar, everything, 1, 0.5).tolist() == [0, 2]  # a scalar reward serves every task
+
+
+def test_passing_by_is_not_doing_the_task(make_logs) -> None:
+    reward = np.zeros((20, 1), np.float32)
+    reward[5, 0] = 1.0  # episode 0 touches the goal once
+    reward[12:20, 0] = 1.0  # episode 1 stays there
+    assert accomplished(make_logs((10, 10), reward=reward), np.arange(2), 0, 0.4).tolist() == [1]
 
 
 @pytest.fixture
