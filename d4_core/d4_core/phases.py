@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from d4_core.imagination import (
     pmpo_loss,
     weights_of_frames,
 )
+from d4_core.perceptual import Perceptual, lpips_loss
 from d4_core.phase import Batch, Losses, Metrics, Phase, freeze, masked_mean
 from d4_core.shortcut import bootstrap_target, corrupt, ramp, sample_levels, shortcut_schedule
 from d4_core.tokenizer import Tokenizer, reconstruction_loss
@@ -38,12 +40,17 @@ class TokenizerTraining:
         batch: frames per step.
         length: frames of a clip in clip batches.
         clip_share: share of the steps that train on clips.
+        lpips_features, lpips_heads: weight files of the perceptual loss; empty: squared error alone.
+        lpips_weight: weight of the perceptual loss (paper: 0.2).
     """
 
     steps: int = 20_000
     batch: int = 128
     length: int = 8
     clip_share: float = 0.25
+    lpips_features: str = ""
+    lpips_heads: str = ""
+    lpips_weight: float = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +137,11 @@ class TokenizerPhase(Phase):
     name = "tokenizer"
 
     def __init__(self, cfg: TokenizerTraining, tokenizer: Tokenizer, logs: Logs, episodes: np.ndarray) -> None:
-        super().__init__(cfg.steps, {"pixels": 1.0})
+        extra = {"lpips": cfg.lpips_weight} if cfg.lpips_features else {}
+        super().__init__(cfg.steps, {"pixels": 1.0} | extra)
         self.cfg, self.tokenizer, self.logs, self.episodes = cfg, tokenizer, logs, episodes
+        files = (Path(cfg.lpips_features), Path(cfg.lpips_heads))
+        self.perceptual = freeze(Perceptual(*files)) if cfg.lpips_features else None
         self._names = [c.name for c in tokenizer.cfg.cameras] + [v.name for v in tokenizer.cfg.vectors]
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
@@ -143,8 +153,11 @@ class TokenizerPhase(Phase):
     def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:
         """Reconstruction loss of masked clips."""
         z = self.tokenizer.encode(batch, gen)
-        loss = reconstruction_loss(self.tokenizer, batch, self.tokenizer.decode(z))
-        return {"pixels": loss}, {"saturation": (z.detach().abs() > 0.99).float().mean()}
+        made = self.tokenizer.decode(z)
+        losses = {"pixels": reconstruction_loss(self.tokenizer, batch, made)}
+        if self.perceptual is not None:
+            losses["lpips"] = lpips_loss(self.perceptual, self.tokenizer, batch, made, gen)
+        return losses, {"saturation": (z.detach().abs() > 0.99).float().mean()}
 
     def checkpoint_modules(self) -> dict[str, torch.nn.Module]:
         """The tokenizer."""

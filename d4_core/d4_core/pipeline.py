@@ -56,7 +56,12 @@ class Pipeline:
         }  # fmt: skip
         (run / "config.yaml").write_text(yaml.safe_dump(about, sort_keys=False))
         (run / "contract.yaml").write_text(self.contract.to_yaml())
-        notes = ["LPIPS was not used (no weights file given): the tokenizer is trained on squared error alone."]
+        used = self.preset.tokenizer_training.lpips_features
+        notes = [
+            f"The tokenizer's perceptual loss is LPIPS with the weights in {used}."
+            if used
+            else "LPIPS was not used (no weights file given): the tokenizer is trained on squared error alone."
+        ]
         (run / "notes.json").write_text(json.dumps(notes))
 
     def folder(self, phase: str) -> Path:
@@ -112,6 +117,12 @@ class Pipeline:
             return AgentPhase(self.preset.agent_training, fresh.agent, *args)
         if self.contract.reward is None:
             raise UserError("imagination training needs a reward: name its topic in the contract and ingest again")
+        settings = self.preset.imagination_training.settings
+        if not before.preset.dynamics_training.bootstrap_rows and not settings.finest_label:
+            raise UserError(
+                "the dynamics model was trained without the bootstrap loss, so its large step sizes are untrained: "
+                "sample with --set imagination_training.settings.finest_label=true"
+            )
         return ImaginationPhase(self.preset.imagination_training, before.agent, *args)
 
     def _data_identity(self) -> str:

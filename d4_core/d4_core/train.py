@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from d4_core import threads
-from d4_core.workers import launch
+from d4_core.workers import follow_parent, launch
 from d4_datasets.errors import UserError, run_cli
 
 if TYPE_CHECKING:
-    from d4_core.pipeline import Pipeline
+    from d4_core.config import Preset
 
 PHASES = ("tokenizer", "dynamics", "agent", "imagination")
 
@@ -74,6 +74,8 @@ def _main() -> None:
     if procs > 1:
         sys.exit(launch("d4_core.train", sys.argv[1:], procs, args.run))
     threads.configure(1 if inside else None)
+    if "D4_RENDEZVOUS" in os.environ:
+        follow_parent()
     run(args)
 
 
@@ -84,7 +86,7 @@ def default_procs(device: str) -> int:
     return min(4, threads.free_cores())
 
 
-def scaled(args: TrainArgs):
+def scaled(args: TrainArgs) -> Preset:
     """The preset of these arguments with overrides and step counts applied."""
     from d4_core.config import override, preset
 

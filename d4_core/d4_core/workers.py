@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def launch(module: str, argv: list[str], procs: int, run: Path) -> int:
     """Run ``python -m module argv`` as `procs` ranks and return the exit code of the first that failed, or 0.
 
     Rank 0 owns the terminal; the others write to <run>/rank-<n>.log. Signals are passed on to all of them. Ranks meet
-    through a file and talk over the loopback interface.
+    through a file and talk over the loopback interface. Each rank leads a process group of its own: Ctrl-C in a terminal
+    would otherwise reach it twice, and the second signal means "stop at once".
     """
     run.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -29,7 +31,7 @@ def launch(module: str, argv: list[str], procs: int, run: Path) -> int:
             log = None if rank == 0 else stack.enter_context((run / f"rank-{rank}.log").open("w"))
             command = [sys.executable, "-m", module, *argv]
             env = _environment(rank, procs, folder)
-            workers.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+            workers.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, process_group=0))
         previous = {s: signal.signal(s, lambda number, _: _signal(workers, number)) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             return _wait(workers)
@@ -37,6 +39,18 @@ def launch(module: str, argv: list[str], procs: int, run: Path) -> int:
             _signal(workers, signal.SIGKILL)
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def follow_parent() -> None:
+    """End this process when the one that launched it is gone, however it went."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="follow-parent", daemon=True).start()
 
 
 def _environment(rank: int, procs: int, folder: str) -> dict[str, str]:
