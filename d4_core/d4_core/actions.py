@@ -1,17 +1,20 @@
 """Action spaces: any mix of continuous, binary and categorical parts, to tokens and to distributions.
 
-An action is one float vector (.., A) in the units of the contract, whatever its parts: a binary part holds 0 or 1, a
-categorical part the class number. Parts are encoded separately and summed (paper section 3.2); an unlabelled frame
-carries the learned base embedding alone, which differs from every labelled action, "no key pressed" included.
+An action is one float vector (.., A) in the units of the contract, whatever its parts: a binary part holds 0
+or 1, a categorical part the class number. Parts are encoded separately and summed (paper section 3.2); an
+unlabelled frame carries the learned base embedding alone, which differs from every labelled action, "no key
+pressed" included.
 
-Continuous parts are predicted as one categorical per dimension over evenly spaced bins. The paper's own action
-distributions are categorical and Bernoulli, too: they can be multimodal, their KL is closed and their log-likelihood
-is bounded, where a squashed Gaussian diverges on mixed-quality data.
+Continuous parts are predicted as one categorical per dimension over evenly spaced bins. The paper's own
+action distributions are categorical and Bernoulli, too: they can be multimodal, their KL is closed and their
+log-likelihood is bounded, where a squashed Gaussian diverges on mixed-quality data.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +47,10 @@ class ActionSpace(nn.Module):
         bins: bins per continuous dimension; odd, so that the middle of the range is a bin.
     """
 
+    low: Tensor
+    high: Tensor
+    centres: Tensor
+
     def __init__(self, parts: tuple[ActionPart, ...], bins: int = 15) -> None:
         super().__init__()
         self.parts, self.bins = parts, bins
@@ -56,33 +63,36 @@ class ActionSpace(nn.Module):
         self.register_buffer("centres", torch.linspace(-1, 1, bins), persistent=False)
 
     def _params(self, part: ActionPart) -> int:
-        return {"continuous": part.size * self.bins, "binary": part.size, "categorical": part.classes}[part.kind]
+        sizes = {"continuous": part.size * self.bins, "binary": part.size, "categorical": part.classes}
+        return sizes[part.kind]
 
     def normalise(self, action: Tensor) -> Tensor:
-        """Contract units to [-1, 1] for continuous entries; other entries pass unchanged (their limits are +-1)."""
+        """Contract units to [-1, 1] for continuous entries; others pass unchanged (their limits are +-1)."""
         return (action - self.low) * (2 / (self.high - self.low)) - 1
 
-    def _split(self, params: Tensor, action: Tensor | None):
+    def _split(self, params: Tensor, action: Tensor | None) -> Iterator[tuple[ActionPart, Tensor, Any]]:
         """Yield (part, logits of the part, entries of the action vector) in order."""
         p, a = 0, 0
-        unit = None if action is None else self.normalise(action)
+        unit: Any = None if action is None else self.normalise(action)
         for part in self.parts:
             logits = params[..., p : p + self._params(part)]
             if part.kind == "continuous":
                 logits = logits.unflatten(-1, (part.size, self.bins))
             values = None
             if action is not None:
-                values = (unit if part.kind == "continuous" else action)[..., a : a + part.size]
+                source = unit if part.kind == "continuous" else action
+                values = source[..., a : a + part.size]
             yield part, logits, values
             p, a = p + self._params(part), a + part.size
 
     def log_prob(self, params: Tensor, action: Tensor) -> Tensor:
         """Joint log-probability (nats) of actions (.., A) under head outputs (.., num_params); (..) float32.
 
-        A continuous value between two bin centres counts towards both, by its distance (two-hot cross-entropy); for a
-        value on a centre, such as every sampled one, this is exactly the categorical log-probability.
+        A continuous value between two bin centres counts towards both, by its distance (two-hot
+        cross-entropy); for a value on a centre, such as every sampled one, this is exactly the categorical
+        log-probability.
         """
-        total = 0
+        total: Any = 0  # a tensor from the first part on
         for part, logits, value in self._split(params.float(), action):
             if part.kind == "continuous":
                 total = total + (two_hot(value, self.centres) * logits.log_softmax(-1)).sum((-1, -2))
@@ -95,7 +105,7 @@ class ActionSpace(nn.Module):
 
     def kl(self, params: Tensor, prior: Tensor) -> Tensor:
         """Closed-form KL(params || prior) in nats, summed over parts; (..) float32."""
-        total = 0
+        total: Any = 0
         pairs = zip(self._split(params.float(), None), self._split(prior.float(), None), strict=True)
         for (part, a, _), (_, b, _) in pairs:
             if part.kind == "binary":
@@ -113,11 +123,13 @@ class ActionSpace(nn.Module):
         return self._decide(params, lambda logits: _gumbel_argmax(logits, gen), lambda p: _bernoulli(p, gen))
 
     def mode(self, params: Tensor) -> Tensor:
-        """Most likely action (.., A). Deploying it instead of samples is known to freeze policies; see the docs."""
+        """Most likely action (.., A). Deploying it instead of samples is known to freeze policies."""
         return self._decide(params, lambda logits: logits.argmax(-1), lambda p: (p > 0.5).float())
 
     @torch.no_grad()
-    def _decide(self, params: Tensor, choose, flip) -> Tensor:
+    def _decide(
+        self, params: Tensor, choose: Callable[[Tensor], Tensor], flip: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         out, a = [], 0
         for part, logits, _ in self._split(params.float(), None):
             if part.kind == "continuous":
@@ -169,7 +181,7 @@ class ActionEncoder(nn.Module):
 
 
 def two_hot(value: Tensor, centres: Tensor) -> Tensor:
-    """Weights (.., bins) that put `value` between its two neighbouring centres; values outside go to the end bins."""
+    """Weights (.., bins) that put `value` between its two neighbouring centres; outside go the end bins."""
     value = value.clamp(centres[0], centres[-1])
     upper = torch.searchsorted(centres, value.contiguous()).clamp(1, len(centres) - 1)
     lower = upper - 1

@@ -1,8 +1,8 @@
 """Agent tokens and heads (paper section 3.3): task embedding, policy, reward, continuation and value.
 
-Heads read h_t, the concatenated outputs of the agent tokens of block t, which has seen frame t and a_{t-1}. Policy
-lead n predicts a_{t+n} (lead 0: the outgoing action); reward lead n predicts r_{t+n} (lead 0: the reward that arrived
-with frame t); the continuation head says whether frame t is not terminal.
+Heads read h_t, the concatenated outputs of the agent tokens of block t, which has seen frame t and a_{t-1}.
+Policy lead n predicts a_{t+n} (lead 0: the outgoing action); reward lead n predicts r_{t+n} (lead 0: the
+reward that arrived with frame t); the continuation head says whether frame t is not terminal.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ def symexp(x: Tensor) -> Tensor:
 class TwoHot(nn.Module):
     """Distribution over log-spaced bins: centres are symexp of an even grid (Dreamer 3's two-hot head)."""
 
+    centres: Tensor
+
     def __init__(self, bins: int, limits: tuple[float, float]) -> None:
         super().__init__()
         self.register_buffer("centres", symexp(torch.linspace(*limits, bins)), persistent=False)
@@ -63,7 +65,7 @@ class TwoHot(nn.Module):
         return (logits.float().softmax(-1) * self.centres).sum(-1)
 
     def concentrate(self, bias: Tensor, around: float = 0.0) -> None:
-        """Initialise a head's output bias (.., bins) near one value: a uniform start would predict the middle bin."""
+        """Initialise an output bias (.., bins) near one value: a uniform start predicts the middle bin."""
         with torch.no_grad():
             bias.copy_(-6.0 * (symlog(self.centres) - around).abs().expand_as(bias))
 
@@ -73,10 +75,11 @@ class Head(nn.Module):
 
     def __init__(self, inputs: int, hidden: int, outputs: int, leads: int = 1) -> None:
         super().__init__()
-        self.leads = leads
+        self.inputs, self.leads = inputs, leads
         self.trunk = nn.Sequential(
-            nn.Linear(inputs, hidden), RMSNorm(hidden), nn.SiLU(), nn.Linear(hidden, hidden), RMSNorm(hidden), nn.SiLU()
-        )
+            nn.Linear(inputs, hidden), RMSNorm(hidden), nn.SiLU(),
+            nn.Linear(hidden, hidden), RMSNorm(hidden), nn.SiLU(),
+        )  # fmt: skip
         self.out = nn.Linear(hidden, leads * outputs)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -118,7 +121,7 @@ class Agent(nn.Module):
 
     @staticmethod
     def readout(agent_GD: Tensor) -> Tensor:
-        """Agent-token outputs (.., G, D) to h (.., G * D): the same concatenation in training, imagination, robot."""
+        """Agent-token outputs (.., G, D) to h (.., G * D), alike in training, imagination and robot."""
         return agent_GD.flatten(-2).float()
 
     def predict_reward(self, h: Tensor) -> Tensor:

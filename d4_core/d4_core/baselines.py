@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,14 +27,16 @@ class ScratchTraining:
 
 
 class ScratchPolicy(nn.Module):
-    """Strided convolutions over stacked frames of one camera, with the task as extra input planes of the head."""
+    """Strided convolutions over stacked frames of one camera; the task is another input of the head."""
 
-    def __init__(self, parts: tuple[ActionPart, ...], bins: int, num_tasks: int, size: tuple[int, int], frames: int) -> None:
+    def __init__(
+        self, parts: tuple[ActionPart, ...], bins: int, num_tasks: int, size: tuple[int, int], frames: int
+    ) -> None:
         super().__init__()
         self.space, self.num_tasks, self.frames = ActionSpace(parts, bins), num_tasks, frames
         widths = (3 * frames, 32, 64, 96, 128)
         layers: list[nn.Module] = []
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in itertools.pairwise(widths):
             layers += [nn.Conv2d(a, b, 4, 2, 1), nn.GroupNorm(8, b), nn.SiLU()]
         self.trunk = nn.Sequential(*layers, nn.Flatten())
         features = 128 * (size[0] // 16) * (size[1] // 16)

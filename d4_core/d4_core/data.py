@@ -1,4 +1,4 @@
-"""Training arrays as tensors: clips with the action that led into each frame, and cached latents of a frozen tokenizer."""
+"""Training arrays as tensors: clips with the action that led into each frame, and cached latents."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Logs(Protocol):
     num_frames: int
     episode_start: np.ndarray  # [E] first frame
     episode_length: np.ndarray  # [E]
+    episode_index: np.ndarray  # [N]
     labelled: np.ndarray  # [E] any known action
     images: dict[str, np.ndarray]  # uint8 [N, H, W, 3]
     vectors: dict[str, np.ndarray]  # float32 [N, k]
@@ -34,9 +35,13 @@ class Logs(Protocol):
 
     def sample_starts(
         self, rng: np.random.Generator, batch: int, length: int, episodes: np.ndarray
-    ) -> np.ndarray: ...
+    ) -> np.ndarray:
+        """Frame indices (batch,) at which windows of `length` frames in these episodes start."""
+        ...
 
-    def indices(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]: ...
+    def indices(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Frame indices and validity, both (batch, length), of the windows at these starts."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,9 @@ def transitions(logs: Logs, first_frame: np.ndarray, clips: Clips) -> dict[str, 
     """Actions, rewards and ends of clips as tensors.
 
     Returns:
-        prev_action (B, T, A) and prev_labelled (B, T): the action that led into each frame, unknown at the first frame
-        of an episode; action, labelled: the action chosen at each frame; reward (B, T, K), terminal and valid (B, T).
+        prev_action (B, T, A) and prev_labelled (B, T): the action that led into each frame, unknown at the
+        first frame of an episode; action, labelled: the action chosen at each frame; reward (B, T, K),
+        terminal and valid (B, T).
     """
     index, valid = clips.index, clips.valid
     before = np.maximum(index - 1, 0)
@@ -83,8 +89,8 @@ def lead_targets(logs: Logs, clips: Clips, leads: int) -> dict[str, Tensor]:
     """Targets of multi-token prediction, looked up in the logs and not cut at the clip's end.
 
     Returns:
-        lead_action (B, T, n, A) with lead_labelled (B, T, n): a_{t+n} and whether it is known; lead_reward (B, T, n, K)
-        with lead_valid (B, T, n): r_{t+n} and whether frame t+n still belongs to the episode.
+        lead_action (B, T, n, A) with lead_labelled (B, T, n): a_{t+n} and whether it is known; lead_reward
+        (B, T, n, K) with lead_valid (B, T, n): r_{t+n} and whether frame t+n still belongs to the episode.
     """
     episode = np.searchsorted(logs.episode_start, clips.index, side="right") - 1
     end = (logs.episode_start + logs.episode_length)[episode][..., None]
@@ -139,8 +145,8 @@ def encode_episode(tokenizer: Tokenizer, logs: Logs, episode: int) -> Tensor:
 def encode_episodes(tokenizer: Tokenizer, logs: Logs, episodes: np.ndarray, chunk: int = 0) -> list[Tensor]:
     """Latents (T, N, L) of each episode, equal to streaming it frame by frame as a robot does.
 
-    Shorter episodes are padded at their end, where a causal encoder cannot notice; long ones run in chunks that repeat
-    the encoder's receptive field, so memory stays bounded.
+    Shorter episodes are padded at their end, where a causal encoder cannot notice; long ones run in chunks
+    that repeat the encoder's receptive field, so memory stays bounded.
     """
     cfg, device = tokenizer.cfg.transformer, tokenizer.latents.device
     names = [c.name for c in tokenizer.cfg.cameras] + [v.name for v in tokenizer.cfg.vectors]
@@ -166,8 +172,8 @@ def chunk_frames(tokenizer: Tokenizer) -> int:
 def latent_cache(tokenizer: Tokenizer, logs: Logs, path: Path, tag: str) -> np.ndarray:
     """Packed, standardised tokens (N, Nz, Dz) float16 of every frame, computed once per tokenizer.
 
-    All ranks share the work. Written aside and renamed; `tag` (the tokenizer's hash) names the file, so a changed
-    tokenizer never reads old latents.
+    All ranks share the work. Written aside and renamed; `tag` (the tokenizer's hash) names the file, so a
+    changed tokenizer never reads old latents.
     """
     file = path / f"latents-{tag}.npy"
     if not distributed.all_agree(file.exists(), tokenizer.latents.device):
@@ -200,7 +206,9 @@ def _fill(out: np.memmap, tokenizer: Tokenizer, logs: Logs) -> None:
 
 
 @torch.no_grad()
-def latent_statistics(tokenizer: Tokenizer, logs: Logs, episodes: np.ndarray, rng: np.random.Generator) -> None:
+def latent_statistics(
+    tokenizer: Tokenizer, logs: Logs, episodes: np.ndarray, rng: np.random.Generator
+) -> None:
     """Set the tokenizer's per-channel latent mean and spread from up to 64 episodes."""
     picked = rng.choice(episodes, min(64, len(episodes)), replace=False)
     tokenizer.latent_mean.zero_()

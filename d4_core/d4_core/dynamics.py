@@ -1,11 +1,12 @@
 """Interactive dynamics model (paper sections 3.2-3.4).
 
-One frame's block is ``[spatial tokens | (tau, d) token | action tokens | registers | agent tokens]``. Block t carries
-the action a_{t-1} that led into frame t, so that policy outputs of block t cannot see the action they predict. Agent
-tokens read everything in their block and their own past; nothing reads them, so the predicted world depends on
-actions and never on the task.
+One frame's block is ``[spatial tokens | (tau, d) token | action tokens | registers | agent tokens]``. Block t
+carries the action a_{t-1} that led into frame t, so that policy outputs of block t cannot see the action they
+predict. Agent tokens read everything in their block and their own past; nothing reads them, so the predicted
+world depends on actions and never on the task.
 
-Shape suffixes: B batch, T frames, N spatial tokens, L token channels, S slots, G agent tokens, D width, A action size.
+Shape suffixes: B batch, T frames, N spatial tokens, L token channels, S slots, G agent tokens, D width, A
+action size.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class DynamicsConfig:
 
 @dataclass
 class Block:
-    """Output of the dynamics model: predicted clean tokens (B, T, N, L), and agent outputs (B, T, G, D) if asked."""
+    """Predicted clean tokens (B, T, N, L), and agent outputs (B, T, G, D) if asked for."""
 
     clean: Tensor
     agent: Tensor | None
@@ -61,6 +62,8 @@ class Block:
 
 class Dynamics(nn.Module):
     """The world model: embeddings, transformer and flow head."""
+
+    bias: Tensor
 
     def __init__(self, cfg: DynamicsConfig) -> None:
         super().__init__()
@@ -104,7 +107,8 @@ class Dynamics(nn.Module):
 
     def _read(self, x_BTSD: Tensor) -> Block:
         agent = x_BTSD[:, :, self.cfg.world_slots :]
-        with torch.autocast(x_BTSD.device.type, enabled=False):  # the flow head works in float32: bfloat16 rounding shows in rollouts
+        # the flow head works in float32: bfloat16 rounding shows in rollouts
+        with torch.autocast(x_BTSD.device.type, enabled=False):
             clean = self.flow(x_BTSD[:, :, : self.cfg.num_tokens].float())
         return Block(clean, agent if agent.shape[2] else None)
 
@@ -134,7 +138,8 @@ class Dynamics(nn.Module):
             cache: filled for continuing the clip with `step`.
         """
         x = self.embed_block(noisy_BTNL, tau_index, e, prev_action, labelled, agent_BTGD)
-        return self._read(self.transformer(x, self._space_bias(x.shape[2]), image_rows=image_rows, cache=cache))
+        bias = self._space_bias(x.shape[2])
+        return self._read(self.transformer(x, bias, image_rows=image_rows, cache=cache))
 
     def new_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> KVCache:
         """Cache for `step` with room for the agent tokens."""

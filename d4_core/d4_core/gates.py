@@ -1,7 +1,7 @@
 """Blocking gates: measurements on held-out data that must hold before the next phase is worth its time.
 
-A low loss says little: latents can leave out the robot at a good PSNR, a world model can ignore the actions and a
-policy can clone training episodes by heart. Each gate measures one such failure and comes with a hint.
+A low loss says little: latents can leave out the robot at a good PSNR, a world model can ignore the actions
+and a policy can clone training episodes by heart. Each gate measures one such failure and comes with a hint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from d4_core.agent import Agent
-from d4_core.data import Logs, draw, encode_episode, first_frames, transitions
+from d4_core.data import Clips, Logs, draw, encode_episode, first_frames, transitions
 from d4_core.dynamics import Dynamics
 from d4_core.imagination import Dream
 from d4_core.phases import relevant_episodes
@@ -54,7 +54,7 @@ class Gate:
 
 
 def record(run: Path, phase: str, gates: list[Gate], merge: bool = False) -> None:
-    """Write a phase's gates to <run>/gates.json, keeping other phases' (and, with `merge`, this one's others)."""
+    """Write a phase's gates to <run>/gates.json, keeping other phases' and, with `merge`, its own others."""
     path = run / "gates.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     rows = [{**asdict(g), "ok": g.ok} for g in gates]
@@ -66,14 +66,14 @@ def record(run: Path, phase: str, gates: list[Gate], merge: bool = False) -> Non
     os.replace(aside, path)
 
 
-# -- probe --------------------------------------------------------------------------------------------------------
+# -- probe ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Probe:
     """Reads a quantity that the model never saw (such as the robot's position) out of packed tokens.
 
-    A small perceptron on frozen tokens; its held-out error says whether the latents carry the quantity at all.
+    A small perceptron on frozen tokens; its held-out error says whether the latents carry the quantity.
     """
 
     net: torch.nn.Module
@@ -86,7 +86,9 @@ class Probe:
         return self.net(tokens.flatten(-2).float()) * self.std + self.mean
 
 
-def fit_probe(latents: np.ndarray, target: np.ndarray, frames: np.ndarray, seed: int = 0, steps: int = 2000) -> Probe:
+def fit_probe(
+    latents: np.ndarray, target: np.ndarray, frames: np.ndarray, seed: int = 0, steps: int = 2000
+) -> Probe:
     """Fit a probe of `target` (N, k) on `latents` (N, Nz, Dz) over the given frames."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -114,8 +116,8 @@ def fit_probe(latents: np.ndarray, target: np.ndarray, frames: np.ndarray, seed:
 
 def frames_of(logs: Logs, episodes: np.ndarray) -> np.ndarray:
     """Global frame indices of these episodes."""
-    parts = [np.arange(logs.episode_start[e], logs.episode_start[e] + logs.episode_length[e]) for e in episodes]
-    return np.concatenate(parts)
+    start, length = logs.episode_start, logs.episode_length
+    return np.concatenate([np.arange(start[e], start[e] + length[e]) for e in episodes])
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -123,14 +125,14 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).square().sum(-1).sqrt().mean())
 
 
-# -- tokenizer ----------------------------------------------------------------------------------------------------
+# -- tokenizer -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def tokenizer_gates(
     tokenizer: Tokenizer, logs: Logs, latents: np.ndarray, probes: dict[str, Probe], held_out: np.ndarray
 ) -> list[Gate]:
-    """PSNR above the mean image, latent spread, saturation and collapse, and the probes, on held-out episodes."""
+    """PSNR above the mean image, latent spread, saturation and collapse, and probes, on held-out episodes."""
     squared, baseline, z_all = [], [], []
     camera = tokenizer.cfg.cameras[0]
     for e in held_out[:40]:
@@ -153,7 +155,8 @@ def tokenizer_gates(
              "latents have collapsed: check the data for static video"),
         Gate("latent saturation (share beyond 0.99)", float((z.abs() > 0.99).float().mean()), "<=", 0.2,
              "tanh is saturated: lower the learning rate or enlarge the batch"),
-        Gate("latent cosine between frames", float(cosine), "<=", 0.5, "all frames look alike to the encoder"),
+        Gate("latent cosine between frames", float(cosine), "<=", 0.5,
+             "all frames look alike to the encoder"),
     ]  # fmt: skip
     frames = frames_of(logs, held_out)
     for name, probe in probes.items():
@@ -167,7 +170,7 @@ def tokenizer_gates(
     return gates
 
 
-# -- dynamics -----------------------------------------------------------------------------------------------------
+# -- dynamics ------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -180,7 +183,14 @@ class OpenLoop:
 
 
 def open_loop(
-    dynamics: Dynamics, logs: Logs, latents: np.ndarray, frames: np.ndarray, *, seed: int, steps: int, mirror: bool = False
+    dynamics: Dynamics,
+    logs: Logs,
+    latents: np.ndarray,
+    frames: np.ndarray,
+    *,
+    seed: int,
+    steps: int,
+    mirror: bool = False,
 ) -> OpenLoop:
     """Predict frames[:, CONTEXT:] from frames[:, :CONTEXT] and the logged actions (mirrored on request)."""
     device = dynamics.slots.device
@@ -201,14 +211,12 @@ def open_loop(
     return OpenLoop(torch.stack(out, 1), tokens, frames)
 
 
-def _clips(frames: np.ndarray) -> Any:
-    from d4_core.data import Clips
-
+def _clips(frames: np.ndarray) -> Clips:
     return Clips(frames, np.ones(frames.shape, bool))
 
 
 def labelled_clips(logs: Logs, episodes: np.ndarray, length: int, count: int, seed: int = 0) -> np.ndarray:
-    """(count, length) frame indices of clips that lie inside labelled episodes; fewer if the data has fewer."""
+    """(count, length) frame indices of clips inside labelled episodes; (0, length) if none is long enough."""
     usable = episodes[logs.labelled[episodes] & (logs.episode_length[episodes] >= length)]
     if not len(usable):
         return np.empty((0, length), np.int64)
@@ -220,7 +228,7 @@ def labelled_clips(logs: Logs, episodes: np.ndarray, length: int, count: int, se
 def next_frame_error(
     dynamics: Dynamics, logs: Logs, latents: np.ndarray, frames: np.ndarray, shuffle: bool = False
 ) -> float:
-    """Mean squared error of the last frame of clips, predicted from pure noise after a history at context level."""
+    """Mean squared error of the last frame of clips, predicted from noise behind history at context level."""
     device = dynamics.slots.device
     clips = transitions(logs, first_frames(logs), _clips(frames))
     clean = torch.from_numpy(latents[frames]).float().to(device)
@@ -291,9 +299,13 @@ def action_gates(
     ratio = next_frame_error(dynamics, logs, latents, short, shuffle=True) / plain
     seen = next_frame_error(dynamics, logs, latents, labelled_clips(logs, train, 8, 512))
     dark = train[~logs.labelled[train]]
-    unlabelled, _ = logs.indices(logs.sample_starts(np.random.default_rng(0), 512, 8, dark), 8) if len(dark) else (short, 0)
-    detail = {"labelled_train": seen, "unlabelled_train": next_frame_error(dynamics, logs, latents, unlabelled),
-              "held_out": plain, "copy_last": _copy_error(latents, short)}  # fmt: skip
+    unlabelled = draw(logs, np.random.default_rng(0), 512, 8, dark).index if len(dark) else short
+    detail = {
+        "labelled_train": seen,
+        "unlabelled_train": next_frame_error(dynamics, logs, latents, unlabelled),
+        "held_out": plain,
+        "copy_last": _copy_error(latents, short),
+    }
     gates = [
         Gate("next-frame loss, shuffled / true actions", ratio, ">=", 1.2,
              "the model ignores the actions: more labelled episodes or longer training", detail),
@@ -307,7 +319,8 @@ def action_gates(
         here, again, mirrored = (probe(x.cpu()) for x in runs)
         floor = distance(here, again)
         gates.append(
-            Gate(f"mirrored actions move {name} / sampler noise", distance(here, mirrored) / max(floor, 1e-9), ">", 1.0,
+            Gate(f"mirrored actions move {name} / sampler noise",
+                 distance(here, mirrored) / max(floor, 1e-9), ">", 1.0,
                  "mirrored actions make no difference beyond sampling noise: the model is not controllable",
                  {"mirrored": distance(here, mirrored), "noise_floor": floor})
         )  # fmt: skip
@@ -328,9 +341,9 @@ def horizon_curves(
     frames: np.ndarray,
     steps: int,
 ) -> dict[str, Any]:
-    """Position error and PSNR against horizon for the model, copy-last, a random frame and the reconstruction.
+    """Position error and PSNR against horizon: the model, copy-last, a random frame and the reconstruction.
 
-    PSNR is measured after the tokenizer: decoded prediction against decoded truth, so that it scores the dynamics.
+    PSNR is measured after the tokenizer, on decoded prediction and decoded truth: it scores the dynamics.
     """
     run = open_loop(dynamics, logs, latents, frames, seed=0, steps=steps)
     real, last = run.real[:, CONTEXT:], run.real[:, CONTEXT - 1 : CONTEXT]
@@ -359,7 +372,7 @@ def horizon_curves(
 
 
 def _pixels(tokenizer: Tokenizer, camera: str, context: Tensor, tokens: Tensor) -> Tensor:
-    """Decode tokens (B, H, N, L) behind their context, so that the decoder's time layers see what they trained on."""
+    """Decode tokens (B, H, N, L) behind their context: the decoder's time layers see what they trained on."""
     z = tokenizer.unpack(torch.cat([context, tokens], 1))
     return tokenizer.to_pixels(camera, tokenizer.decode(z)[camera])[:, context.shape[1] :].clamp(0, 1)
 
@@ -368,14 +381,20 @@ def _psnr(a: Tensor, b: Tensor) -> float:
     return float(-10 * torch.log10((a - b).square().mean()))
 
 
-# -- agent --------------------------------------------------------------------------------------------------------
+# -- agent ---------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def agent_gates(
-    agent: Agent, dynamics: Dynamics, logs: Logs, latents: np.ndarray, train: np.ndarray, held_out: np.ndarray, count: int = 256
+    agent: Agent,
+    dynamics: Dynamics,
+    logs: Logs,
+    latents: np.ndarray,
+    train: np.ndarray,
+    held_out: np.ndarray,
+    count: int = 256,
 ) -> list[Gate]:
-    """Held-out BC nats against the marginal action distribution, and reward correlation on logged episodes."""
+    """Held-out BC nats against the marginal action distribution, and reward correlation."""
     nats = {name: _bc_nats(agent, dynamics, logs, latents, episodes, count) for name, episodes in
             (("train", train), ("held_out", held_out))}  # fmt: skip
     marginal = _marginal_nats(agent, logs, train, held_out)
@@ -383,7 +402,7 @@ def agent_gates(
     if np.isfinite(nats["held_out"]):
         gates.append(
             Gate("held-out BC nats / marginal", nats["held_out"] / marginal, "<", 1.0,
-                 "the cloned policy knows no more than the average action: more labelled episodes, or it overfits",
+                 "the cloned policy knows no more than the average action: record more labelled episodes",
                  {**nats, "marginal": marginal})
         )  # fmt: skip
     predicted, real = reward_pairs(agent, dynamics, logs, latents, held_out, count)
@@ -396,7 +415,9 @@ def agent_gates(
     return gates
 
 
-def _features(agent: Agent, dynamics: Dynamics, batch: dict[str, Tensor], tokens: Tensor, task: Tensor) -> Tensor:
+def _features(
+    agent: Agent, dynamics: Dynamics, batch: dict[str, Tensor], tokens: Tensor, task: Tensor
+) -> Tensor:
     """h (B, T, F) of clips committed at the context level, as in deployment."""
     dream = Dream(dynamics, agent, len(tokens), torch.Generator(tokens.device).manual_seed(0))
     out = [
@@ -406,7 +427,9 @@ def _features(agent: Agent, dynamics: Dynamics, batch: dict[str, Tensor], tokens
     return torch.stack(out, 1)
 
 
-def _hindsight(logs: Logs, episodes: np.ndarray, tasks: int, count: int, length: int) -> tuple[np.ndarray, Tensor]:
+def _hindsight(
+    logs: Logs, episodes: np.ndarray, tasks: int, count: int, length: int
+) -> tuple[np.ndarray, Tensor]:
     rng, frames, task = np.random.default_rng(0), [], []
     for q in range(tasks):
         usable = relevant_episodes(logs, episodes, q, 0.4)
@@ -414,10 +437,13 @@ def _hindsight(logs: Logs, episodes: np.ndarray, tasks: int, count: int, length:
             clips = draw(logs, rng, count // tasks, length, usable)
             frames.append(clips.index[clips.valid.all(1)])
             task += [q] * len(frames[-1])
-    return (np.concatenate(frames) if frames else np.empty((0, length), np.int64)), torch.tensor(task, dtype=torch.int64)
+    index = np.concatenate(frames) if frames else np.empty((0, length), np.int64)
+    return index, torch.tensor(task, dtype=torch.int64)
 
 
-def _bc_nats(agent: Agent, dynamics: Dynamics, logs: Logs, latents: np.ndarray, episodes: np.ndarray, count: int) -> float:
+def _bc_nats(
+    agent: Agent, dynamics: Dynamics, logs: Logs, latents: np.ndarray, episodes: np.ndarray, count: int
+) -> float:
     frames, task = _hindsight(logs, episodes, agent.cfg.num_tasks, count, 12)
     if not len(frames):
         return float("nan")
@@ -430,22 +456,27 @@ def _bc_nats(agent: Agent, dynamics: Dynamics, logs: Logs, latents: np.ndarray, 
 
 
 def _marginal_nats(agent: Agent, logs: Logs, train: np.ndarray, held_out: np.ndarray) -> float:
-    """Nats of a policy that always predicts the training marginal (fitted by counting, 2 % smoothed)."""
+    """Nats of a policy that always predicts the training marginal (fitted with a little weight decay)."""
     space = agent.space
+
     def known(e: np.ndarray) -> Tensor:
         frames = frames_of(logs, e)
         return torch.from_numpy(logs.action[frames[logs.action_mask[frames]]]).to(space.low.device)
+
     params = torch.zeros(space.num_params, device=space.low.device).requires_grad_()
     actions, target = known(train), known(held_out)
     if not len(actions) or not len(target):
         return float("nan")
     with torch.enable_grad():
         optimiser = torch.optim.LBFGS([params], max_iter=50)
+
         def closure() -> Tensor:
             optimiser.zero_grad()
-            loss = -space.log_prob(params.expand(len(actions), -1), actions).mean() + 1e-4 * params.square().sum()
+            nats = -space.log_prob(params.expand(len(actions), -1), actions).mean()
+            loss = nats + 1e-4 * params.square().sum()
             loss.backward()
             return loss
+
         optimiser.step(closure)
     return float(-space.log_prob(params.detach().expand(len(target), -1), target).mean())
 

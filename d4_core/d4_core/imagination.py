@@ -1,8 +1,8 @@
 """Imagination training (paper section 3.3): rollouts inside the world model, lambda-returns and PMPO.
 
-Frames t = 0..H: h_t is read from the pass that commits frame t at the context signal level, a_t is drawn from h_t,
-the model dreams frame t+1 from a_t, and r_{t+1}, c_{t+1} are read at h_{t+1}: the reward of a transition is predicted
-by a token that has seen the action. Shapes: B rollouts, H horizon, F = features of h.
+Frames t = 0..H: h_t is read from the pass that commits frame t at the context signal level, a_t is drawn from
+h_t, the model dreams frame t+1 from a_t, and r_{t+1}, c_{t+1} are read at h_{t+1}: the reward of a transition
+is predicted by a token that has seen the action. Shapes: B rollouts, H horizon, F = features of h.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class ImaginationConfig:
 
 
 class Dream:
-    """A batch of streams through the world model: the one stepping engine of rollouts, robot, simulator and player.
+    """A batch of streams through the world model: one stepping engine of rollouts, robot, simulator, player.
 
-    `observe` commits a real frame, `imagine` dreams the next one and commits it; both return h. Shapes are fixed,
-    caches are preallocated and no history is recomputed, so the cost of a frame does not grow.
+    `observe` commits a real frame, `imagine` dreams the next one and commits it; both return h. Shapes are
+    fixed, caches are preallocated and no history is recomputed, so the cost of a frame does not grow.
 
     Args:
         dynamics: the world model, in eval mode.
@@ -86,22 +86,27 @@ class Dream:
         return torch.randn(like.shape, generator=self.gen, device=like.device)
 
     @torch.no_grad()
-    def observe(self, clean_BNL: Tensor, prev_action: Tensor, labelled: Tensor, task: Tensor | None = None) -> Tensor:
-        """Commit one frame of clean tokens at the context signal level; returns h (B, F), or the empty (B, 0)."""
+    def observe(
+        self, clean_BNL: Tensor, prev_action: Tensor, labelled: Tensor, task: Tensor | None = None
+    ) -> Tensor:
+        """Commit a frame of clean tokens at the context level; returns h (B, F); (B, 0) without an agent."""
         noisy = corrupt(clean_BNL[:, None], self._noise(clean_BNL)[:, None], self._tau)[:, 0]
         frame = self.dynamics.begin(self.cache)
-        tokens = None if self.agent is None else self.agent.tokens(task)
+        tokens = None if self.agent is None or task is None else self.agent.tokens(task)
         args = (noisy, self._context, self._finest, prev_action, labelled)
         block = self.dynamics.step(*args, self.cache, frame, tokens)
         self.cache.advance()
-        return clean_BNL.new_zeros(self.batch, 0) if self.agent is None else self.agent.readout(block.agent[:, 0])
+        return clean_BNL.new_zeros(self.batch, 0) if block.agent is None else Agent.readout(block.agent[:, 0])
 
     @torch.no_grad()
-    def predict(self, prev_action: Tensor, labelled: Tensor, steps: int, finest_label: bool = False) -> Tensor:
-        """Dream the next frame's clean tokens (B, N, L) in `steps` denoising passes, without committing it."""
+    def predict(
+        self, prev_action: Tensor, labelled: Tensor, steps: int, finest_label: bool = False
+    ) -> Tensor:
+        """Dream the next frame's clean tokens (B, N, L) in `steps` denoising passes; does not commit it."""
         frame = self.dynamics.begin(self.cache)
         cfg = self.dynamics.cfg
-        noise = self._noise(self.cache.keys.new_empty(self.batch, cfg.num_tokens, cfg.token_dim, dtype=torch.float32))
+        like = self.cache.keys.new_empty(self.batch, cfg.num_tokens, cfg.token_dim, dtype=torch.float32)
+        noise = self._noise(like)
 
         def model(noisy: Tensor, tau_index: Tensor, e: Tensor) -> Tensor:
             args = (noisy[:, 0], tau_index[:, 0], e[:, 0], prev_action, labelled)
@@ -143,10 +148,8 @@ def imagine(dream: Dream, policy: Head, h: Tensor, task: Tensor, cfg: Imaginatio
         tokens.append(clean)
     h_all = torch.stack(features, 1)
     agent = dream.agent
-    return Rollout(
-        h_all, torch.stack(actions, 1), agent.predict_reward(h_all[:, 1:]), agent.predict_continue(h_all[:, 1:]),
-        torch.stack(tokens, 1),
-    )  # fmt: skip
+    reward, proceed = agent.predict_reward(h_all[:, 1:]), agent.predict_continue(h_all[:, 1:])
+    return Rollout(h_all, torch.stack(actions, 1), reward, proceed, torch.stack(tokens, 1))
 
 
 def lambda_returns(reward: Tensor, proceed: Tensor, value: Tensor, discount: float, trace: float) -> Tensor:
@@ -170,7 +173,9 @@ def weights_of_frames(proceed: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(proceed[:, :1]), proceed[:, :-1]], 1).cumprod(1)
 
 
-def pmpo_loss(log_prob: Tensor, advantage: Tensor, weight: Tensor, alpha: float, drop_smallest: float) -> Tensor:
+def pmpo_loss(
+    log_prob: Tensor, advantage: Tensor, weight: Tensor, alpha: float, drop_smallest: float
+) -> Tensor:
     """Sign-based policy loss (paper Eq. 11 without the KL term).
 
     Args:

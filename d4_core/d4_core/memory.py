@@ -1,4 +1,4 @@
-"""What a model costs: parameters, FLOPs and memory, counted on the meta device before anything is allocated."""
+"""What a model costs: parameters, FLOPs and memory, counted before anything is allocated."""
 
 from __future__ import annotations
 
@@ -39,13 +39,15 @@ def costs(preset: Preset, contract: Contract) -> dict[str, Cost]:
     """Cost of tokenizer, dynamics and agent for a contract."""
     with torch.device("meta"):
         models = build(preset, contract, "agent")
+    assert models.dynamics is not None
+    assert models.agent is not None
     tok, dyn = models.tokenizer.cfg, models.dynamics.cfg
     patches = sum((c.height // tok.patch) * (c.width // tok.patch) for c in tok.cameras)
     tok_slots = tok.num_latents + patches + len(tok.vectors)
     dyn_slots = dyn.world_slots + dyn.agent_tokens
     t, d = preset.tokenizer_training, preset.dynamics_training
     frames = {"tokenizer": t.batch, "dynamics": d.batch * d.length, "agent": d.batch * d.length}
-    shape = {
+    shape: dict[str, tuple[nn.Module, TransformerConfig, int, int]] = {
         "tokenizer": (models.tokenizer, tok.transformer, tok_slots, 2),
         "dynamics": (models.dynamics, dyn.transformer, dyn_slots, 1),
     }
@@ -91,6 +93,6 @@ def require_memory(preset: Preset, contract: Contract, phase: str, device: torch
     needed, free = cost.get(phase, cost["agent"]).train_bytes, available_bytes(device)
     if needed > free:
         raise UserError(
-            f"{phase} of this preset needs about {needed / 2**30:.1f} GiB but {free / 2**30:.1f} GiB are free on "
-            f"{device.type}: choose a smaller preset or lower the batch size with --set"
+            f"{phase} of this preset needs about {needed / 2**30:.1f} GiB but {free / 2**30:.1f} GiB are "
+            f"free on {device.type}: choose a smaller preset or lower the batch size with --set"
         )

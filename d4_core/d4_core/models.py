@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from d4_core import checkpoint
-from d4_core.agent import Agent, Critic
+from d4_core.agent import Agent, Critic, Head
 from d4_core.config import Preset, from_dict
 from d4_core.dynamics import Dynamics
 from d4_core.phase import freeze
@@ -37,7 +37,7 @@ class Models:
     tokenizer: Tokenizer
     dynamics: Dynamics | None = None
     agent: Agent | None = None
-    policy: nn.Module | None = None
+    policy: Head | None = None
     critic: Critic | None = None
 
     def named(self, names: tuple[str, ...]) -> dict[str, nn.Module]:
@@ -45,7 +45,7 @@ class Models:
         return {name: getattr(self, name) for name in names}
 
     @property
-    def acting(self) -> nn.Module:
+    def acting(self) -> Head:
         """The policy head in force: the imagination-trained one if there is one, else the cloned one."""
         return self.policy if self.policy is not None else self.agent.policy
 
@@ -58,12 +58,13 @@ def build(preset: Preset, contract: Contract, phase: str = "imagination") -> Mod
         models.dynamics = Dynamics(preset.dynamics_config(contract))
     if "agent" in names:
         dynamics = models.dynamics
+        assert dynamics is not None
         dim, num_tokens = dynamics.cfg.transformer.dim, dynamics.cfg.agent_tokens
         models.agent = Agent(preset.agent_config(contract), dynamics.space, dim, num_tokens)
     if "critic" in names:
-        inputs = models.agent.policy.trunk[0].in_features
+        assert models.agent is not None
         models.policy = copy.deepcopy(models.agent.policy)
-        models.critic = Critic(models.agent.cfg, inputs)
+        models.critic = Critic(models.agent.cfg, models.policy.inputs)
     return models
 
 

@@ -1,8 +1,7 @@
 """LPIPS, the perceptual distance of the tokenizer's loss, from weights that the user brings.
 
-Two files are needed and neither can be shipped: the convolutions of torchvision's VGG16 or AlexNet trained on
 Two files are needed and neither can be shipped: the convolutions of VGG16 or AlexNet (torchvision) trained on
-error.
+ImageNet, and the linear heads of LPIPS. Without them the tokenizer is trained on squared error.
 """
 
 from __future__ import annotations

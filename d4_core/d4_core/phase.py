@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 Batch = dict[str, Tensor]
 Losses = dict[str, Tensor]
 Metrics = dict[str, Tensor | float]
+Network = TypeVar("Network", bound=nn.Module)
 
 # a loss that has all but vanished is not scaled up any further: its gradient would be noise
 _FLOOR = 1e-3
@@ -73,7 +75,7 @@ class Phase(nn.Module):
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def group(self, name: str, p: nn.Parameter) -> str:
-        """Optimiser group: matrices inside transformer layers go to Muon, heads to their own learning rate."""
+        """Optimiser group: matrices inside transformer layers go to Muon, heads have their learning rate."""
         if ".layers." in name and p.ndim == 2:
             return "muon"
         return "heads" if name.startswith(("agent.", "policy.", "critic.")) else "adamw"
@@ -83,7 +85,7 @@ class Phase(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} saves nothing")
 
 
-def freeze(module: nn.Module) -> nn.Module:
+def freeze(module: Network) -> Network:
     """Switch a module to evaluation and take its parameters out of training."""
     return module.eval().requires_grad_(False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d4_core.agent import Agent, Critic
-from d4_core.distributed import share
 from d4_core.data import Clips, Logs, draw, first_frames, join, lead_targets, observations, transitions
+from d4_core.distributed import share
 from d4_core.dynamics import Dynamics
 from d4_core.imagination import (
     Dream,
@@ -64,8 +65,8 @@ class DynamicsTraining:
         image_rows: share of clips treated as separate images (paper: 0.3).
         bootstrap_rows, bootstrap_warmup: share of clips with the shortcut loss, after this part of training.
         ramp: weigh the loss by 0.9 tau + 0.1 (paper: yes).
-        committed: probability that a frame is drawn at the context signal level instead of a random one, the state in
-            which rollouts show history to the model (paper: 0).
+        committed: probability that a frame is drawn at the context signal level instead of a random one, the
+            state in which rollouts show history to the model (paper: 0).
         labelled_share: share of clips drawn from labelled episodes; 0 draws all episodes alike (paper).
     """
 
@@ -88,9 +89,10 @@ class AgentTraining:
     """Phase 2.
 
     Attributes:
-        steps, batch, length, long_length, long_share: as in phase 1b; one half of the clips is uniform (dynamics loss),
-            one half relevant (BC loss), the reward is learned on both. Short clips matter here: reward and policy are
-            learned from the number of different scenes, and the frames of one clip all show the same scene.
+        steps, batch, length, long_length, long_share: as in phase 1b; one half of the clips is uniform
+            (dynamics loss), one half relevant (BC loss), the reward is learned on both. Short clips matter
+            here: reward and policy are learned from the number of different scenes, and the frames of one
+            clip all show the same scene.
         relevant_return: an episode is relevant for a task if its return reaches this share of the best.
         dynamics: how the dynamics loss on the uniform half is drawn.
         dynamics_weight: weight of that loss.
@@ -136,7 +138,9 @@ class TokenizerPhase(Phase):
 
     name = "tokenizer"
 
-    def __init__(self, cfg: TokenizerTraining, tokenizer: Tokenizer, logs: Logs, episodes: np.ndarray) -> None:
+    def __init__(
+        self, cfg: TokenizerTraining, tokenizer: Tokenizer, logs: Logs, episodes: np.ndarray
+    ) -> None:
         extra = {"lpips": cfg.lpips_weight} if cfg.lpips_features else {}
         super().__init__(cfg.steps, {"pixels": 1.0} | extra)
         self.cfg, self.tokenizer, self.logs, self.episodes = cfg, tokenizer, logs, episodes
@@ -165,22 +169,24 @@ class TokenizerPhase(Phase):
 
 
 class ShortcutObjective:
-    """Corrupts clips, runs the dynamics model on them and scores it (paper Eq. 5-8); used by phases 1b and 2."""
+    """Corrupts clips, runs the dynamics model and scores it (paper Eq. 5-8); used by phases 1b and 2."""
 
     def __init__(self, cfg: DynamicsTraining, dynamics: Dynamics, total_steps: int) -> None:
         self.cfg, self.dynamics, self.total_steps = cfg, dynamics, total_steps
 
-    def __call__(self, batch: Batch, gen: torch.Generator, step: int, agent_BTGD: Tensor | None = None):
+    def __call__(
+        self, batch: Batch, gen: torch.Generator, step: int, agent_BTGD: Tensor | None = None
+    ) -> tuple[Any, Tensor, Metrics]:
         """Returns (agent outputs or None, per-frame loss (B, T), metrics)."""
         cfg, grid = self.cfg, self.dynamics.cfg.grid
         clean = batch["tokens"].float()
-        rows, device = clean.shape[0], clean.device
+        (rows, frames), device = clean.shape[:2], clean.device
         share = shortcut_schedule(step, self.total_steps, cfg.bootstrap_warmup, cfg.bootstrap_rows)
-        # roles are drawn independently of each other: a fixed split would confound image rows with bootstrap rows
+        # roles are drawn independently: a fixed split would confound image rows with bootstrap rows
         bootstrap = torch.rand(rows, generator=gen) < share
         images = torch.rand(rows, generator=gen) < cfg.image_rows
-        tau_index, e = sample_levels(grid, clean.shape[:2], bootstrap, gen)
-        committed = (torch.rand(clean.shape[:2], generator=gen) < cfg.committed) & ~bootstrap[:, None]
+        tau_index, e = sample_levels(grid, (rows, frames), bootstrap, gen)
+        committed = (torch.rand(rows, frames, generator=gen) < cfg.committed) & ~bootstrap[:, None]
         tau_index = torch.where(committed, grid.context_index, tau_index).to(device)
         e, images = e.to(device), images.to(device)
         noise = torch.randn(clean.shape, generator=gen).to(device)
@@ -194,17 +200,22 @@ class ShortcutObjective:
             target = clean.index_copy(0, picked, self._teach(*inputs))
         error = (block.clean - target).square().mean((-1, -2))
         tau = grid.tau(tau_index)
-        metrics = {"flow_mse": masked_mean(error.detach(), batch["valid"] & ~bootstrap[:, None].to(device))}
+        flow_frames = batch["valid"] & ~bootstrap[:, None].to(device)
+        metrics: Metrics = {"flow_mse": masked_mean(error.detach(), flow_frames)}
         return block.agent, error * ramp(tau) if cfg.ramp else error, metrics
 
-    def _teach(self, noisy: Tensor, tau_index: Tensor, e: Tensor, action: Tensor, labelled: Tensor, images: Tensor) -> Tensor:
+    def _teach(
+        self, noisy: Tensor, tau_index: Tensor, e: Tensor, action: Tensor, labelled: Tensor, images: Tensor
+    ) -> Tensor:
         def predict(z: Tensor, index: Tensor, exponent: Tensor) -> Tensor:
             return self.dynamics(z, index, exponent, action, labelled, image_rows=images).clean
 
         return bootstrap_target(predict, self.dynamics.cfg.grid, noisy, tau_index, e)
 
 
-def draw_clips(cfg: DynamicsTraining, logs: Logs, rng: np.random.Generator, batch: int, length: int, episodes: np.ndarray) -> Clips:
+def draw_clips(
+    cfg: DynamicsTraining, logs: Logs, rng: np.random.Generator, batch: int, length: int, episodes: np.ndarray
+) -> Clips:
     """Uniform clips, with a fixed share from labelled episodes if the configuration asks for it."""
     labelled = episodes[logs.labelled[episodes]]
     count = round(cfg.labelled_share * batch) if len(labelled) else 0
@@ -220,25 +231,35 @@ class DynamicsPhase(Phase):
     name = "dynamics"
 
     def __init__(
-        self, cfg: DynamicsTraining, dynamics: Dynamics, tokenizer: Tokenizer, logs: Logs, latents: np.ndarray, episodes: np.ndarray
+        self,
+        cfg: DynamicsTraining,
+        dynamics: Dynamics,
+        tokenizer: Tokenizer,
+        logs: Logs,
+        latents: np.ndarray,
+        episodes: np.ndarray,
     ) -> None:
         super().__init__(cfg.steps, {"dynamics": 1.0})
-        self.cfg, self.dynamics, self.logs, self.latents, self.episodes = cfg, dynamics, logs, latents, episodes
+        self.cfg, self.dynamics, self.logs, self.latents = cfg, dynamics, logs, latents
+        self.episodes = episodes
         self.tokenizer = freeze(tokenizer)
         self.objective = ShortcutObjective(cfg, dynamics, cfg.steps)
         self._first = first_frames(logs)
 
     def shape(self, step: int) -> tuple[int, int]:
-        """(clips, frames) of the batch at `step`: short ones, now and then a long one, only long ones at the end."""
+        """(clips, frames) of the batch at `step`: short, now and then long, at the end only long."""
         cfg = self.cfg
         long = shape_rng(step).random() < cfg.long_share or step >= cfg.steps * (1 - cfg.long_final)
         batch = share(cfg.batch)
-        return (max(1, batch * cfg.length // cfg.long_length), cfg.long_length) if long else (batch, cfg.length)
+        if long:
+            return max(1, batch * cfg.length // cfg.long_length), cfg.long_length
+        return batch, cfg.length
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
         """Tokens (B, T, N, L) and transitions."""
         clips = draw_clips(self.cfg, self.logs, rng, *self.shape(step), self.episodes)
-        return {"tokens": torch.from_numpy(self.latents[clips.index]), **transitions(self.logs, self._first, clips)}
+        tokens = torch.from_numpy(self.latents[clips.index])
+        return {"tokens": tokens, **transitions(self.logs, self._first, clips)}
 
     def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:
         """Flow and bootstrap loss."""
@@ -251,10 +272,10 @@ class DynamicsPhase(Phase):
 
 
 def accomplished(logs: Logs, episodes: np.ndarray, task: int, share: float) -> np.ndarray:
-    """Episodes whose return for the task reaches `share` of the best in the logs, whatever the driver had in mind.
+    """Episodes whose return for the task reaches `share` of the best, whatever the driver had in mind.
 
-    The return tells doing a task from passing by, and for sparse rewards it counts the events. A dataset without
-    rewards has nothing to tell episodes apart: all of them count.
+    The return tells doing a task from passing by, and for sparse rewards it counts the events. A dataset
+    without rewards has nothing to tell episodes apart: all of them count.
     """
     if not logs.reward.any():
         return episodes
@@ -269,14 +290,22 @@ def relevant_episodes(logs: Logs, episodes: np.ndarray, task: int, share: float)
 
 
 class AgentPhase(Phase):
-    """Agent finetuning: behaviour cloning and reward modelling on noisy frames, with the dynamics loss kept on."""
+    """Agent finetuning: cloning and reward modelling on noisy frames, with the dynamics loss kept on."""
 
     name = "agent"
 
     def __init__(
-        self, cfg: AgentTraining, agent: Agent, dynamics: Dynamics, tokenizer: Tokenizer, logs: Logs, latents: np.ndarray, episodes: np.ndarray
+        self,
+        cfg: AgentTraining,
+        agent: Agent,
+        dynamics: Dynamics,
+        tokenizer: Tokenizer,
+        logs: Logs,
+        latents: np.ndarray,
+        episodes: np.ndarray,
     ) -> None:
-        super().__init__(cfg.steps, {"dynamics": cfg.dynamics_weight, "policy": 1.0, "reward": 1.0, "proceed": 1.0})
+        weights = {"dynamics": cfg.dynamics_weight, "policy": 1.0, "reward": 1.0, "proceed": 1.0}
+        super().__init__(cfg.steps, weights)
         self.cfg, self.agent, self.dynamics, self.logs, self.latents, self.episodes = (
             cfg, agent, dynamics, logs, latents, episodes
         )  # fmt: skip
@@ -287,12 +316,12 @@ class AgentPhase(Phase):
         self.relevant = [relevant_episodes(logs, episodes, q, cfg.relevant_return) for q in tasks]
         if not any(map(len, self.relevant)):
             raise UserError(
-                f"no labelled episode reaches {cfg.relevant_return:.0%} of the best return of any task, so there is "
-                "nothing to clone: label more episodes or lower agent_training.relevant_return"
+                f"no labelled episode reaches {cfg.relevant_return:.0%} of the best return of any task, so "
+                "there is nothing to clone: label more episodes or lower agent_training.relevant_return"
             )
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
-        """Uniform half, then relevant half; `relevant` (B,) tells them apart, `task` (B,) is hindsight on the latter."""
+        """Uniform half, then the half that `relevant` (B,) marks, whose `task` (B,) is hindsight."""
         cfg = self.cfg
         length = cfg.long_length if shape_rng(step).random() < cfg.long_share else cfg.length
         batch = max(2, share(cfg.batch) * cfg.length // length)
@@ -303,7 +332,8 @@ class AgentPhase(Phase):
         rows = [draw(self.logs, rng, 1, length, self.relevant[q]) for q in tasks]
         clips = join([uniform, *rows])
         task = np.concatenate([rng.integers(0, len(self.relevant), batch - half), tasks])
-        out = {"tokens": torch.from_numpy(self.latents[clips.index]), **transitions(self.logs, self._first, clips)}
+        tokens = torch.from_numpy(self.latents[clips.index])
+        out = {"tokens": tokens, **transitions(self.logs, self._first, clips)}
         out |= lead_targets(self.logs, clips, self.agent.cfg.leads)
         column = torch.from_numpy(np.minimum(task, self.logs.reward.shape[1] - 1))
         out["lead_reward"] = torch.take_along_dim(out["lead_reward"], column[:, None, None, None], 3)[..., 0]
@@ -340,14 +370,21 @@ class ImaginationPhase(Phase):
     name = "imagination"
 
     def __init__(
-        self, cfg: ImaginationTraining, agent: Agent, dynamics: Dynamics, tokenizer: Tokenizer, logs: Logs, latents: np.ndarray, episodes: np.ndarray
+        self,
+        cfg: ImaginationTraining,
+        agent: Agent,
+        dynamics: Dynamics,
+        tokenizer: Tokenizer,
+        logs: Logs,
+        latents: np.ndarray,
+        episodes: np.ndarray,
     ) -> None:
         super().__init__(cfg.steps, {"policy": 1.0, "value": 1.0, "leads": 1.0})
         self.cfg, self.logs, self.latents, self.period = cfg, logs, latents, cfg.reuse
         self.tokenizer, self.dynamics, self.agent = freeze(tokenizer), freeze(dynamics), freeze(agent)
         self.prior = freeze(copy.deepcopy(agent.policy))
         self.policy = copy.deepcopy(agent.policy).requires_grad_(True)
-        self.critic = Critic(agent.cfg, agent.policy.trunk[0].in_features)
+        self.critic = Critic(agent.cfg, agent.policy.inputs)
         self._first = first_frames(logs)
         self._episodes = episodes[logs.episode_length[episodes] >= max(cfg.settings.contexts)]
         tasks = range(agent.cfg.num_tasks)
@@ -356,15 +393,19 @@ class ImaginationPhase(Phase):
         self._rollout: tuple[Rollout, Tensor] | None = None  # and whether its real start was not terminal
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
-        """Real contexts (B, T_c) for one batch of rollouts, with a task per row; empty while a rollout is reused."""
+        """Real contexts (B, T_c) of a batch of rollouts, with a task per row; empty while one is reused."""
         if step % self.cfg.reuse:
             return {}
         batch, length = share(self.cfg.batch), int(shape_rng(step).choice(self.cfg.settings.contexts))
         task = rng.integers(0, self.agent.cfg.num_tasks, batch)
         relevant = rng.random(batch) < self.cfg.relevant_share
-        pools = [self._relevant[q] if r and len(self._relevant[q]) else self._episodes for q, r in zip(task, relevant, strict=True)]
+        pools = [
+            self._relevant[q] if r and len(self._relevant[q]) else self._episodes
+            for q, r in zip(task, relevant, strict=True)
+        ]
         clips = join([draw(self.logs, rng, 1, length, pool) for pool in pools])
-        out = {"tokens": torch.from_numpy(self.latents[clips.index]), **transitions(self.logs, self._first, clips)}
+        tokens = torch.from_numpy(self.latents[clips.index])
+        out = {"tokens": tokens, **transitions(self.logs, self._first, clips)}
         return out | {"task": torch.from_numpy(task)}
 
     @torch.no_grad()
@@ -374,20 +415,20 @@ class ImaginationPhase(Phase):
         if self._dream is None:
             dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else torch.float32
             self._dream = Dream(self.dynamics, self.agent, share(self.cfg.batch), dtype=dtype)
-        dream, h = self._dream, None
+        dream, task = self._dream, batch["task"]
         dream.reset()
         dream.gen = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=gen)))
-        for t in range(batch["tokens"].shape[1]):
-            h = dream.observe(
-                batch["tokens"][:, t].float(), batch["prev_action"][:, t], batch["prev_labelled"][:, t], batch["task"]
-            )
-        return imagine(dream, self.policy, h, batch["task"], self.cfg.settings)
+        tokens, action, known = batch["tokens"].float(), batch["prev_action"], batch["prev_labelled"]
+        frames = range(tokens.shape[1])
+        h = [dream.observe(tokens[:, t], action[:, t], known[:, t], task) for t in frames]
+        return imagine(dream, self.policy, h[-1], task, self.cfg.settings)
 
     def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:
         """Policy and value loss on the current rollout."""
         cfg = self.cfg.settings
         if batch:
             self._rollout = self.roll(batch, gen), ~batch["terminal"][:, -1:]
+        assert self._rollout is not None
         roll, alive = self._rollout
         h = roll.h[:, :-1]
         with torch.no_grad():
@@ -418,9 +459,11 @@ class ImaginationPhase(Phase):
         return losses, metrics
 
     def _follow(self, leads: Tensor, action: Tensor, weight: Tensor) -> Tensor:
-        """Leads n >= 1 clone what the improved policy goes on to do: a robot falls back on them when a tick is late."""
-        ahead = torch.arange(action.shape[1], device=action.device)[:, None] + torch.arange(1, leads.shape[2], device=action.device)
-        inside, ahead = ahead < action.shape[1], ahead.clamp_max(action.shape[1] - 1)
+        """Leads n >= 1 clone what the policy goes on to do: robots fall back on them when a tick is late."""
+        horizon, device = action.shape[1], action.device
+        offset = torch.arange(1, leads.shape[2], device=device)
+        ahead = torch.arange(horizon, device=device)[:, None] + offset
+        inside, ahead = ahead < horizon, ahead.clamp_max(horizon - 1)
         nats = -self.agent.space.log_prob(leads[:, :, 1:], action[:, ahead])
         return masked_mean(nats * weight[..., None], inside)
 

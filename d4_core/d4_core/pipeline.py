@@ -12,7 +12,16 @@ import yaml
 from d4_core import checkpoint, distributed
 from d4_core.config import Preset, to_dict
 from d4_core.data import latent_cache, latent_statistics, pixel_statistics
-from d4_core.gates import Gate, Probe, agent_gates, dynamics_gates, fit_probe, frames_of, record, tokenizer_gates
+from d4_core.gates import (
+    Gate,
+    Probe,
+    agent_gates,
+    dynamics_gates,
+    fit_probe,
+    frames_of,
+    record,
+    tokenizer_gates,
+)
 from d4_core.loop import train
 from d4_core.memory import require_memory
 from d4_core.models import CONTENTS, Models, build, load, weights_hash
@@ -57,24 +66,22 @@ class Pipeline:
         (run / "config.yaml").write_text(yaml.safe_dump(about, sort_keys=False))
         (run / "contract.yaml").write_text(self.contract.to_yaml())
         used = self.preset.tokenizer_training.lpips_features
-        notes = [
-            f"The tokenizer's perceptual loss is LPIPS with the weights in {used}."
-            if used
-            else "LPIPS was not used (no weights file given): the tokenizer is trained on squared error alone."
-        ]
-        (run / "notes.json").write_text(json.dumps(notes))
+        note = "LPIPS was not used (no weights file given): the tokenizer is trained on squared error alone."
+        if used:
+            note = f"The tokenizer's perceptual loss is LPIPS with the weights in {used}."
+        (run / "notes.json").write_text(json.dumps([note]))
 
     def folder(self, phase: str) -> Path:
         """Checkpoint folder of a phase."""
         return self.args.run / phase
 
-    # -- phases ---------------------------------------------------------------------------------------------------
+    # -- phases ----------------------------------------------------------------------------------------------
 
     def run_phase(self, phase: str) -> None:
         """Train one phase and measure its gates.
 
         Raises:
-            UserError: the phase before is missing, the data cannot serve it, or a gate failed without --force.
+            UserError: the phase before is missing, the data cannot serve it, a gate failed without --force.
         """
         require_memory(self.preset, self.contract, phase, self.device)
         torch.manual_seed(self.args.seed * 1000 + list(CONTENTS).index(phase))
@@ -82,7 +89,8 @@ class Pipeline:
         optim = getattr(self.preset.optim, phase)
         config = {"phase": phase, "preset": to_dict(self.preset.up_to(phase)), "data": self._data_identity()}
         if phase in BEFORE:
-            config["before"] = weights_hash(self.folder(BEFORE[phase]))  # retrained inputs start this phase afresh
+            # retrained inputs start this phase afresh
+            config["before"] = weights_hash(self.folder(BEFORE[phase]))
         train(
             work, self.args.run, seed=self.args.seed, optim=optim, contract=self.contract, config=config,
             device=self.device, save_every_s=self.args.save_every_s,
@@ -96,7 +104,8 @@ class Pipeline:
     def _previous(self, phase: str) -> Models:
         before = BEFORE[phase]
         if not checkpoint.exists(self.folder(before)):
-            raise UserError(f"{phase} needs {self.folder(before)}, which does not exist: train {before} first")
+            folder = self.folder(before)
+            raise UserError(f"{phase} needs {folder}, which does not exist: train {before} first")
         return load(self.folder(before), self.contract)
 
     def _prepare(self, phase: str) -> Phase:
@@ -105,36 +114,46 @@ class Pipeline:
             pixel_statistics(self.logs, tokenizer, np.random.default_rng(self.args.seed))
             return TokenizerPhase(self.preset.tokenizer_training, tokenizer, self.logs, self.train)
         before, fresh = self._previous(phase), build(self.preset, self.contract, phase)
+        tokenizer, latents = self._latents()
+        data = (self.logs, latents, self.train)
         if phase == "dynamics":
-            tokenizer, latents = self._latents()
-            args = (tokenizer, self.logs, latents, self.train)
-            return DynamicsPhase(self.preset.dynamics_training, fresh.dynamics, *args)
-        _, latents = self._latents()
-        args = (before.dynamics, before.tokenizer, self.logs, latents, self.train)
+            assert fresh.dynamics is not None
+            return DynamicsPhase(self.preset.dynamics_training, fresh.dynamics, tokenizer, *data)
+        assert before.dynamics is not None
+        inputs = (before.dynamics, before.tokenizer, *data)
         if phase == "agent":
+            assert fresh.agent is not None
             self._require_labels()
             before.dynamics.requires_grad_(True)
-            return AgentPhase(self.preset.agent_training, fresh.agent, *args)
+            return AgentPhase(self.preset.agent_training, fresh.agent, *inputs)
+        self._require_rewards(before)
+        assert before.agent is not None
+        return ImaginationPhase(self.preset.imagination_training, before.agent, *inputs)
+
+    def _require_rewards(self, before: Models) -> None:
+        """Refuse imagination training without a reward, or on step sizes that were never trained."""
         if self.contract.reward is None:
-            raise UserError("imagination training needs a reward: name its topic in the contract and ingest again")
+            raise UserError(
+                "imagination training needs a reward: name its topic in the contract and ingest again"
+            )
         settings = self.preset.imagination_training.settings
         if not before.preset.dynamics_training.bootstrap_rows and not settings.finest_label:
             raise UserError(
-                "the dynamics model was trained without the bootstrap loss, so its large step sizes are untrained: "
-                "sample with --set imagination_training.settings.finest_label=true"
+                "the dynamics model was trained without the bootstrap loss, so its large step sizes are "
+                "untrained: sample with --set imagination_training.settings.finest_label=true"
             )
-        return ImaginationPhase(self.preset.imagination_training, before.agent, *args)
 
     def _data_identity(self) -> str:
         """Names the data in the checkpoint's card and ties the checkpoint to it."""
-        logs = self.logs
-        return f"{logs.num_frames} frames, {len(logs.episode_start)} episodes, {int(logs.action_mask.sum())} labelled frames"
+        episodes, labelled = len(self.logs.episode_start), int(self.logs.action_mask.sum())
+        return f"{self.logs.num_frames} frames, {episodes} episodes, {labelled} labelled frames"
 
     def _require_labels(self) -> None:
         if not self.logs.labelled[self.train].any():
+            topics = ", ".join(a.topic for a in self.contract.actions)
             raise UserError(
-                "no frame of this dataset has a known action, so the agent phase has nothing to clone: record some "
-                f"bags with {', '.join(a.topic for a in self.contract.actions)} (tokenizer and dynamics are trained)"
+                "no frame of this dataset has a known action, so the agent phase has nothing to clone: "
+                f"record some bags with {topics} (tokenizer and dynamics are trained)"
             )
 
     def _latents(self) -> tuple[Tokenizer, np.ndarray]:
@@ -145,7 +164,7 @@ class Pipeline:
         path, tag = self.args.run / "latents", weights_hash(folder)
         return tokenizer, latent_cache(tokenizer, self.logs, path, tag)
 
-    # -- gates ----------------------------------------------------------------------------------------------------
+    # -- gates -----------------------------------------------------------------------------------------------
 
     def _check(self, phase: str, tokenizer: Tokenizer, latents: np.ndarray) -> list[Gate]:
         """Measure, record and print the gates of a phase; returns those that failed."""
@@ -154,14 +173,16 @@ class Pipeline:
         if phase == "tokenizer":
             gates = tokenizer_gates(tokenizer, self.logs, latents, self._probes(latents), self.held_out)
         elif phase == "dynamics":
-            gates, curves = dynamics_gates(
-                models.tokenizer, models.dynamics, self.logs, latents, self._probes(latents), self.train, self.held_out
-            )
+            assert models.dynamics is not None
+            split = (self.train, self.held_out)
+            networks, probes = (models.tokenizer, models.dynamics), self._probes(latents)
+            gates, curves = dynamics_gates(*networks, self.logs, latents, probes, *split)
             (self.args.run / "media").mkdir(exist_ok=True)
             (self.args.run / "media" / "open_loop.json").write_text(json.dumps(curves))
         elif phase == "agent":
-            args = (self.logs, latents, self.train, self.held_out)
-            gates = agent_gates(models.agent, models.dynamics, *args)
+            assert models.agent is not None
+            assert models.dynamics is not None
+            gates = agent_gates(models.agent, models.dynamics, self.logs, latents, self.train, self.held_out)
         record(self.args.run, phase, gates)
         for gate in gates:
             print(f"  {gate}", flush=True)

@@ -1,10 +1,11 @@
-"""Policies as sessions: observations in, actions out, one frame at a time, for one robot or a batch of worlds."""
+"""Policies as sessions: observations in, actions out, frame by frame, for one robot or a batch of worlds."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
+from d4_core.agent import Head
 from d4_core.baselines import ScratchPolicy
 from d4_core.imagination import Dream
 from d4_core.models import Models
@@ -13,8 +14,8 @@ from d4_core.models import Models
 class PolicySession:
     """The world-model policy: tokenizer, one dynamics pass and the policy head per frame.
 
-    All shapes are fixed by the batch size; caches are allocated once and a reset only forgets. A frame's cost does not
-    depend on how many came before.
+    All shapes are fixed by the batch size; caches are allocated once and a reset only forgets. A frame's cost
+    does not depend on how many came before.
 
     Args:
         models: loaded networks of an agent or imagination checkpoint.
@@ -25,8 +26,14 @@ class PolicySession:
     """
 
     def __init__(
-        self, models: Models, batch: int, seed: int = 0, head: torch.nn.Module | None = None, argmax: bool = False
+        self,
+        models: Models,
+        batch: int,
+        seed: int = 0,
+        head: Head | None = None,
+        argmax: bool = False,
     ) -> None:
+        assert models.dynamics is not None
         self.models, self.batch, self.seed, self.argmax = models, batch, seed, argmax
         self.head = head if head is not None else models.acting
         self.device = models.dynamics.slots.device

@@ -1,9 +1,9 @@
 """Causal masked-autoencoder tokenizer (paper section 3.1).
 
-Every frame becomes ``num_latents`` tokens of ``latent_dim`` numbers in (-1, 1), packed for the dynamics model into
-``num_tokens`` tokens. Inside a frame, encoder latents read every modality and modalities read only themselves;
-decoder queries read the latents and never the other way round, so nothing reaches the picture but through the latents.
-Cameras and proprioceptive vectors are modalities under the same rule.
+Every frame becomes ``num_latents`` tokens of ``latent_dim`` numbers in (-1, 1), packed for the dynamics model
+into ``num_tokens`` tokens. Inside a frame, encoder latents read every modality and modalities read only
+themselves; decoder queries read the latents and never the other way round, so nothing reaches the picture but
+through the latents. Cameras and proprioceptive vectors are modalities under the same rule.
 
 Shape suffixes: B batch, T frames, P patches of one camera, N latents, L latent channels, D width.
 """
@@ -70,7 +70,10 @@ class TokenizerConfig:
 class Tokenizer(nn.Module):
     """Encoder and decoder with their embeddings and the dataset statistics that they need at run time."""
 
-    mean: dict[str, Tensor]
+    latent_mean: Tensor
+    latent_std: Tensor
+    encoder_bias: Tensor
+    decoder_bias: Tensor
 
     def __init__(self, cfg: TokenizerConfig) -> None:
         super().__init__()
@@ -85,11 +88,12 @@ class Tokenizer(nn.Module):
         self.embed, self.unembed = nn.ModuleDict(), nn.ModuleDict()
         self.positions, self.queries, self.hidden = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         for name, count, size in self._modalities():
-            self.embed[name], self.unembed[name] = nn.Linear(size, dim), nn.Linear(dim, size)
+            embed, unembed = nn.Linear(size, dim), nn.Linear(dim, size)
+            self.embed[name], self.unembed[name] = embed, unembed
             self.positions[name] = nn.Parameter(0.5 * torch.randn(count, dim))
             self.queries[name] = nn.Parameter(0.5 * torch.randn(count, dim))
             self.hidden[name] = nn.Parameter(0.5 * torch.randn(dim))
-            nn.init.zeros_(self.unembed[name].weight)  # the untrained decoder predicts the mean image
+            nn.init.zeros_(unembed.weight)  # the untrained decoder predicts the mean image
         for cam in cfg.cameras:
             self.register_buffer(f"mean_{cam.name}", torch.zeros(cam.height, cam.width, 3))
             self.register_buffer(f"std_{cam.name}", torch.ones(()))
@@ -101,7 +105,7 @@ class Tokenizer(nn.Module):
         self.register_buffer("encoder_bias", self._mask(latents_read_all=True), persistent=False)
         self.register_buffer("decoder_bias", self._mask(latents_read_all=False), persistent=False)
 
-    # -- layout ---------------------------------------------------------------------------------------------------
+    # -- layout ----------------------------------------------------------------------------------------------
 
     def _modalities(self) -> list[tuple[str, int, int]]:
         """(name, tokens, numbers per token) of every modality, in slot order behind the latents."""
@@ -113,7 +117,9 @@ class Tokenizer(nn.Module):
         """(S, S) additive mask of paper section 3.1; encoder if `latents_read_all`, else decoder."""
         n = self.cfg.num_latents
         counts = [n] + [count for _, count, _ in self._modalities()]
-        group = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts), output_size=sum(counts))
+        group = torch.repeat_interleave(
+            torch.arange(len(counts)), torch.tensor(counts), output_size=sum(counts)
+        )
         allowed = group[:, None] == group[None, :]
         if latents_read_all:
             allowed[:n] = True
@@ -121,10 +127,10 @@ class Tokenizer(nn.Module):
             allowed[:, :n] = True
         return torch.where(allowed, 0.0, NEG_INF)
 
-    # -- statistics -----------------------------------------------------------------------------------------------
+    # -- statistics ------------------------------------------------------------------------------------------
 
     def set_statistics(self, mean: dict[str, Tensor], std: dict[str, Tensor]) -> None:
-        """Store the dataset's mean image (H, W, 3; in [0, 1]) and scalar spread of each camera, and of each vector."""
+        """Store mean image (H, W, 3; in [0, 1]) and spread of each camera, mean and spread of each vector."""
         for name in mean:
             getattr(self, f"mean_{name}").copy_(mean[name])
             getattr(self, f"std_{name}").copy_(std[name].clamp_min(1e-3))
@@ -139,16 +145,16 @@ class Tokenizer(nn.Module):
         return ((value - mean) / std)[..., None, :]
 
     def to_pixels(self, name: str, tokens: Tensor) -> Tensor:
-        """Standardised patches (.., P, 3 p^2) to pixels (.., H, W, 3), float in [0, 1] up to reconstruction error."""
+        """Standardised patches (.., P, 3 p^2) to pixels (.., H, W, 3), float, [0, 1] up to an error."""
         cam = next(c for c in self.cfg.cameras if c.name == name)
         p = self.cfg.patch
         x = rearrange(tokens, "... (y x) (p q c) -> ... (y p) (x q) c", y=cam.height // p, p=p, q=p)
         return x * getattr(self, f"std_{name}") + getattr(self, f"mean_{name}")
 
-    # -- clips ----------------------------------------------------------------------------------------------------
+    # -- clips -----------------------------------------------------------------------------------------------
 
     def embed_frames(self, obs: dict[str, Tensor], gen: torch.Generator | None = None) -> Tensor:
-        """(B, T, S, D) encoder input; with a generator, patches are hidden as in masked-autoencoder training."""
+        """(B, T, S, D) encoder input; with a generator, patches are hidden as in masked autoencoders."""
         parts = []
         for name, _, _ in self._modalities():
             tokens = self.embed[name](self.normalise(name, obs[name]))  # (B, T, P, D)
@@ -166,13 +172,15 @@ class Tokenizer(nn.Module):
         return torch.tanh(self.to_latent(x_BTSD[:, :, : self.cfg.num_latents]).float())
 
     def encode(self, obs: dict[str, Tensor], gen: torch.Generator | None = None) -> Tensor:
-        """Observations {name: (B, T, ...)} to latents (B, T, N, L); pass a generator to mask patches (training)."""
+        """Observations {name: (B, T, ...)} to latents (B, T, N, L); a generator masks patches (training)."""
         return self.bottleneck(self.encoder(self.embed_frames(obs, gen), self.encoder_bias))
 
     def decoder_input(self, latents_BTNL: Tensor) -> Tensor:
         """(B, T, S, D) decoder input: latents and one learned query per token to reconstruct."""
         x = self.from_latent(latents_BTNL) + self.slots
-        queries = [self.queries[name].expand(*x.shape[:2], -1, -1).to(x.dtype) for name, _, _ in self._modalities()]
+        queries = [
+            self.queries[name].expand(*x.shape[:2], -1, -1).to(x.dtype) for name, _, _ in self._modalities()
+        ]
         return torch.cat([x, *queries], dim=2)
 
     def read_out(self, x_BTSD: Tensor) -> dict[str, Tensor]:
@@ -187,14 +195,14 @@ class Tokenizer(nn.Module):
         """Latents to standardised tokens {name: (B, T, P, numbers)}; `to_pixels` makes pictures of them."""
         return self.read_out(self.decoder(self.decoder_input(latents_BTNL), self.decoder_bias))
 
-    # -- one frame at a time --------------------------------------------------------------------------------------
+    # -- one frame at a time ---------------------------------------------------------------------------------
 
     def new_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> KVCache:
         """Cache for `encode_step` or `decode_step` (one each: they must not share)."""
         return KVCache(self.cfg.transformer, batch, self.cfg.num_latents, self.latents.device, dtype)
 
     def encode_step(self, obs: dict[str, Tensor], cache: KVCache) -> Tensor:
-        """One frame {name: (B, ...)} to latents (B, N, L); equals `encode` of the whole clip at its last frame."""
+        """One frame {name: (B, ...)} to latents (B, N, L); equals `encode` of the clip at its last frame."""
         x = self.embed_frames({k: v[:, None] for k, v in obs.items()})
         y = self.encoder.step(x, cache, self.encoder.begin(cache), self.encoder_bias)
         cache.advance()
@@ -207,13 +215,14 @@ class Tokenizer(nn.Module):
         cache.advance()
         return {k: v[:, 0] for k, v in self.read_out(y).items()}
 
-    # -- packing for the dynamics model ---------------------------------------------------------------------------
+    # -- packing for the dynamics model ----------------------------------------------------------------------
 
     def pack(self, latents: Tensor) -> Tensor:
         """Latents (.., N, L) to standardised dynamics tokens (.., Nz, Dz).
 
-        Neighbouring latents are concatenated (paper: 512 x 16 to 256 x 32) and each channel is standardised over the
-        dataset: raw tanh latents have spreads of 0.1-0.2, so unit noise would swamp them and skew the signal levels.
+        Neighbouring latents are concatenated (paper: 512 x 16 to 256 x 32) and each channel is standardised
+        over the dataset: raw tanh latents have spreads of 0.1-0.2, so unit noise would swamp them and skew
+        the signal levels.
         """
         z = latents.unflatten(-2, (self.cfg.num_tokens, -1)).flatten(-2)
         return (z - self.latent_mean) / self.latent_std

@@ -18,7 +18,8 @@ from d4_datasets.errors import UserError, run_cli
 if TYPE_CHECKING:
     from d4_core.config import Preset
 
-PHASES = ("tokenizer", "dynamics", "agent", "imagination")
+PhaseName = Literal["tokenizer", "dynamics", "agent", "imagination"]
+PHASES: tuple[PhaseName, ...] = ("tokenizer", "dynamics", "agent", "imagination")
 
 
 @dataclass(kw_only=True)
@@ -31,7 +32,7 @@ class TrainArgs:
     """Run folder; checkpoints, metrics, gates and pictures go there."""
     preset: Literal["nano", "small", "base", "large", "paper"] = "nano"
     """Model size and training settings that go with it."""
-    phases: tuple[Literal["tokenizer", "dynamics", "agent", "imagination"], ...] = PHASES
+    phases: tuple[PhaseName, ...] = PHASES
     """Phases to run, in their order."""
     seed: int = 0
     """Decides initialisation, batches and sampling."""
@@ -42,7 +43,7 @@ class TrainArgs:
     device: str = "auto"
     """auto, cpu or cuda."""
     procs: int = 0
-    """Data-parallel processes; 0 takes one per free core on CPU (at most 4) and one GPU. torchrun works, too."""
+    """Data-parallel processes; 0: one per free core on CPU (at most 4), one GPU. torchrun works, too."""
     force: bool = False
     """Go on although a gate failed."""
     save_every_s: float = 60.0

@@ -3,9 +3,9 @@
 Shape suffixes: B batch, T frames, S slots (tokens of one frame), D width, H query heads, K key/value heads,
 G = H / K query heads per key/value head, E head width, C context (frames held by the cache).
 
-A layer is a *space* layer (tokens of one frame see each other) or a *time* layer (each slot sees its own past);
-every ``time_every``-th layer is a time layer. Time attention is a causal sliding window of ``context`` frames, so a
-ring buffer of ``context`` frames reproduces it exactly (see `KVCache`).
+A layer is a *space* layer (tokens of one frame see each other) or a *time* layer (each slot sees its own
+past); every ``time_every``-th layer is a time layer. Time attention is a causal sliding window of ``context``
+frames, so a ring buffer of ``context`` frames reproduces it exactly (see `KVCache`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class TransformerConfig:
         if self.depth % self.time_every:
             raise ValueError(f"depth {self.depth} must be a multiple of time_every {self.time_every}")
         if self.heads % self.kv_heads or self.dim % self.heads or (self.dim // self.heads) % 2:
-            raise ValueError(f"dim {self.dim}, heads {self.heads}, kv_heads {self.kv_heads} do not divide evenly")
+            raise ValueError(
+                f"dim {self.dim}, heads {self.heads}, kv_heads {self.kv_heads} do not divide evenly"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -60,8 +62,8 @@ class TransformerConfig:
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis with a learned scale.
 
-    Two passes over memory: a fused norm reduction with a float32 sum, then one scaling in the input's dtype. On CPU
-    the library's rms_norm takes five.
+    Two passes over memory: a fused norm reduction with a float32 sum, then one scaling in the input's dtype.
+    On CPU the library's rms_norm takes five.
     """
 
     def __init__(self, dim: int) -> None:
@@ -72,13 +74,16 @@ class RMSNorm(nn.Module):
         """Normalise (..., D)."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         factor = x.shape[-1] ** 0.5 / norm.clamp_min(1e-6)
-        return x * (factor * self.scale).to(x.dtype) if x.is_cuda else x * factor.to(x.dtype) * self.scale.to(x.dtype)
+        if x.is_cuda:
+            return x * (factor * self.scale).to(x.dtype)
+        return x * factor.to(x.dtype) * self.scale.to(x.dtype)
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine (P, E/2) float32 of the rotary angles of frames ``positions`` (P,).
 
-    Angles are formed in float64, so that a session that has run for weeks (10^7 frames) still rotates exactly.
+    Angles are formed in float64, so that a session that has run for weeks (10^7 frames) still rotates
+    exactly.
     """
     num = head_dim // 2
     freqs = theta ** (-torch.arange(num, device=positions.device, dtype=torch.float64) / num)
@@ -96,12 +101,14 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 class KVCache:
     """Keys and values of the last C frames for every time layer, in preallocated ring buffers.
 
-    The slot at ``position % C`` belongs to the frame being worked on: it is overwritten by every pass over that
-    frame (denoising passes, then the commit pass) and becomes history when `advance` moves on. Nothing is
-    allocated per step and the cost does not depend on how long the session has been running.
+    The slot at ``position % C`` belongs to the frame being worked on: it is overwritten by every pass over
+    that frame (denoising passes, then the commit pass) and becomes history when `advance` moves on. Nothing
+    is allocated per step and the cost does not depend on how long the session has been running.
     """
 
-    def __init__(self, cfg: TransformerConfig, batch: int, slots: int, device: torch.device | str, dtype: torch.dtype):
+    def __init__(
+        self, cfg: TransformerConfig, batch: int, slots: int, device: torch.device | str, dtype: torch.dtype
+    ):
         layers = cfg.depth // cfg.time_every
         shape = (layers, batch, slots, cfg.kv_heads, cfg.context, cfg.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
@@ -140,8 +147,9 @@ class KVCache:
 class Attention(nn.Module):
     """Grouped-query attention with QK-norm and logit soft-capping.
 
-    Matrix products are written out instead of calling a fused kernel: soft-capping does not fit the fused ones, and at
-    the short lengths of factorised attention (tens of tokens) the plain product is faster on CPU.
+    Matrix products are written out instead of calling a fused kernel: soft-capping does not fit the fused
+    ones, and at the short lengths of factorised attention (tens of tokens) the plain product is faster on
+    CPU.
     """
 
     def __init__(self, cfg: TransformerConfig) -> None:
@@ -153,7 +161,7 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(width), RMSNorm(width)
 
     def project(self, x_BTSD: Tensor, over_time: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (.., H, P, E), keys and values (.., K, P, E); P is the attended axis (S, or T if `over_time`)."""
+        """Queries (.., H, P, E), keys and values (.., K, P, E); P is the attended axis: S, or T over time."""
         cfg = self.cfg
         qkv = self.qkv(x_BTSD).unflatten(-1, (-1, cfg.head_dim))  # (B, T, S, H+2K, E)
         q, k, v = qkv.split([cfg.heads, cfg.kv_heads, cfg.kv_heads], dim=3)
@@ -161,7 +169,7 @@ class Attention(nn.Module):
         return self.norm_q(q).permute(order), self.norm_k(k).permute(order), v.permute(order)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """Softmax attention of q (X, Y, H, P, E) over k, v (X, Y, K, N, E) with an additive bias (.., P, N)."""
+        """Softmax attention of q (X, Y, H, P, E) over k, v (X, Y, K, N, E), additive bias (.., P, N)."""
         cfg = self.cfg
         q = q.unflatten(2, (cfg.kv_heads, -1)).flatten(3, 4)  # (X, Y, K, G*P, E)
         logits = (q * cfg.head_dim**-0.5) @ k.transpose(-1, -2)
@@ -179,8 +187,10 @@ class Attention(nn.Module):
         y = self.attend(q, k, v, bias_SS)
         return self.out(y.transpose(2, 3).flatten(3))
 
-    def forward_time(self, x_BTSD: Tensor, bias: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention of each slot over its own past; returns the output and the rotated keys and the values."""
+    def forward_time(
+        self, x_BTSD: Tensor, bias: Tensor, table: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention of each slot over its own past; returns output, rotated keys and values."""
         q, k, v = self.project(x_BTSD, over_time=True)  # (B, S, H, T, E)
         q, k = rotate(q, table), rotate(k, table)
         y = self.attend(q, k, v, bias)
@@ -191,7 +201,9 @@ class Attention(nn.Module):
         q, k, v = self.project(x_B1SD, over_time=True)  # (B, S, H, 1, E)
         q, k = rotate(q, frame.table), rotate(k, frame.table)
         cache.write(layer, slots, k, v)
-        y = self.attend(q, cache.keys[layer][:, slots].to(q.dtype), cache.values[layer][:, slots].to(q.dtype), frame.bias)
+        y = self.attend(
+            q, cache.keys[layer][:, slots].to(q.dtype), cache.values[layer][:, slots].to(q.dtype), frame.bias
+        )
         return self.out(y.permute(0, 3, 1, 2, 4).flatten(3))
 
 
@@ -235,7 +247,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(cfg.dim)
         for name, p in self.named_parameters():
             if p.ndim == 2:  # residual branches start small, so that depth does not change the initial scale
-                nn.init.normal_(p, std=0.02 if name.endswith(("out.weight", "down.weight")) else cfg.dim**-0.5)
+                is_branch_end = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 if is_branch_end else cfg.dim**-0.5)
 
     def forward(
         self,
@@ -300,7 +313,9 @@ class Transformer(nn.Module):
         for layer in self.layers:
             normed = layer.norm_attention(x)
             if layer.over_time:
-                y = layer.attention.forward_step(normed[:, :, : self.time_slots], time_layer, slots, cache, frame)
+                y = layer.attention.forward_step(
+                    normed[:, :, : self.time_slots], time_layer, slots, cache, frame
+                )
                 time_layer += 1
             else:
                 y = layer.attention.forward_space(normed, space_bias)

@@ -1,7 +1,8 @@
 """Data-parallel processes on one machine, without a listening port beyond it.
 
-On a few CPU cores several single-threaded processes are nearly twice as fast as one process with several threads: the
-operations of a small model are too short to share out. torchrun does the same for several GPUs or machines.
+On a few CPU cores several single-threaded processes are nearly twice as fast as one process with several
+threads: the operations of a small model are too short to share out. torchrun does the same for several GPUs
+or machines.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from pathlib import Path
 def launch(module: str, argv: list[str], procs: int, run: Path) -> int:
     """Run ``python -m module argv`` as `procs` ranks and return the exit code of the first that failed, or 0.
 
-    Rank 0 owns the terminal; the others write to <run>/rank-<n>.log. Signals are passed on to all of them. Ranks meet
-    through a file and talk over the loopback interface. Each rank leads a process group of its own: Ctrl-C in a terminal
-    would otherwise reach it twice, and the second signal means "stop at once".
+    Rank 0 owns the terminal; the others write to <run>/rank-<n>.log. Signals are passed on to all of them.
+    Ranks meet through a file and talk over the loopback interface. Each rank leads a process group of its
+    own: Ctrl-C in a terminal would otherwise reach it twice, and the second signal means "stop at once".
     """
     run.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -32,7 +33,8 @@ def launch(module: str, argv: list[str], procs: int, run: Path) -> int:
             command = [sys.executable, "-m", module, *argv]
             env = _environment(rank, procs, folder)
             workers.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, process_group=0))
-        previous = {s: signal.signal(s, lambda number, _: _signal(workers, number)) for s in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        previous = {s: signal.signal(s, lambda number, _: _signal(workers, number)) for s in numbers}
         try:
             return _wait(workers)
         finally:

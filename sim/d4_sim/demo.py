@@ -69,7 +69,7 @@ class Args:
 
     out: Path = Path("runs/demo")
     """Folder for everything that is made: bags, dataset, run."""
-    episodes: int = 2500
+    episodes: int = 3000
     """Episodes to record."""
     labelled: float = 0.2
     """Share of the bags that keep the commands; the others are video with rewards."""
@@ -156,7 +156,7 @@ def command(name: str, *positional: Path, **options: Any) -> Command:
 
 def _typical_s(name: str, args: Args) -> float:
     if name in ("record", "ingest", "audit"):
-        size = args.episodes / 2500
+        size = args.episodes / 3000
     elif name in ("baseline", "evaluate"):
         size = args.eval_episodes / 100
     else:

@@ -39,5 +39,6 @@ def imagined_and_real(
     rollout = imagine(session.dream, models.acting, h, task, cfg)
     survival = rollout.proceed.cumprod(1)
     imagined = (rollout.reward * survival).sum(1).cpu().numpy()
-    real = run_episodes(world, seeds, tasks, PolicySession(models, len(seeds), seed), cfg.horizon)
+    policy = PolicySession(models, len(seeds), seed)
+    real = run_episodes(world, seeds.tolist(), tasks.tolist(), policy, cfg.horizon)
     return imagined, real.returns

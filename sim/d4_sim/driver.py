@@ -46,7 +46,7 @@ class Driver:
         rng = self.rng
         self._noise = np.zeros(2)
         self._speed = rng.uniform(0.2, 0.8)
-        self._noise_level = rng.uniform(0.2, 0.5)  # m/s
+        self._noise_level = rng.uniform(0.3, 0.6)  # m/s
         self._careful = bool(rng.random() < 0.3)
         self._burst_until, self._burst = 0, np.zeros(2)
         if self.kind == "expert":
@@ -82,8 +82,8 @@ class Driver:
         if tick >= self._burst_until and self.rng.random() < 0.03:
             self._burst_until = tick + int(self.rng.integers(3, 7))
             self._burst = self.rng.uniform(-1.0, 1.0, 2)
-        # Shaky, not drifting: with slowly drifting noise the last command would predict the next one better than
-        # the scene does, and a policy cloned from such logs copies itself instead of looking.
+        # Shaky, not drifting: with slowly drifting noise the last command would predict the next one better
+        # than the scene does, and a policy cloned from such logs copies itself instead of looking.
         noise = self._ou(self._noise_level, memory=0.2)
         return (self._burst if tick < self._burst_until else self._speed * command) + noise
 

@@ -1,4 +1,4 @@
-"""``d4-eval``: policies in the real simulator, on shared starts, with intervals and the gates that need a real world."""
+"""``d4-eval``: policies in the real simulator on shared starts, and the gates that need a real world."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from d4_datasets.windows import Windows
     from d4_sim.vector import EpisodeBatch
 
-POLICIES = ("random", "data", "bc_scratch", "wm_bc", "imagination", "expert")
+PolicyName = Literal["random", "data", "bc_scratch", "wm_bc", "imagination", "expert"]
+POLICIES: tuple[PolicyName, ...] = ("random", "data", "bc_scratch", "wm_bc", "imagination", "expert")
 EVAL_SEED = 1_000_000  # start states of evaluations lie beyond all recorded ones
 
 
@@ -32,7 +33,7 @@ class EvalArgs:
     """Run folder of d4-train."""
     dataset: Path
     """Dataset that the run was trained on (data mean, training of the from-scratch baseline)."""
-    policies: tuple[Literal["random", "data", "bc_scratch", "wm_bc", "imagination", "expert"], ...] = POLICIES
+    policies: tuple[PolicyName, ...] = POLICIES
     """What to evaluate; results of other policies in eval.json are kept."""
     episodes: int = 100
     """Episodes per policy."""
@@ -83,12 +84,21 @@ class Evaluation:
         self.tasks = np.arange(args.episodes) % num_tasks
         path = args.run / "eval.json"
         self.result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        shared = {"world": self.world, "episodes": args.episodes, "seeds": [int(self.seeds[0]), int(self.seeds[-1])]}
+        shared = {
+            "world": self.world,
+            "episodes": args.episodes,
+            "seeds": [int(self.seeds[0]), int(self.seeds[-1])],
+        }
         if {k: self.result.get(k) for k in shared} != shared:
-            self.result = {**shared, "tasks": self.tasks.tolist(), "task_names": list(self.logs.contract.task_names), "policies": {}}
+            self.result = {
+                **shared,
+                "tasks": self.tasks.tolist(),
+                "task_names": list(self.logs.contract.task_names),
+                "policies": {},
+            }
         self.checks: dict[str, list] = {}
 
-    # -- policies -------------------------------------------------------------------------------------------------
+    # -- policies --------------------------------------------------------------------------------------------
 
     def policy(self, name: str) -> None:
         """Evaluate one policy and keep its episodes."""
@@ -100,15 +110,15 @@ class Evaluation:
         row["seconds"] = time.perf_counter() - began
         self.result["policies"][name] = row
         returns, success = np.array(row["return"]), np.array(row["success"])
-        print(f"  {name:12} return {returns.mean():6.2f}  success {success.mean():.2f}  ({len(returns)} episodes, "
-              f"{row['seconds']:.0f} s)", flush=True)  # fmt: skip
+        cost = f"({len(returns)} episodes, {row['seconds']:.0f} s)"
+        print(f"  {name:12} return {returns.mean():6.2f}  success {success.mean():.2f}  {cost}", flush=True)
 
     def _data(self) -> dict[str, Any]:
         """Own-task returns of the logged episodes."""
         logs = self.logs
         first, last = logs.episode_start, logs.episode_start + logs.episode_length - 1
-        own = np.take_along_axis(logs.reward, np.minimum(logs.task_index, logs.reward.shape[1] - 1)[:, None], 1)[:, 0]
-        own = own.copy()
+        column = np.minimum(logs.task_index, logs.reward.shape[1] - 1)
+        own = np.take_along_axis(logs.reward, column[:, None], 1)[:, 0].copy()
         own[first] = 0.0  # no action earned frame 0
         task = logs.task_index[first]
         return {
@@ -123,7 +133,9 @@ class Evaluation:
         session = self._session(name)
         recorder = Recorder(session)
         keep = name in ("wm_bc", "imagination", "expert", "bc_scratch")
-        batch = run_episodes(self.world, self.seeds, self.tasks, recorder, self.horizon, keep_frames=keep)
+        batch = run_episodes(
+            self.world, self.seeds.tolist(), self.tasks.tolist(), recorder, self.horizon, keep_frames=keep
+        )
         if batch.frames is not None:
             self._film(name, batch)
         row = {
@@ -165,15 +177,16 @@ class Evaluation:
 
         contract = self.logs.contract
         size, num_tasks = contract.images[0].size, max(1, len(contract.task_names))
+        assert size is not None
         cfg = ScratchTraining(steps=max(1, round(self.args.scratch_steps * self.args.scale)))
-        policy = ScratchPolicy(action_parts(contract), 15, num_tasks, tuple(size), cfg.frames)
+        policy = ScratchPolicy(action_parts(contract), 15, num_tasks, size, cfg.frames)
         phase = ScratchPhase(cfg, policy, self.logs, self.logs.split()[0])
         optim = OptimConfig(lr=1e-3, weight_decay=0.05)
         train(phase, self.args.run, seed=self.args.seed, optim=optim, contract=contract,
               config={"phase": "bc_scratch", "steps": cfg.steps})  # fmt: skip
         return freeze(policy)
 
-    # -- calibration and gates ------------------------------------------------------------------------------------
+    # -- calibration and gates -------------------------------------------------------------------------------
 
     def _calibration(self, recorder: Recorder, batch: EpisodeBatch) -> dict[str, Any]:
         """Reward head against the real rewards of the same frames."""
@@ -182,11 +195,12 @@ class Evaluation:
         alive = np.arange(predicted.shape[1]) < batch.length[:, None]
         alive[:, 0] = False
         x, y = predicted[alive], own[alive]
-        correlation = float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and min(x.std(), y.std()) > 1e-6 else float("nan")
+        is_defined = len(x) > 2 and min(x.std(), y.std()) > 1e-6
+        correlation = float(np.corrcoef(x, y)[0, 1]) if is_defined else float("nan")
         return {"reward_correlation": correlation, "reward_bias": float((x - y).mean())}
 
     def gates(self) -> list[str]:
-        """Measure and record the gates that need the simulator; returns the sentences of those that failed."""
+        """Measure and record the gates that need the simulator; returns what those that failed say."""
         from d4_core.gates import Gate, record
 
         rows, done = self.result["policies"], []
@@ -199,7 +213,7 @@ class Evaluation:
             if "data" in rows:
                 bc, data = (float(np.mean(rows[k]["return"])) for k in ("wm_bc", "data"))
                 gates.append(Gate("cloned policy / data mean return", bc / max(data, 1e-9), ">=", 1.0,
-                                  "cloning is worse than the logs: train phase 2 longer or label more episodes",
+                                  "cloning is worse than the logs: train phase 2 longer, label more episodes",
                                   {"wm_bc": bc, "data": data}))  # fmt: skip
             record(self.args.run, "agent", gates, merge=True)
             done += gates
@@ -232,7 +246,7 @@ class Evaluation:
                  {"imagined": float(imagined.mean()), "real": float(real.mean())}),
         ]  # fmt: skip
 
-    # -- output ---------------------------------------------------------------------------------------------------
+    # -- output ----------------------------------------------------------------------------------------------
 
     def _film(self, name: str, batch: EpisodeBatch) -> None:
         """Video of the best and the worst two episodes."""
@@ -252,7 +266,8 @@ class Recorder:
     """Passes a session through and keeps the rewards that it predicted."""
 
     def __init__(self, session: Any) -> None:
-        self.session, self.rewards = session, []
+        self.session = session
+        self.rewards: list[np.ndarray] = []
         if hasattr(session, "bind"):
             self.bind = session.bind
 

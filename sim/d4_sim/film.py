@@ -19,6 +19,7 @@ def write_film(media: Path, name: str, batch: EpisodeBatch, count: int = 3) -> N
     media.mkdir(parents=True, exist_ok=True)
     order = np.argsort(batch.returns)
     picked = np.concatenate([order[::-1][:count], order[:count][::-1]])
+    assert batch.frames is not None
     frames = batch.frames[picked]  # (2 count, T, H, W, 3)
     for row, length in zip(frames, batch.length[picked], strict=True):
         row[length:] = row[length - 1] // 2  # an ended episode stays, darkened
@@ -30,6 +31,7 @@ def write_film(media: Path, name: str, batch: EpisodeBatch, count: int = 3) -> N
     known = json.loads(captions.read_text()) if captions.exists() else {}
     returns = ", ".join(f"{batch.returns[i]:.1f}" for i in picked)
     known[f"real_{name}.mp4"] = (
-        f"{name} in the real simulator: best {count} of {len(order)} episodes above, worst {count} below (returns {returns})"
+        f"{name} in the real simulator: best {count} of {len(order)} episodes above, worst {count} below "
+        f"(returns {returns})"
     )
     captions.write_text(json.dumps(known, indent=1))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TASKS = ("reach_red", "reach_blue")
 RATE_HZ = 10
 LATENCY_MS = 40
-HORIZON = 40
+HORIZON = 30
 IMAGE_SIZE = 64  # pixels, square
 SPEED_LIMIT = 2.0  # m/s on each axis
 ROBOT_LIMIT = 0.86  # m, the robot's centre; the joint range in yard.xml

@@ -14,7 +14,16 @@ from torch import nn
 from d4_core.actions import ActionPart
 from d4_core.agent import Agent, AgentConfig
 from d4_core.dynamics import Dynamics, DynamicsConfig
+from d4_core.imagination import ImaginationConfig
 from d4_core.phase import Phase
+from d4_core.phases import (
+    AgentPhase,
+    AgentTraining,
+    DynamicsPhase,
+    DynamicsTraining,
+    ImaginationPhase,
+    ImaginationTraining,
+)
 from d4_core.shortcut import Grid
 from d4_core.tokenizer import Camera, Tokenizer, TokenizerConfig
 from d4_core.transformer import TransformerConfig
@@ -24,6 +33,9 @@ hypothesis_settings.register_profile("core", deadline=None, derandomize=True)
 hypothesis_settings.load_profile("core")
 # models this small lose time to a second thread, and on a busy machine very much of it
 torch.set_num_threads(1)
+
+# clips of all kinds in every batch
+ALL_ROLES = {"image_rows": 0.3, "bootstrap_rows": 0.5, "bootstrap_warmup": 0.0}
 
 ONE_DIM = (ActionPart(kind="continuous", size=1, low=(-2.0,), high=(2.0,)),)
 
@@ -47,6 +59,10 @@ class ArrayLogs:
     @property
     def episode_start(self) -> np.ndarray:
         return np.cumsum(self.episode_length) - self.episode_length
+
+    @property
+    def episode_index(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self.episode_length)), self.episode_length)
 
     @property
     def labelled(self) -> np.ndarray:
@@ -199,3 +215,56 @@ def run() -> Callable[..., list[dict[str, float]]]:
         return history
 
     return train
+
+
+@pytest.fixture(scope="session")
+def dynamics_phase(make_dynamics, make_logs, noise_latents) -> Callable[..., DynamicsPhase]:
+    """Factory of phase 1b on noise; keyword arguments change its settings."""
+
+    def make(**changes) -> DynamicsPhase:
+        logs = make_logs((9, 12, 7))
+        logs.action[:] = np.sin(logs.action)
+        cfg = DynamicsTraining(**({"steps": 40, "batch": 6, "length": 4, "long_length": 8} | changes))
+        episodes = np.arange(3)
+        return DynamicsPhase(cfg, make_dynamics(), nn.Identity(), logs, noise_latents(28), episodes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def agent_phase(make_dynamics, make_agent, make_logs, noise_latents) -> Callable[..., AgentPhase]:
+    """Factory of phase 2: episode 0 does task 0, episode 1 task 1, episode 2 none."""
+
+    def make(awake: bool = True, reward: float = 1.0, **changes) -> AgentPhase:
+        logs = make_logs((9, 12, 7))
+        logs.reward[:] = 0
+        logs.reward[[4, 15], [0, 1]] = reward
+        dynamics = make_dynamics()
+        settings = {"steps": 40, "batch": 12, "length": 4, "long_share": 0.0}
+        cfg = AgentTraining(**(settings | {"dynamics": DynamicsTraining(**ALL_ROLES)} | changes))
+        return AgentPhase(
+            cfg, make_agent(dynamics, awake=awake), dynamics, nn.Identity(), logs,
+            noise_latents(28), np.arange(3),
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def imagination_phase(make_dynamics, make_agent, make_logs, noise_latents) -> Callable[..., ImaginationPhase]:
+    """Factory of phase 3: episode 0 does task 0, episode 1 task 1, episode 2 is too short to start from."""
+
+    def make(awake: bool = True, leads: int = 3, **changes) -> ImaginationPhase:
+        dynamics, logs = make_dynamics(), make_logs((9, 12, 2))
+        logs.action[:] = np.sin(logs.action)
+        logs.reward[:] = 0
+        logs.reward[[4, 15], [0, 1]] = 1.0
+        settings = ImaginationConfig(horizon=3, contexts=(1, 4), steps=2, warmup=0.0)
+        cfg = ImaginationTraining(**({"steps": 20, "batch": 6, "reuse": 2, "settings": settings} | changes))
+        torch.manual_seed(0)
+        return ImaginationPhase(
+            cfg, make_agent(dynamics, awake=awake, leads=leads), dynamics, nn.Identity(), logs,
+            noise_latents(23), np.arange(3),
+        )  # fmt: skip
+
+    return make

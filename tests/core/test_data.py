@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d4_core import data
-from d4_core import data
 from d4_core.data import (
     Clips,
     draw,

@@ -29,7 +29,7 @@ def rows() -> dict[str, dict[str, float]]:
 
 
 def test_drivers_are_ordered_by_quality(rows: dict[str, dict[str, float]]) -> None:
-    assert rows["expert"]["return"] > 40
+    assert rows["expert"]["return"] > 25
     assert rows["expert"]["success"] == 1.0
     assert rows["expert"]["fallen"] == 0.0
     assert rows["expert"]["return"] > 1.2 * rows["goal"]["return"]
@@ -102,7 +102,7 @@ def test_around_goes_straight_unless_the_pit_is_in_the_way() -> None:
 
 def test_run_episodes_agrees_with_its_worlds() -> None:
     seeds, tasks = [11, 12, 13, 14, 15, 16], [0, 1, 0, 1, 0, 1]
-    batch = run_episodes("yard", seeds, tasks, ScriptedPolicy("expert"), horizon=40, keep_frames=True)
+    batch = run_episodes("yard", seeds, tasks, ScriptedPolicy("expert"), horizon=30, keep_frames=True)
     assert batch.frames is not None
     assert batch.frames.shape == (6, 51, 64, 64, 3)
     assert batch.action.shape == (6, 51, 2)
@@ -116,9 +116,9 @@ def test_run_episodes_agrees_with_its_worlds() -> None:
     world = make_world("yard")
     np.testing.assert_array_equal(world.reset(13, 0).image, batch.frames[2, 0])
     np.testing.assert_array_equal(world.pose, batch.pose[2, 0])
-    for t in range(40):
+    for t in range(30):
         observation, *_ = world.step(batch.action[2, t])
-    np.testing.assert_array_equal(observation.image, batch.frames[2, 40])
+    np.testing.assert_array_equal(observation.image, batch.frames[2, 30])
 
 
 class _IntoThePit:
@@ -143,7 +143,7 @@ class _IntoThePit:
 def test_run_episodes_ends_early_when_all_have_fallen() -> None:
     policy = _IntoThePit()
     batch = run_episodes("yard", [1, 2, 3], [0, 0, 1], policy, horizon=50)
-    assert (batch.length < 40).all()
+    assert (batch.length < 30).all()
     assert policy.calls == batch.length.max() - 1
     assert not batch.success.any()
     for row, length in enumerate(batch.length):
