@@ -329,3 +329,20 @@ def test_presets_train_on_clips_that_fill_the_attention_window(name: str) -> Non
     assert chosen.dynamics.context <= chosen.agent_training.long_length
     assert chosen.agent_training.length <= chosen.agent_training.long_length
     assert chosen.agent_training.long_share > 0
+
+
+def test_the_flow_head_works_in_float32_under_autocast(make_dynamics) -> None:
+    """bfloat16 keeps three digits: rounded predictions drift visibly over a rollout."""
+    model = make_dynamics()
+    gen = torch.Generator().manual_seed(0)
+    args = (
+        torch.randn(2, 3, 3, 2, generator=gen), torch.zeros(2, 3, dtype=torch.int64),
+        torch.full((2, 3), 3), torch.zeros(2, 3, 1), torch.ones(2, 3, dtype=torch.bool),
+    )  # fmt: skip
+    inputs = []
+    model.flow.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        clean = model(*args).clean
+    assert clean.dtype == inputs[0].dtype == torch.float32
+    assert not torch.equal(clean, clean.bfloat16().float())
+    torch.testing.assert_close(clean, nn.functional.linear(inputs[0], model.flow.weight, model.flow.bias))

@@ -21,6 +21,7 @@ from d4_sim.driver import (
 )
 from d4_sim.vector import run_episodes
 from d4_sim.world import make_world
+from d4_sim.yard import HORIZON
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_arrays_are_whole_and_follow_the_row_convention() -> None:
     last = data["episode_start"] + data["episode_length"] - 1
     assert (data["action"][last] == 0).all()
     assert not data["is_terminal"][np.setdiff1d(np.arange(frames), last)].any()
-    assert (data["episode_length"][~data["is_terminal"][last]] == 51).all()
+    assert (data["episode_length"][~data["is_terminal"][last]] == HORIZON + 1).all()
     assert (data["reward"][data["is_terminal"]] == 0).all()
     # Row 0 already carries the reward of the state it shows.
     world = make_world("yard")
@@ -102,23 +103,23 @@ def test_around_goes_straight_unless_the_pit_is_in_the_way() -> None:
 
 def test_run_episodes_agrees_with_its_worlds() -> None:
     seeds, tasks = [11, 12, 13, 14, 15, 16], [0, 1, 0, 1, 0, 1]
-    batch = run_episodes("yard", seeds, tasks, ScriptedPolicy("expert"), horizon=30, keep_frames=True)
+    batch = run_episodes("yard", seeds, tasks, ScriptedPolicy("expert"), horizon=HORIZON, keep_frames=True)
     assert batch.frames is not None
-    assert batch.frames.shape == (6, 51, 64, 64, 3)
-    assert batch.action.shape == (6, 51, 2)
-    assert batch.reward.shape == (6, 51, 2)
+    assert batch.frames.shape == (6, HORIZON + 1, 64, 64, 3)
+    assert batch.action.shape == (6, HORIZON + 1, 2)
+    assert batch.reward.shape == (6, HORIZON + 1, 2)
     assert batch.success.all()
-    assert (batch.length == 51).all()
+    assert (batch.length == HORIZON + 1).all()
     assert (batch.action[:, -1] == 0).all()
-    assert batch.returns.min() > 30
+    assert batch.returns.min() > 22
     own = batch.reward[np.arange(6), :, tasks]
     np.testing.assert_allclose(batch.returns, own[:, 1:].sum(axis=1), rtol=1e-5)
     world = make_world("yard")
     np.testing.assert_array_equal(world.reset(13, 0).image, batch.frames[2, 0])
     np.testing.assert_array_equal(world.pose, batch.pose[2, 0])
-    for t in range(30):
+    for t in range(HORIZON):
         observation, *_ = world.step(batch.action[2, t])
-    np.testing.assert_array_equal(observation.image, batch.frames[2, 30])
+    np.testing.assert_array_equal(observation.image, batch.frames[2, HORIZON])
 
 
 class _IntoThePit:
@@ -142,8 +143,8 @@ class _IntoThePit:
 
 def test_run_episodes_ends_early_when_all_have_fallen() -> None:
     policy = _IntoThePit()
-    batch = run_episodes("yard", [1, 2, 3], [0, 0, 1], policy, horizon=50)
-    assert (batch.length < 30).all()
+    batch = run_episodes("yard", [1, 2, 3], [0, 0, 1], policy, horizon=HORIZON)
+    assert (batch.length < HORIZON).all()
     assert policy.calls == batch.length.max() - 1
     assert not batch.success.any()
     for row, length in enumerate(batch.length):
