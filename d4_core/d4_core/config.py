@@ -68,6 +68,10 @@ class Preset:
     imagination_training: ImaginationTraining = ImaginationTraining()
     optim: Optimisers = Optimisers()
 
+    def __post_init__(self) -> None:
+        if self.num_latents % self.num_tokens:
+            raise ValueError(f"num_latents {self.num_latents} is not a multiple of num_tokens {self.num_tokens}")
+
     def up_to(self, phase: str) -> Preset:
         """This preset with later phases' training settings reset: changing those undoes no earlier work."""
         later = PHASES[PHASES.index(phase) + 1 :]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from d4_core import distributed
 from d4_core.tokenizer import Tokenizer
+from d4_datasets.errors import UserError
 
 _TOKENS = 2**15  # encoded at a time: bounds the memory of a pass whatever the size of the pictures
 
@@ -119,9 +120,12 @@ def observations(logs: Logs, index: np.ndarray, names: list[str]) -> dict[str, T
     return {name: torch.from_numpy(np.ascontiguousarray(source[name][index])) for name in names}
 
 
-def pixel_statistics(logs: Logs, tokenizer: Tokenizer, rng: np.random.Generator, frames: int = 2000) -> None:
-    """Set the tokenizer's mean image, pixel spread and vector statistics from a random sample of frames."""
-    index = np.sort(rng.choice(logs.num_frames, min(frames, logs.num_frames), replace=False))
+def pixel_statistics(
+    logs: Logs, tokenizer: Tokenizer, rng: np.random.Generator, among: np.ndarray | None = None, count: int = 2000
+) -> None:
+    """Set the mean image, pixel spread and vector statistics from `count` frames, drawn from the frames `among`."""
+    among = np.arange(logs.num_frames) if among is None else among
+    index = np.sort(rng.choice(among, min(count, len(among)), replace=False))
     parts = np.array_split(index, max(1, len(index) // 64))  # a few pictures at a time
     mean, std = {}, {}
     for cam in tokenizer.cfg.cameras:
@@ -181,7 +185,7 @@ def latent_cache(tokenizer: Tokenizer, logs: Logs, path: Path, tag: str) -> np.n
         if distributed.rank() == 0:
             path.mkdir(parents=True, exist_ok=True)
             shape = (logs.num_frames, tokenizer.cfg.num_tokens, tokenizer.cfg.token_dim)
-            np.lib.format.open_memmap(aside, mode="w+", dtype=np.float16, shape=shape).flush()
+            _allocate(aside, shape)
         distributed.barrier()
         _fill(np.load(aside, mmap_mode="r+"), tokenizer, logs)
         distributed.barrier()
@@ -189,6 +193,23 @@ def latent_cache(tokenizer: Tokenizer, logs: Logs, path: Path, tag: str) -> np.n
             os.replace(aside, file)
         distributed.barrier()
     return np.load(file, mmap_mode="r")
+
+
+def _allocate(path: Path, shape: tuple[int, ...]) -> None:
+    """An empty float16 array on disk with its blocks reserved: a sparse one would die by signal on a full disk.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    size = path.stat().st_size
+    del out
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink()
+        raise UserError(f"disk full: {path.parent} needs {size / 2**20:.0f} MB more for the latents") from error
 
 
 def _fill(out: np.memmap, tokenizer: Tokenizer, logs: Logs) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import operator
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from d4_core.phases import relevant_episodes
 from d4_core.shortcut import corrupt
 from d4_core.tokenizer import Tokenizer
 
-_OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+_OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "n/a": lambda *_: True}
 HORIZONS = (1, 2, 4, 8, 16)
 CONTEXT = 4  # real frames before an open-loop rollout
 
@@ -47,10 +49,17 @@ class Gate:
         return bool(_OPERATORS[self.op](self.value, self.limit))
 
     def __str__(self) -> str:
+        if self.op == "n/a":
+            return f"{'-':6} {self.name}: {self.hint}"
         verdict = "ok" if self.ok else "FAILED"
         return f"{verdict:6} {self.name}: {self.value:.4g} (must be {self.op} {self.limit:.4g})" + (
             "" if self.ok else f" - {self.hint}"
         )
+
+
+def not_measured(name: str, reason: str) -> Gate:
+    """A gate that these data cannot serve: it shows in every list and blocks nothing."""
+    return Gate(f"{name} (not measured)", 0.0, "n/a", 0.0, reason)
 
 
 def record(run: Path, phase: str, gates: list[Gate], merge: bool = False) -> None:
@@ -138,7 +147,7 @@ def tokenizer_gates(
     for e in held_out[:40]:
         z = encode_episode(tokenizer, logs, int(e))
         rows = slice(logs.episode_start[e], logs.episode_start[e] + logs.episode_length[e])
-        real = torch.from_numpy(np.ascontiguousarray(logs.images[camera.name][rows])).float() / 255
+        real = torch.from_numpy(np.array(logs.images[camera.name][rows])).to(z.device).float() / 255
         made = tokenizer.to_pixels(camera.name, tokenizer.decode(z[None])[camera.name])[0].clamp(0, 1)
         squared.append(float((made - real).square().mean()))
         baseline.append(float((getattr(tokenizer, f"mean_{camera.name}") - real).square().mean()))
@@ -191,6 +200,7 @@ def open_loop(
     seed: int,
     steps: int,
     mirror: bool = False,
+    finest_label: bool = False,
 ) -> OpenLoop:
     """Predict frames[:, CONTEXT:] from frames[:, :CONTEXT] and the logged actions (mirrored on request)."""
     device = dynamics.slots.device
@@ -198,14 +208,13 @@ def open_loop(
     tokens = torch.from_numpy(latents[frames]).float().to(device)
     actions, labelled = clips["prev_action"].to(device), clips["prev_labelled"].to(device)
     if mirror:
-        low, high = dynamics.space.low, dynamics.space.high
-        actions = torch.cat([actions[:, :CONTEXT], (low + high) - actions[:, CONTEXT:]], 1)
+        actions = torch.cat([actions[:, :CONTEXT], dynamics.space.mirror(actions[:, CONTEXT:])], 1)
     dream = Dream(dynamics, None, len(frames), torch.Generator(device).manual_seed(seed))
     for t in range(CONTEXT):
         dream.observe(tokens[:, t], actions[:, t], labelled[:, t])
     out = []
     for t in range(CONTEXT, frames.shape[1]):
-        clean = dream.predict(actions[:, t], labelled[:, t], steps)
+        clean = dream.predict(actions[:, t], labelled[:, t], steps, finest_label)
         dream.observe(clean, actions[:, t], labelled[:, t])
         out.append(clean)
     return OpenLoop(torch.stack(out, 1), tokens, frames)
@@ -217,11 +226,24 @@ def _clips(frames: np.ndarray) -> Clips:
 
 def labelled_clips(logs: Logs, episodes: np.ndarray, length: int, count: int, seed: int = 0) -> np.ndarray:
     """(count, length) frame indices of clips inside labelled episodes; (0, length) if none is long enough."""
-    usable = episodes[logs.labelled[episodes] & (logs.episode_length[episodes] >= length)]
+    return whole_clips(logs, episodes[logs.labelled[episodes]], length, count, seed)
+
+
+def whole_clips(logs: Logs, episodes: np.ndarray, length: int, count: int, seed: int = 0) -> np.ndarray:
+    """(count, length) frame indices of clips that lie inside episodes; (0, length) if none is long enough."""
+    usable = episodes[logs.episode_length[episodes] >= length]
     if not len(usable):
         return np.empty((0, length), np.int64)
     index, _ = logs.indices(logs.sample_starts(np.random.default_rng(seed), count, length, usable), length)
     return index
+
+
+def open_loop_clips(logs: Logs, held_out: np.ndarray, count: int) -> np.ndarray:
+    """Held-out clips for open-loop rollouts: labelled ones if there are any, as long as these episodes allow."""
+    labelled = held_out[logs.labelled[held_out]]
+    pool = labelled if len(labelled) else held_out
+    horizon = min(max(HORIZONS), int(logs.episode_length[pool].max()) - CONTEXT)
+    return whole_clips(logs, pool, CONTEXT + max(horizon, 1), count)
 
 
 @torch.no_grad()
@@ -256,17 +278,20 @@ def dynamics_gates(
     held_out: np.ndarray,
     steps: int = 4,
     count: int = 128,
+    finest_label: bool = False,
 ) -> tuple[list[Gate], dict[str, Any]]:
     """Open-loop accuracy against copying the last frame, use of the actions, and overfitting to the labels.
 
     Returns:
         The gates, and the curves against horizon for the report.
     """
-    longest = int(logs.episode_length[held_out].max())
-    horizon = min(max(HORIZONS), longest - CONTEXT)
-    frames = labelled_clips(logs, held_out, CONTEXT + horizon, count)
+    frames = open_loop_clips(logs, held_out, count)
+    if not len(frames):
+        reason = f"no held-out episode has the {CONTEXT + 1} frames that an open-loop rollout needs"
+        return [not_measured("open loop against copy-last", reason)], {}
+    run = partial(open_loop, dynamics, logs, latents, frames, steps=steps, finest_label=finest_label)
     gates: list[Gate] = []
-    curves = horizon_curves(tokenizer, dynamics, logs, latents, probes, frames, steps) if len(frames) else {}
+    curves = horizon_curves(tokenizer, logs, probes, run(seed=0)) | {"steps": steps}
     for kind, op, limit in (("position", "<", 1.0), ("psnr", ">", 0.0)):
         values = curves.get(kind)
         for i, h in enumerate(curves.get("horizons", [])):
@@ -278,31 +303,28 @@ def dynamics_gates(
             gates.append(Gate(f"{name}, {h} steps", value, op, limit,
                               "open loop loses to copying the last frame: train longer or on more episodes",
                               {"model": model, "copy_last": copy}))  # fmt: skip
-    return gates + action_gates(dynamics, logs, latents, probes, train, held_out, steps, frames), curves
+    gates += action_gates(dynamics, logs, latents, train, held_out)
+    if logs.labelled[held_out].any():
+        gates += mirror_gates(probes, run)
+    return gates, curves
 
 
 def action_gates(
-    dynamics: Dynamics,
-    logs: Logs,
-    latents: np.ndarray,
-    probes: dict[str, Probe],
-    train: np.ndarray,
-    held_out: np.ndarray,
-    steps: int,
-    frames: np.ndarray,
+    dynamics: Dynamics, logs: Logs, latents: np.ndarray, train: np.ndarray, held_out: np.ndarray
 ) -> list[Gate]:
     """Whether the predicted world follows the actions, and generalises beyond the labelled episodes."""
-    if not len(frames):
-        return []
     short = labelled_clips(logs, held_out, 8, 512)
+    if not len(short) or not len(labelled_clips(logs, train, 8, 1)):
+        reason = "training or held-out data have no labelled episode of 8 frames"
+        return [not_measured("next-frame loss, shuffled / true actions", reason)]
     plain = next_frame_error(dynamics, logs, latents, short)
     ratio = next_frame_error(dynamics, logs, latents, short, shuffle=True) / plain
     seen = next_frame_error(dynamics, logs, latents, labelled_clips(logs, train, 8, 512))
     dark = train[~logs.labelled[train]]
-    unlabelled = draw(logs, np.random.default_rng(0), 512, 8, dark).index if len(dark) else short
+    unlabelled = whole_clips(logs, dark, 8, 512)
     detail = {
         "labelled_train": seen,
-        "unlabelled_train": next_frame_error(dynamics, logs, latents, unlabelled),
+        "unlabelled_train": next_frame_error(dynamics, logs, latents, unlabelled) if len(unlabelled) else None,
         "held_out": plain,
         "copy_last": _copy_error(latents, short),
     }
@@ -312,11 +334,20 @@ def action_gates(
         Gate("next-frame loss, held out / labelled training", plain / seen, "<=", 2.0,
              "the model memorises the labelled episodes: record more of them", detail),
     ]  # fmt: skip
-    for name, probe in probes.items():
-        at = min(8, frames.shape[1] - CONTEXT) - 1
-        runs = [open_loop(dynamics, logs, latents, frames, seed=s, steps=steps, mirror=m).predicted[:, at]
-                for s, m in ((0, False), (1, False), (0, True))]  # fmt: skip
-        here, again, mirrored = (probe(x.cpu()) for x in runs)
+    return gates
+
+
+def mirror_gates(probes: dict[str, Probe], run: Callable[..., OpenLoop]) -> list[Gate]:
+    """Whether mirrored actions lead elsewhere by more than another draw of the sampler, 8 frames ahead.
+
+    Measured in the quantities of the probes, or in the tokens themselves where the data have no probe.
+    """
+    runs = [run(seed=seed, mirror=mirror).predicted for seed, mirror in ((0, False), (1, False), (0, True))]
+    at = min(8, runs[0].shape[1]) - 1
+    readers = probes or {"the tokens": lambda tokens: tokens.flatten(-2)}
+    gates = []
+    for name, read in readers.items():
+        here, again, mirrored = (read(tokens[:, at].cpu()) for tokens in runs)
         floor = distance(here, again)
         gates.append(
             Gate(f"mirrored actions move {name} / sampler noise",
@@ -333,24 +364,19 @@ def _copy_error(latents: np.ndarray, frames: np.ndarray) -> float:
 
 @torch.no_grad()
 def horizon_curves(
-    tokenizer: Tokenizer,
-    dynamics: Dynamics,
-    logs: Logs,
-    latents: np.ndarray,
-    probes: dict[str, Probe],
-    frames: np.ndarray,
-    steps: int,
+    tokenizer: Tokenizer, logs: Logs, probes: dict[str, Probe], run: OpenLoop
 ) -> dict[str, Any]:
     """Position error and PSNR against horizon: the model, copy-last, a random frame and the reconstruction.
 
-    PSNR is measured after the tokenizer, on decoded prediction and decoded truth: it scores the dynamics.
+    PSNR is measured after the tokenizer, decoded prediction against decoded truth, so that it scores the
+    dynamics alone.
     """
-    run = open_loop(dynamics, logs, latents, frames, seed=0, steps=steps)
+    frames = run.frames
     real, last = run.real[:, CONTEXT:], run.real[:, CONTEXT - 1 : CONTEXT]
     horizons = [h for h in HORIZONS if h <= real.shape[1]]
     random = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
     versions = {"model": run.predicted, "copy_last": last.expand_as(real), "random": random}
-    curves: dict[str, Any] = {"horizons": horizons, "clips": len(frames), "steps": steps}
+    curves: dict[str, Any] = {"horizons": horizons, "clips": len(frames)}
     camera = tokenizer.cfg.cameras[0].name
     context = run.real[:, :CONTEXT]
     truth = _pixels(tokenizer, camera, context, real)
@@ -395,16 +421,7 @@ def agent_gates(
     count: int = 256,
 ) -> list[Gate]:
     """Held-out BC nats against the marginal action distribution, and reward correlation."""
-    nats = {name: _bc_nats(agent, dynamics, logs, latents, episodes, count) for name, episodes in
-            (("train", train), ("held_out", held_out))}  # fmt: skip
-    marginal = _marginal_nats(agent, logs, train, held_out)
-    gates = []
-    if np.isfinite(nats["held_out"]):
-        gates.append(
-            Gate("held-out BC nats / marginal", nats["held_out"] / marginal, "<", 1.0,
-                 "the cloned policy knows no more than the average action: record more labelled episodes",
-                 {**nats, "marginal": marginal})
-        )  # fmt: skip
+    gates = [_bc_gate(agent, dynamics, logs, latents, train, held_out, count)]
     predicted, real = reward_pairs(agent, dynamics, logs, latents, held_out, count)
     if real.std() > 1e-6:
         correlation = float(np.corrcoef(predicted, real)[0, 1])
@@ -441,38 +458,52 @@ def _hindsight(
     return index, torch.tensor(task, dtype=torch.int64)
 
 
+def _bc_gate(
+    agent: Agent,
+    dynamics: Dynamics,
+    logs: Logs,
+    latents: np.ndarray,
+    train: np.ndarray,
+    held_out: np.ndarray,
+    count: int,
+) -> Gate:
+    """Lead-0 nats on held-out relevant clips against those of the average action, on the same frames."""
+    name = "held-out BC nats / marginal"
+    seen, action = _bc_nats(agent, dynamics, logs, latents, train, count)
+    held, target = _bc_nats(agent, dynamics, logs, latents, held_out, count)
+    if not len(held) or not len(seen):
+        return not_measured(name, "no held-out labelled episode accomplishes a task")
+    marginal = _marginal_nats(agent, action, target)
+    detail = {"train": float(seen.mean()), "held_out": float(held.mean()), "marginal": marginal}
+    hint = "the cloned policy knows no more than the average action: record more labelled episodes"
+    return Gate(name, detail["held_out"] / marginal, "<", 1.0, hint, detail)
+
+
 def _bc_nats(
     agent: Agent, dynamics: Dynamics, logs: Logs, latents: np.ndarray, episodes: np.ndarray, count: int
-) -> float:
+) -> tuple[Tensor, Tensor]:
+    """Nats (M,) and actions (M, A) of the labelled frames of relevant clips."""
     frames, task = _hindsight(logs, episodes, agent.cfg.num_tasks, count, 12)
-    if not len(frames):
-        return float("nan")
     device = dynamics.slots.device
+    if not len(frames):
+        return torch.zeros(0, device=device), torch.zeros(0, agent.space.size, device=device)
     batch = {k: v.to(device) for k, v in transitions(logs, first_frames(logs), _clips(frames)).items()}
     tokens = torch.from_numpy(latents[frames]).float().to(device)
     h = _features(agent, dynamics, batch, tokens, task.to(device))
     nats = -agent.space.log_prob(agent.policy.first(h), batch["action"])
-    return float(nats[batch["labelled"]].mean())
+    return nats[batch["labelled"]], batch["action"][batch["labelled"]]
 
 
-def _marginal_nats(agent: Agent, logs: Logs, train: np.ndarray, held_out: np.ndarray) -> float:
-    """Nats of a policy that always predicts the training marginal (fitted with a little weight decay)."""
+def _marginal_nats(agent: Agent, action: Tensor, target: Tensor) -> float:
+    """Nats on `target` of a policy that always predicts the distribution of `action` (fitted by LBFGS)."""
     space = agent.space
-
-    def known(e: np.ndarray) -> Tensor:
-        frames = frames_of(logs, e)
-        return torch.from_numpy(logs.action[frames[logs.action_mask[frames]]]).to(space.low.device)
-
-    params = torch.zeros(space.num_params, device=space.low.device).requires_grad_()
-    actions, target = known(train), known(held_out)
-    if not len(actions) or not len(target):
-        return float("nan")
+    params = torch.zeros(space.num_params, device=action.device).requires_grad_()
     with torch.enable_grad():
         optimiser = torch.optim.LBFGS([params], max_iter=50)
 
         def closure() -> Tensor:
             optimiser.zero_grad()
-            nats = -space.log_prob(params.expand(len(actions), -1), actions).mean()
+            nats = -space.log_prob(params.expand(len(action), -1), action).mean()
             loss = nats + 1e-4 * params.square().sum()
             loss.backward()
             return loss

@@ -83,14 +83,17 @@ def available_bytes(device: torch.device) -> float:
     return float(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
 
 
-def require_memory(preset: Preset, contract: Contract, phase: str, device: torch.device) -> None:
-    """Refuse a phase that cannot fit, before it starts.
+def require_memory(
+    preset: Preset, contract: Contract, phase: str, device: torch.device, ranks: int = 1
+) -> None:
+    """Refuse a phase that cannot fit, before anything is trained; on a CPU the ranks share the memory.
 
     Raises:
         UserError: with the memory needed and the memory free.
     """
     cost = costs(preset, contract)
     needed, free = cost.get(phase, cost["agent"]).train_bytes, available_bytes(device)
+    needed *= ranks if device.type == "cpu" else 1
     if needed > free:
         raise UserError(
             f"{phase} of this preset needs about {needed / 2**30:.1f} GiB but {free / 2**30:.1f} GiB are "

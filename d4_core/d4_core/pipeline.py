@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,13 @@ class Pipeline:
             self.logs = Windows(args.dataset)
         self.contract = self.logs.contract
         self.train, self.held_out = self.logs.split()
+        if not len(self.held_out):
+            raise UserError(
+                f"{args.dataset} has too few episodes to hold one out for the gates: record more, or cut long "
+                "recordings with `episode: {max_s: 10}` in the contract and ingest again"
+            )
+        for phase in args.phases:
+            require_memory(self.preset, self.contract, phase, self.device, distributed.world_size())
         if self.is_writer:
             self._describe()
 
@@ -59,6 +68,7 @@ class Pipeline:
         run.mkdir(parents=True, exist_ok=True)
         about = {
             "preset": self.args.preset, "seed": self.args.seed, "scale": self.args.scale,
+            "procs": distributed.world_size(),
             "dataset": str(self.args.dataset), "episodes": len(self.logs.episode_start),
             "frames": self.logs.num_frames, "labelled_share": float(self.logs.action_mask.mean()),
             "settings": to_dict(self.preset),
@@ -83,7 +93,6 @@ class Pipeline:
         Raises:
             UserError: the phase before is missing, the data cannot serve it, a gate failed without --force.
         """
-        require_memory(self.preset, self.contract, phase, self.device)
         torch.manual_seed(self.args.seed * 1000 + list(CONTENTS).index(phase))
         work = self._prepare(phase)
         optim = getattr(self.preset.optim, phase)
@@ -91,15 +100,22 @@ class Pipeline:
         if phase in BEFORE:
             # retrained inputs start this phase afresh
             config["before"] = weights_hash(self.folder(BEFORE[phase]))
+        old = self._weights(phase)
         train(
             work, self.args.run, seed=self.args.seed, optim=optim, contract=self.contract, config=config,
             device=self.device, save_every_s=self.args.save_every_s,
         )  # fmt: skip
+        if self.is_writer and self._weights(phase) != old:
+            record(self.args.run, phase, [])  # what was measured on other weights says nothing about these
         tokenizer, latents = self._latents()
         failed = self._check(phase, tokenizer, latents) if self.is_writer else []
         if distributed.average_scalar(float(len(failed)), self.device) > 0 and not self.args.force:
             names = "; ".join(str(g) for g in failed)
             raise UserError(f"{phase}: {len(failed)} gate(s) failed, --force goes on: {names}")
+
+    def _weights(self, phase: str) -> str | None:
+        """Hash of the phase's weights, None while there are none."""
+        return weights_hash(self.folder(phase)) if checkpoint.exists(self.folder(phase)) else None
 
     def _previous(self, phase: str) -> Models:
         before = BEFORE[phase]
@@ -111,7 +127,8 @@ class Pipeline:
     def _prepare(self, phase: str) -> Phase:
         if phase == "tokenizer":
             tokenizer = build(self.preset, self.contract, "tokenizer").tokenizer
-            pixel_statistics(self.logs, tokenizer, np.random.default_rng(self.args.seed))
+            rng, frames = np.random.default_rng(self.args.seed), frames_of(self.logs, self.train)
+            pixel_statistics(self.logs, tokenizer, rng, frames)
             return TokenizerPhase(self.preset.tokenizer_training, tokenizer, self.logs, self.train)
         before, fresh = self._previous(phase), build(self.preset, self.contract, phase)
         tokenizer, latents = self._latents()
@@ -145,8 +162,10 @@ class Pipeline:
 
     def _data_identity(self) -> str:
         """Names the data in the checkpoint's card and ties the checkpoint to it."""
-        episodes, labelled = len(self.logs.episode_start), int(self.logs.action_mask.sum())
-        return f"{self.logs.num_frames} frames, {episodes} episodes, {labelled} labelled frames"
+        logs = self.logs
+        digest = hashlib.sha256((self.args.dataset / "meta" / "d4.json").read_bytes()).hexdigest()[:12]
+        labelled = int(logs.action_mask.sum())
+        return f"{digest}: {logs.num_frames} frames, {len(logs.episode_start)} episodes, {labelled} labelled frames"
 
     def _require_labels(self) -> None:
         if not self.logs.labelled[self.train].any():
@@ -183,7 +202,7 @@ class Pipeline:
             assert models.agent is not None
             assert models.dynamics is not None
             gates = agent_gates(models.agent, models.dynamics, self.logs, latents, self.train, self.held_out)
-        record(self.args.run, phase, gates)
+        record(self.args.run, phase, gates, merge=True)
         for gate in gates:
             print(f"  {gate}", flush=True)
         return [g for g in gates if not g.ok]
@@ -201,16 +220,20 @@ class Pipeline:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto, cpu or cuda as a device.
+    """auto, cpu or cuda as a device; under torchrun each rank takes the GPU of its local rank.
 
     Raises:
-        UserError: cuda was asked for and there is none.
+        UserError: another name, or cuda was asked for and there is none.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name}: choose auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no CUDA device here; use --device cpu")
-    return torch.device(name)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 __all__ = ["Pipeline", "Preset", "pick_device"]

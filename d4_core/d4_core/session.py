@@ -9,6 +9,22 @@ from d4_core.agent import Head
 from d4_core.baselines import ScratchPolicy
 from d4_core.imagination import Dream
 from d4_core.models import Models
+from d4_core.tokenizer import Tokenizer
+
+
+def observe(
+    tokenizer: Tokenizer,
+    images: np.ndarray | dict[str, np.ndarray],
+    vectors: dict[str, np.ndarray],
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """The tokenizer's modalities from pictures (by camera, or the one camera's alone) and proprioception."""
+    if not isinstance(images, dict):
+        images = {tokenizer.cfg.cameras[0].name: images}
+    obs = {camera.name: torch.from_numpy(images[camera.name]).to(device) for camera in tokenizer.cfg.cameras}
+    for vector in tokenizer.cfg.vectors:
+        obs[vector.name] = torch.from_numpy(np.asarray(vectors[vector.name], np.float32)).to(device)
+    return obs
 
 
 class PolicySession:
@@ -56,12 +72,18 @@ class PolicySession:
         self._task.copy_(torch.from_numpy(np.asarray(tasks)))
 
     @torch.no_grad()
-    def act(self, images: np.ndarray, vectors: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray:
-        """float32 (n, A) in contract units, from uint8 (n, H, W, 3) and proprioception by name."""
+    def act(
+        self, images: np.ndarray | dict[str, np.ndarray], vectors: dict[str, np.ndarray], alive: np.ndarray
+    ) -> np.ndarray:
+        """float32 (n, A) in contract units.
+
+        Args:
+            images: uint8 (n, H, W, 3) by camera name, or the one camera's alone.
+            vectors: proprioception (n, k) by name.
+            alive: (n,) worlds that still run; the others are computed and ignored.
+        """
         tokenizer = self.models.tokenizer
-        obs = {tokenizer.cfg.cameras[0].name: torch.from_numpy(images).to(self.device)}
-        for vector in tokenizer.cfg.vectors:
-            obs[vector.name] = torch.from_numpy(vectors[vector.name]).to(self.device)
+        obs = observe(tokenizer, images, vectors, self.device)
         tokens = tokenizer.pack(tokenizer.encode_step(obs, self.cache))
         h = self.dream.observe(tokens, self._action, self._known, self._task)
         params = self.head.first(h)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -71,13 +72,25 @@ def _main() -> None:
     if args.scale <= 0:
         raise UserError(f"--scale {args.scale} must be positive")
     inside = "RANK" in os.environ
-    procs = 1 if inside else args.procs or default_procs(args.device)
+    procs = 1 if inside else args.procs or unfinished_procs(args.run) or default_procs(args.device)
     if procs > 1:
         sys.exit(launch("d4_core.train", sys.argv[1:], procs, args.run))
     threads.configure(1 if inside else None)
     if "D4_RENDEZVOUS" in os.environ:
         follow_parent()
     run(args)
+
+
+def unfinished_procs(run: Path) -> int:
+    """Processes of a run that was interrupted inside a phase, else 0: batches depend on their number."""
+    try:
+        state = [json.loads(p.read_text())["status"] for p in run.glob("*/config.json")]
+        known = next(
+            line for line in (run / "config.yaml").read_text().splitlines() if line.startswith("procs: ")
+        )
+        return int(known.split()[1]) if "training" in state else 0
+    except (OSError, ValueError, KeyError, StopIteration):
+        return 0
 
 
 def default_procs(device: str) -> int:

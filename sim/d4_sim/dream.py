@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from d4_core.imagination import imagine
-from d4_core.session import PolicySession
+from d4_core.imagination import imagine, weights_of_frames
+from d4_core.session import PolicySession, observe
 from d4_sim.vector import run_episodes, stack
 from d4_sim.world import make_world
 
@@ -30,15 +30,12 @@ def imagined_and_real(
     images, vectors = stack([w.reset(int(s), int(q)) for w, s, q in zip(worlds, seeds, tasks, strict=True)])
     session.reset(len(seeds), tasks)
     tokenizer, device = models.tokenizer, session.device
-    obs = {tokenizer.cfg.cameras[0].name: torch.from_numpy(images).to(device)}
-    obs |= {name: torch.from_numpy(value).to(device) for name, value in vectors.items()}
-    tokens = tokenizer.pack(tokenizer.encode_step(obs, session.cache))
+    tokens = tokenizer.pack(tokenizer.encode_step(observe(tokenizer, images, vectors, device), session.cache))
     task = torch.from_numpy(tasks).to(device)
     unknown = torch.zeros(len(seeds), dtype=torch.bool, device=device)
     h = session.dream.observe(tokens, session._action, unknown, task)
     rollout = imagine(session.dream, models.acting, h, task, cfg)
-    survival = rollout.proceed.cumprod(1)
-    imagined = (rollout.reward * survival).sum(1).cpu().numpy()
+    imagined = (rollout.reward * weights_of_frames(rollout.proceed)).sum(1).cpu().numpy()
     policy = PolicySession(models, len(seeds), seed)
     real = run_episodes(world, seeds.tolist(), tasks.tolist(), policy, cfg.horizon)
     return imagined, real.returns

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PolicyName = Literal["random", "data", "bc_scratch", "wm_bc", "imagination", "expert"]
 POLICIES: tuple[PolicyName, ...] = ("random", "data", "bc_scratch", "wm_bc", "imagination", "expert")
-EVAL_SEED = 1_000_000  # start states of evaluations lie beyond all recorded ones
+EVAL_SEED = 1_000_000  # recorded episodes have hashed 63-bit seeds, so these starts are new
 
 
 @dataclass(kw_only=True)
@@ -43,6 +43,8 @@ class EvalArgs:
     """Training steps of the from-scratch baseline."""
     scale: float = 1.0
     """Multiplies the baseline's training steps."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
     argmax: bool = False
     """Take the most likely action instead of sampling."""
     force: bool = False
@@ -57,14 +59,18 @@ def main() -> None:
 def _main() -> None:
     args = tyro.cli(EvalArgs, prog="d4-eval")
     threads.configure()
+    from d4_core.report import write_report
+
     evaluation = Evaluation(args)
     for name in args.policies:
         evaluation.policy(name)
+        evaluation.write()  # an interruption costs the policy that is driving, no other
     failed = evaluation.gates()
     evaluation.write()
     if failed and not args.force:
         raise UserError(f"{len(failed)} gate(s) failed, --force goes on: " + "; ".join(failed))
-    print(f"results: {args.run / 'eval.json'}; next: d4-demo's report or d4_core.report.write_report")
+    report = write_report(args.run)
+    print(f"results: {args.run / 'eval.json'} and {report}")
 
 
 class Evaluation:
@@ -164,8 +170,9 @@ class Evaluation:
 
     def _models(self, phase: str) -> Models:
         from d4_core.models import load
+        from d4_core.pipeline import pick_device
 
-        return load(self.args.run / phase, self.logs.contract)
+        return load(self.args.run / phase, self.logs.contract, pick_device(self.args.device))
 
     def _scratch(self) -> Any:
         """Train the from-scratch baseline, or load it."""

@@ -62,13 +62,15 @@ def contract(**changes) -> Contract:
     return Contract.from_dict({k: v for k, v in {**spec, **changes}.items() if v is not None})
 
 
-def write_dataset(root: Path, lengths: tuple[int, ...] = (12, 12, 12, 12), **changes) -> Contract:
-    """A dataset of noise; the even episodes are labelled."""
+def write_dataset(
+    root: Path, lengths: tuple[int, ...] = (12, 12, 12, 12), labels: bool = True, **changes
+) -> Contract:
+    """A dataset of noise; the even episodes are labelled, or none."""
     toy, rng = contract(**changes), np.random.default_rng(0)
     tasks = len(toy.task_names)
     with LeRobotWriter(root, toy) as writer:
         for number, length in enumerate(lengths):
-            labelled = np.full(length, number % 2 == 0)
+            labelled = np.full(length, labels and number % 2 == 0)
             action = rng.uniform(toy.action_low, toy.action_high, (length, toy.action_dim)).astype(np.float32)
             reward = np.zeros((length, tasks), np.float32)
             reward[-1] = 2.0 * (toy.reward is not None)

@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from d4_datasets.contract import Contract
 
 CAMERA = "observation.images.cam"

@@ -11,10 +11,11 @@ import cv2
 import numpy as np
 import pytest
 import synthetic
-from d4_datasets.audit import Audit, Verdict, audit
-from d4_datasets.scan import estimate_lag
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from d4_datasets.audit import Audit, Verdict, audit
+from d4_datasets.scan import estimate_lag
 
 
 def _clean() -> list[synthetic.Episode]:

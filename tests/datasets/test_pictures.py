@@ -9,6 +9,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+
 from d4_datasets.pictures import GREEN, Strip, contact_sheet, fit, mp4_bytes, png_bytes, write_png
 
 

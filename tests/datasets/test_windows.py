@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import synthetic
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_datasets.lerobot import Episode as Recorded
 from d4_datasets.lerobot import LeRobotWriter
 from d4_datasets.windows import Windows
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 LENGTHS = (30, 1, 7, 52, 12)
 

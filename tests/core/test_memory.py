@@ -1,0 +1,72 @@
+"""Costs are counted before anything is allocated, and a preset that cannot fit is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import toy_run
+from torch.utils.flop_counter import FlopCounterMode
+
+from d4_core import memory
+from d4_core.config import PRESETS, override
+from d4_core.memory import available_bytes, costs, require_memory
+from d4_core.models import build
+from d4_datasets.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def robot():
+    return toy_run.contract()
+
+
+def test_parameters_are_those_of_the_real_networks(robot) -> None:
+    models = build(toy_run.PRESET, robot)
+    found = costs(toy_run.PRESET, robot)
+    for name in ("tokenizer", "dynamics", "agent"):
+        assert found[name].parameters == sum(p.numel() for p in getattr(models, name).parameters())
+
+
+def test_flops_agree_with_a_count_of_the_matrix_products(robot) -> None:
+    """Of one frame in the middle of a session; the embeddings are left out, the transformer is the cost."""
+    cfg = override(toy_run.PRESET, ["dynamics.dim=64", "dynamics.depth=4", "dynamics.context=8"])
+    dynamics = build(cfg, robot).dynamics
+    frames = cfg.dynamics.context
+    shape = (1, frames, cfg.num_tokens, dynamics.cfg.token_dim)
+    index, known = torch.zeros(1, frames, dtype=torch.int64), torch.ones(1, frames, dtype=torch.bool)
+    agent = torch.zeros(1, frames, cfg.agent_tokens, 64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        dynamics(torch.zeros(shape), index, index, torch.zeros(1, frames, 2), known, agent)
+    assert costs(cfg, robot)["dynamics"].flops == pytest.approx(counter.get_total_flops() / frames, rel=0.15)
+
+
+def test_memory_grows_with_batch_and_model(robot) -> None:
+    small = costs(toy_run.PRESET, robot)
+    batch = costs(override(toy_run.PRESET, ["dynamics_training.batch=64"]), robot)
+    model = costs(override(toy_run.PRESET, ["dynamics.dim=64"]), robot)
+    assert batch["dynamics"].train_bytes > 3 * small["dynamics"].train_bytes
+    assert batch["tokenizer"] == small["tokenizer"]
+    assert batch["dynamics"].flops == small["dynamics"].flops
+    assert model["dynamics"].train_bytes > small["dynamics"].train_bytes
+    assert small["agent"].train_bytes > small["dynamics"].train_bytes  # it trains both
+
+
+@pytest.mark.parametrize("phase", ["tokenizer", "dynamics", "agent", "imagination"])
+def test_a_preset_that_does_not_fit_is_refused_with_both_numbers(robot, monkeypatch, phase: str) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2.5 * 2**30)
+    require_memory(toy_run.PRESET, robot, phase, CPU)
+    with pytest.raises(
+        UserError,
+        match=rf"{phase} of this preset needs about \d+\.\d GiB but 2\.5 GiB are free on cpu: choose a smaller",
+    ):
+        require_memory(override(PRESETS["paper"], ["patch=8"]), robot, phase, CPU)
+
+
+def test_free_memory_is_that_of_the_device(monkeypatch) -> None:
+    total = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemTotal"))
+    assert 0 < available_bytes(CPU) <= float(total.split()[1]) * 1024
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 80))
+    assert available_bytes(torch.device("cuda")) == 7.0
