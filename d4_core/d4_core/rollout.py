@@ -161,9 +161,9 @@ def pick_clips(
     """
     train, held_out = logs.split()  # with its defaults, as training does
     pool = held_out if len(held_out) else train
-    if labelled and logs.labelled[pool].any():
-        pool = pool[logs.labelled[pool]]
     usable = pool[logs.episode_length[pool] >= length]
+    if labelled and logs.labelled[usable].any():
+        usable = usable[logs.labelled[usable]]
     if not len(usable):
         longest = int(logs.episode_length[pool].max())
         raise UserError(

@@ -58,10 +58,10 @@ def test_memory_grows_with_batch_and_model(robot) -> None:
 def test_a_preset_that_does_not_fit_is_refused_with_both_numbers(robot, monkeypatch, phase: str) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2.5 * 2**30)
     require_memory(toy_run.PRESET, robot, phase, CPU)
-    with pytest.raises(
-        UserError,
-        match=rf"{phase} of this preset needs about \d+\.\d GiB but 2\.5 GiB are free on cpu: choose a smaller",
-    ):
+    sentence = (
+        rf"{phase} of this preset needs about \d+\.\d GiB but 2\.5 GiB are free on cpu: choose a smaller"
+    )
+    with pytest.raises(UserError, match=sentence):
         require_memory(override(PRESETS["paper"], ["patch=8"]), robot, phase, CPU)
 
 

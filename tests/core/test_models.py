@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import toy_run
@@ -78,11 +76,11 @@ def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
     path = tmp_path / "agent" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "config": {}}))
-    with pytest.raises(UserError, match="holds no d4 model .*: train the phase again"):
+    with pytest.raises(UserError, match=r"holds no d4 model .*: train the phase again"):
         load(tmp_path / "agent")
     preset = {**config["config"]["preset"], "from_the_future": 1}
     path.write_text(json.dumps({**config, "config": {**config["config"], "preset": preset}}))
-    with pytest.raises(UserError, match="holds no d4 model .*from_the_future"):
+    with pytest.raises(UserError, match=r"holds no d4 model .*from_the_future"):
         load(tmp_path / "agent")
     path.write_text("{")
     with pytest.raises(UserError, match="is not readable"):
@@ -141,25 +139,15 @@ def test_the_paper_preset_has_the_papers_sizes() -> None:
     assert millions["tokenizer"] == pytest.approx(400, rel=0.1)
     assert millions["dynamics"] == pytest.approx(1600, rel=0.1)
     assert all(p.device.type == "meta" for p in models.dynamics.parameters())
-    noisy = torch.empty(1, 2, 256, 32, device="meta")
-    index, known = (
-        torch.zeros(1, 2, dtype=torch.int64, device="meta"),
-        torch.ones(1, 2, dtype=torch.bool, device="meta"),
-    )
-    block = models.dynamics(noisy, index, index, torch.empty(1, 2, 2, device="meta"), known)
-    assert block.clean.shape == noisy.shape
+    assert models.dynamics.cfg.num_tokens * models.dynamics.cfg.token_dim == 512 * 16
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_be_built_for_a_robot(name: str) -> None:
-    size = [64, 64]
     cam = {
-        "name": "cam", "topic": "/cam", "type": "sensor_msgs/msg/Image", "size": size,
+        "name": "cam", "topic": "/cam", "type": "sensor_msgs/msg/Image", "size": [64, 64],
         "align": {"strategy": "hold", "timeline": "receive", "tolerance_ms": 150},
     }  # fmt: skip
     with torch.device("meta"):
         models = build(PRESETS[name], toy_run.contract(observations=[cam]))
     assert models.policy.out.out_features == models.agent.cfg.leads * models.dynamics.space.num_params
-    assert np.isfinite(
-        [getattr(models.agent.cfg, f.name) for f in dataclasses.fields(models.agent.cfg) if f.type == "int"]
-    ).all()
