@@ -71,13 +71,14 @@ class ActionSpace(nn.Module):
         return (action - self.low) * (2 / (self.high - self.low)) - 1
 
     def mirror(self, action: Tensor) -> Tensor:
-        """The opposite action (.., A): reflected about the middle of the range, keys flipped, classes reversed."""
-        span = [
-            sum(pair) if part.kind == "continuous" else (1.0 if part.kind == "binary" else part.classes - 1.0)
-            for part in self.parts
-            for pair in (zip(part.low, part.high, strict=True) if part.kind == "continuous" else [()] * part.size)
-        ]
-        return torch.tensor(span, device=action.device) - action
+        """The opposite action (.., A): reflected about the middle of the range, keys and classes reversed."""
+        ends: list[float] = []  # lowest plus highest value of each entry
+        for part in self.parts:
+            if part.kind == "continuous":
+                ends += [low + high for low, high in zip(part.low, part.high, strict=True)]
+            else:
+                ends += [1.0 if part.kind == "binary" else part.classes - 1.0] * part.size
+        return torch.tensor(ends, device=action.device) - action
 
     def _split(self, params: Tensor, action: Tensor | None) -> Iterator[tuple[ActionPart, Tensor, Any]]:
         """Yield (part, logits of the part, entries of the action vector) in order."""

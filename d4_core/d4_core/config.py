@@ -70,7 +70,8 @@ class Preset:
 
     def __post_init__(self) -> None:
         if self.num_latents % self.num_tokens:
-            raise ValueError(f"num_latents {self.num_latents} is not a multiple of num_tokens {self.num_tokens}")
+            latents, tokens = self.num_latents, self.num_tokens
+            raise ValueError(f"num_latents {latents} is not a multiple of num_tokens {tokens}")
 
     def up_to(self, phase: str) -> Preset:
         """This preset with later phases' training settings reset: changing those undoes no earlier work."""

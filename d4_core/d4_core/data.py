@@ -121,9 +121,13 @@ def observations(logs: Logs, index: np.ndarray, names: list[str]) -> dict[str, T
 
 
 def pixel_statistics(
-    logs: Logs, tokenizer: Tokenizer, rng: np.random.Generator, among: np.ndarray | None = None, count: int = 2000
+    logs: Logs,
+    tokenizer: Tokenizer,
+    rng: np.random.Generator,
+    among: np.ndarray | None = None,
+    count: int = 2000,
 ) -> None:
-    """Set the mean image, pixel spread and vector statistics from `count` frames, drawn from the frames `among`."""
+    """Set the mean image, pixel spread and vector statistics from `count` of the frames `among`."""
     among = np.arange(logs.num_frames) if among is None else among
     index = np.sort(rng.choice(among, min(count, len(among)), replace=False))
     parts = np.array_split(index, max(1, len(index) // 64))  # a few pictures at a time
@@ -196,7 +200,7 @@ def latent_cache(tokenizer: Tokenizer, logs: Logs, path: Path, tag: str) -> np.n
 
 
 def _allocate(path: Path, shape: tuple[int, ...]) -> None:
-    """An empty float16 array on disk with its blocks reserved: a sparse one would die by signal on a full disk.
+    """An empty float16 array with its blocks reserved: on a full disk, a sparse one would die by signal.
 
     Raises:
         UserError: the disk is full.
@@ -209,7 +213,8 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> None:
             os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         path.unlink()
-        raise UserError(f"disk full: {path.parent} needs {size / 2**20:.0f} MB more for the latents") from error
+        megabytes = f"{size / 2**20:.0f} MB"
+        raise UserError(f"disk full: {path.parent} needs {megabytes} more for the latents") from error
 
 
 def _fill(out: np.memmap, tokenizer: Tokenizer, logs: Logs) -> None:

@@ -27,7 +27,8 @@ from d4_core.phases import relevant_episodes
 from d4_core.shortcut import corrupt
 from d4_core.tokenizer import Tokenizer
 
-_OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "n/a": lambda *_: True}
+_OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+_OPERATORS["n/a"] = lambda *_: True
 HORIZONS = (1, 2, 4, 8, 16)
 CONTEXT = 4  # real frames before an open-loop rollout
 
@@ -239,7 +240,7 @@ def whole_clips(logs: Logs, episodes: np.ndarray, length: int, count: int, seed:
 
 
 def open_loop_clips(logs: Logs, held_out: np.ndarray, count: int) -> np.ndarray:
-    """Held-out clips for open-loop rollouts: labelled ones if there are any, as long as these episodes allow."""
+    """Held-out clips for open-loop rollouts: labelled ones if there are any, as long as episodes allow."""
     labelled = held_out[logs.labelled[held_out]]
     pool = labelled if len(labelled) else held_out
     horizon = min(max(HORIZONS), int(logs.episode_length[pool].max()) - CONTEXT)
@@ -322,19 +323,19 @@ def action_gates(
     seen = next_frame_error(dynamics, logs, latents, labelled_clips(logs, train, 8, 512))
     dark = train[~logs.labelled[train]]
     unlabelled = whole_clips(logs, dark, 8, 512)
+    unknown = next_frame_error(dynamics, logs, latents, unlabelled) if len(unlabelled) else None
     detail = {
         "labelled_train": seen,
-        "unlabelled_train": next_frame_error(dynamics, logs, latents, unlabelled) if len(unlabelled) else None,
+        "unlabelled_train": unknown,
         "held_out": plain,
         "copy_last": _copy_error(latents, short),
     }
-    gates = [
+    return [
         Gate("next-frame loss, shuffled / true actions", ratio, ">=", 1.2,
              "the model ignores the actions: more labelled episodes or longer training", detail),
         Gate("next-frame loss, held out / labelled training", plain / seen, "<=", 2.0,
              "the model memorises the labelled episodes: record more of them", detail),
     ]  # fmt: skip
-    return gates
 
 
 def mirror_gates(probes: dict[str, Probe], run: Callable[..., OpenLoop]) -> list[Gate]:
@@ -344,7 +345,8 @@ def mirror_gates(probes: dict[str, Probe], run: Callable[..., OpenLoop]) -> list
     """
     runs = [run(seed=seed, mirror=mirror).predicted for seed, mirror in ((0, False), (1, False), (0, True))]
     at = min(8, runs[0].shape[1]) - 1
-    readers = probes or {"the tokens": lambda tokens: tokens.flatten(-2)}
+    readers: dict[str, Callable[[Tensor], Tensor]] = {**probes}
+    readers = readers or {"the tokens": lambda tokens: tokens.flatten(-2)}
     gates = []
     for name, read in readers.items():
         here, again, mirrored = (read(tokens[:, at].cpu()) for tokens in runs)

@@ -54,8 +54,8 @@ class Pipeline:
         self.train, self.held_out = self.logs.split()
         if not len(self.held_out):
             raise UserError(
-                f"{args.dataset} has too few episodes to hold one out for the gates: record more, or cut long "
-                "recordings with `episode: {max_s: 10}` in the contract and ingest again"
+                f"{args.dataset} has too few episodes to hold one out for the gates: record more, or cut "
+                "long recordings with `episode: {max_s: 10}` in the contract and ingest again"
             )
         for phase in args.phases:
             require_memory(self.preset, self.contract, phase, self.device, distributed.world_size())
@@ -162,10 +162,9 @@ class Pipeline:
 
     def _data_identity(self) -> str:
         """Names the data in the checkpoint's card and ties the checkpoint to it."""
-        logs = self.logs
         digest = hashlib.sha256((self.args.dataset / "meta" / "d4.json").read_bytes()).hexdigest()[:12]
-        labelled = int(logs.action_mask.sum())
-        return f"{digest}: {logs.num_frames} frames, {len(logs.episode_start)} episodes, {labelled} labelled frames"
+        episodes, labelled = len(self.logs.episode_start), int(self.logs.action_mask.sum())
+        return f"{digest}: {self.logs.num_frames} frames, {episodes} episodes, {labelled} labelled frames"
 
     def _require_labels(self) -> None:
         if not self.logs.labelled[self.train].any():

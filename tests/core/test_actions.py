@@ -205,3 +205,16 @@ def test_label_mask_is_per_frame(encoder: ActionEncoder) -> None:
     everywhere = encoder(action, torch.ones_like(labelled))
     assert torch.equal(tokens[labelled], everywhere[labelled])
     assert torch.equal(tokens[~labelled], encoder.base.view(3, 8).expand(int((~labelled).sum()), -1, -1))
+
+
+def test_a_mirrored_action_is_the_opposite_within_the_limits() -> None:
+    parts = (
+        ActionPart(kind="binary", size=2),
+        ActionPart(kind="continuous", size=2, low=(-1.0, 0.0), high=(1.0, 3.0)),
+        ActionPart(kind="categorical", classes=4),
+    )
+    space = ActionSpace(parts, 5)
+    action = torch.tensor([[0.0, 1.0, 0.5, 3.0, 0.0], [1.0, 1.0, 0.0, 1.5, 2.0]])
+    expected = torch.tensor([[1.0, 0.0, -0.5, 0.0, 3.0], [0.0, 0.0, 0.0, 1.5, 1.0]])
+    assert torch.equal(space.mirror(action), expected)
+    assert torch.equal(space.mirror(space.mirror(action)), action)

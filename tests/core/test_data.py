@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from d4_core.data import (
     transitions,
 )
 from d4_core.tokenizer import Vector
+from d4_datasets.errors import UserError
 
 LENGTHS = (5, 7, 3)
 
@@ -265,3 +268,32 @@ class _Flushable:
 
     def flush(self) -> None:
         pass
+
+
+def test_a_full_disk_is_said_before_anything_is_encoded(
+    tmp_path, make_logs, make_tokenizer, monkeypatch
+) -> None:
+    """A sparse file that cannot be filled would end the process by SIGBUS, without a word."""
+    logs, tokenizer = make_logs((5,), images=pictures(5)), make_tokenizer()
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data.os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"disk full: .* needs 0 MB more for the latents"):
+        latent_cache(tokenizer, logs, tmp_path, "abc")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_statistics_come_from_the_frames_they_may_use(make_logs, make_tokenizer) -> None:
+    """Held-out episodes would leak into the mean image, and a gate compares against it."""
+    images = {
+        "front": np.repeat(np.uint8([10, 90, 250]), 4)[:, None, None, None]
+        + np.zeros((12, 8, 12, 3), np.uint8)
+    }
+    logs, tokenizer = make_logs((4, 4, 4), images=images), make_tokenizer()
+    pixel_statistics(logs, tokenizer, np.random.default_rng(0), np.arange(8))
+    torch.testing.assert_close(tokenizer.mean_front, torch.full((8, 12, 3), 50 / 255))
+    torch.testing.assert_close(tokenizer.std_front, torch.tensor(40 / 255))
+    pixel_statistics(logs, tokenizer, np.random.default_rng(0), np.array([0, 11]), count=1)
+    assert tokenizer.mean_front[0, 0, 0] * 255 in (10.0, 250.0)

@@ -70,3 +70,12 @@ def test_free_memory_is_that_of_the_device(monkeypatch) -> None:
     assert 0 < available_bytes(CPU) <= float(total.split()[1]) * 1024
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 80))
     assert available_bytes(torch.device("cuda")) == 7.0
+
+
+def test_processes_on_a_cpu_share_its_memory(robot, monkeypatch) -> None:
+    needed = costs(toy_run.PRESET, robot)["dynamics"].train_bytes
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2.5 * needed)
+    require_memory(toy_run.PRESET, robot, "dynamics", CPU, ranks=2)
+    require_memory(toy_run.PRESET, robot, "dynamics", torch.device("cuda"), ranks=3)  # each has its own
+    with pytest.raises(UserError, match="dynamics of this preset needs"):
+        require_memory(toy_run.PRESET, robot, "dynamics", CPU, ranks=3)
