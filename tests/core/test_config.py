@@ -100,6 +100,7 @@ def test_override_reaches_every_depth_and_leaves_the_rest() -> None:
         ("dynamics=3", "positional"),
         ("reward_range=3", "not iterable"),
         ("grid.levels=12", "power of two"),
+        ("num_latents=12", "num_latents 12 is not a multiple of num_tokens 8"),
         ("dynamics.kv_heads=3", "do not divide evenly"),
     ],
 )  # fmt: skip

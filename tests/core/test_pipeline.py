@@ -371,6 +371,12 @@ def test_a_preset_that_does_not_fit_is_refused_before_any_training(dataset, tmp_
     assert hashes(tmp_path / "run") == {}
 
 
+def test_the_perceptual_loss_needs_its_files_and_the_run_notes_it(dataset, tmp_path) -> None:
+    missing = f"tokenizer_training.lpips_features={tmp_path / 'vgg16.pth'}"
+    assert "cannot read the LPIPS weights" in refused(dataset, tmp_path / "run", missing)
+    assert f"weights in {tmp_path / 'vgg16.pth'}" in (tmp_path / "run" / "notes.json").read_text()
+
+
 def test_one_episode_is_too_few(tmp_path) -> None:
     toy_run.write_dataset(tmp_path / "data", (24,))
     assert "too few episodes to hold one out for the gates" in refused(tmp_path / "data", tmp_path / "run")
