@@ -594,8 +594,7 @@ def test_a_real_drive(tmp_path):
     assert dataset.d4["episodes"][0]["stale"] == 0
     source = [msg for _, _, msg in read_bag(_CAR, ["/camera/image_raw/compressed"])]
     ours = np.stack(list(dataset.frames("front", 0)))
-    np.testing.assert_array_equal(
-        ours[::97], [messages.resize(messages.decode(m), (60, 80)) for m in source[::97]]
-    )
+    real = [messages.resize(messages.decode(m), (60, 80)) for m in source[::97]]
+    np.testing.assert_array_equal(ours[::97], real)
     commands = [[msg.linear.x, msg.angular.z] for _, _, msg in read_bag(_CAR, ["/cmd_vel"])]
     np.testing.assert_allclose(dataset.columns(0)["action"], commands, rtol=1e-6)
