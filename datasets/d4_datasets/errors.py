@@ -17,6 +17,9 @@ def sentence(error: BaseException) -> str | None:
     """The one-sentence form of `error`, or None if it is a bug that deserves its traceback."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
+    if type(error).__module__ == "pyarrow.lib":  # by name: what runs on the robot must not import pyarrow
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"a Parquet file of the dataset is damaged ({first}): restore it or ingest again"
     if isinstance(error, OSError) and error.errno is not None:
         where = f" ({error.filename})" if error.filename is not None else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -43,7 +46,7 @@ def run_cli(fn: Callable[[], Any]) -> None:
         # Python flushes stdout once more at exit and would complain; give it somewhere to flush to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except (UserError, OSError) as error:
+    except Exception as error:
         text = sentence(error)
         if text is None:
             raise

@@ -322,6 +322,12 @@ def _main(options: Options) -> None:
         f"{summary.bags} bags{again} -> {summary.episodes} episodes, {summary.frames} frames, "
         f"{summary.labelled} with a known action, in {summary.seconds:.1f} s ({rate:.0f} frames/s)"
     )
+    if summary.labelled == 0:
+        topics = ", ".join(action.topic for action in Contract.load(options.contract).actions)
+        print(
+            f"warning: none of these bags holds a usable {topics}: is the topic's name right?",
+            file=sys.stderr,
+        )
     print(f"dataset: {options.out}\nnext:    d4-audit {options.out}")
 
 

@@ -109,6 +109,8 @@ class Physics(nn.Module):
         before = noisy[:, :-1] / self.cfg.grid.tau(tau_index[:, :-1])[..., None, None]
         clean = self._move(before, action[:, 1:], labelled[:, 1:])
         clean = clean + self.forgetful * (before[:, :, 2:] > 0.5)
+        tau = self.cfg.grid.tau(tau_index[:, 1:])[..., None, None]
+        clean = (1 - tau) * clean + tau * noisy[:, 1:]  # like any model, it uses what it is shown
         return Block(torch.cat([noisy[:, :1], clean], 1), None)
 
 
@@ -189,9 +191,9 @@ def test_what_cannot_be_measured_is_listed_and_blocks_nothing() -> None:
 
 
 def test_gates_of_phases_live_side_by_side(tmp_path: Path) -> None:
-    def rows() -> dict[str, dict[str, float]]:
+    def rows() -> dict[str, list[tuple[str, float]]]:
         known = json.loads((tmp_path / "gates.json").read_text())
-        return {phase: {row["name"]: row["value"] for row in gates} for phase, gates in known.items()}
+        return {phase: [(row["name"], row["value"]) for row in gates] for phase, gates in known.items()}
 
     record(tmp_path, "agent", [Gate("a", 1.0, ">", 0.0, "x", {"more": 2}), Gate("b", 1.0, ">", 2.0, "x")])
     first = json.loads((tmp_path / "gates.json").read_text())["agent"]
@@ -201,9 +203,9 @@ def test_gates_of_phases_live_side_by_side(tmp_path: Path) -> None:
     assert first[1]["ok"] is False
     record(tmp_path, "imagination", [Gate("c", 3.0, ">", 0.0, "x")])
     record(tmp_path, "agent", [Gate("b", 5.0, ">", 2.0, "x"), Gate("d", 6.0, ">", 2.0, "x")], merge=True)
-    assert rows() == {"agent": {"a": 1.0, "b": 5.0, "d": 6.0}, "imagination": {"c": 3.0}}
+    assert rows() == {"agent": [("a", 1.0), ("b", 5.0), ("d", 6.0)], "imagination": [("c", 3.0)]}
     record(tmp_path, "agent", [Gate("d", 7.0, ">", 2.0, "x")])
-    assert rows() == {"agent": {"d": 7.0}, "imagination": {"c": 3.0}}
+    assert rows() == {"agent": [("d", 7.0)], "imagination": [("c", 3.0)]}
     assert [p.name for p in tmp_path.iterdir()] == ["gates.json"]
 
 

@@ -199,6 +199,15 @@ def test_a_retrained_tokenizer_retrains_all_that_builds_on_it(copy, dataset) -> 
     assert "measured by d4-eval" not in names  # it was another policy's
 
 
+def test_a_phase_notices_that_its_input_was_retrained_behind_its_back(copy, dataset) -> None:
+    """Its own settings are as they were, and its weights fit another tokenizer's latents."""
+    before = hashes(copy)
+    train.run(args(dataset, copy, "tokenizer_training.steps=5", phases=("tokenizer",)))
+    train.run(args(dataset, copy, phases=("dynamics",)))
+    assert hashes(copy)["dynamics"] != before["dynamics"]
+    assert hashes(copy)["agent"] == before["agent"]
+
+
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     finished, dataset, tmp_path, monkeypatch, capsys
 ) -> None:

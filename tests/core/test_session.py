@@ -116,10 +116,14 @@ def test_a_loaded_policy_acts_like_the_saved_one(tmp_path: Path, pictures) -> No
 
 
 def test_a_reset_forgets_everything(models, pictures) -> None:
-    session = PolicySession(models, WORLDS, seed=3)
+    head = Listener(models.policy)
+    session = PolicySession(models, WORLDS, seed=3, head=head)
     first = play(session, pictures)
     play(session, pictures[::-1])
     assert np.array_equal(play(session, pictures), first)
+    said = torch.stack(head.said).unflatten(0, (3, FRAMES))
+    assert torch.equal(said[0], said[2])
+    assert not torch.equal(said[0], said[1])
     assert not np.array_equal(play(PolicySession(models, WORLDS, seed=4), pictures), first)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 
+import pyarrow
 import pytest
 
 from d4_datasets.errors import UserError, run_cli
@@ -45,3 +46,13 @@ def test_success_returns_and_a_code_is_passed_on():
     with pytest.raises(SystemExit) as exit_:
         run_cli(lambda: 3)
     assert exit_.value.code == 3
+
+
+def test_a_damaged_parquet_file_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def read() -> None:
+        raise pyarrow.ArrowInvalid("Parquet magic bytes not found in footer.\nmore")
+
+    with pytest.raises(SystemExit) as exit_info:
+        run_cli(read)
+    assert exit_info.value.code == 2
+    assert "damaged (Parquet magic bytes not found in footer.)" in capsys.readouterr().err
