@@ -213,7 +213,8 @@ class Pipeline:
         return {name: fit_probe(latents, self.logs.vectors[name], frames) for name in names}
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, together: a rank that leaves early breaks the others' connections."""
+        distributed.barrier()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

@@ -182,9 +182,10 @@ def test_later_settings_leave_earlier_phases_alone(copy, dataset) -> None:
     train.run(args(dataset, copy, "imagination_training.settings.beta=1.5"))
     after = hashes(copy)
     assert {phase for phase in PHASES if before[phase] != after[phase]} == {"imagination"}
-    assert (copy / "imagination.previous").is_dir()
+    assert [p.name for p in copy.glob("*.previous")] == ["imagination.previous"]
     train.run(args(dataset, copy, "agent_training.dynamics_weight=0.5"))
     assert {phase for phase in PHASES if after[phase] != hashes(copy)[phase]} == {"agent", "imagination"}
+    assert {p.name for p in copy.glob("*.previous")} == {"agent.previous", "imagination.previous"}
 
 
 def test_a_retrained_tokenizer_retrains_all_that_builds_on_it(copy, dataset) -> None:

@@ -180,6 +180,8 @@ def test_a_signal_reaches_the_child_once_and_the_same_command_continues(chain: C
     )
     env = os.environ | {"FAKE_dynamics": "wait"}
     pipe = subprocess.PIPE
+    # whoever runs the tests under nohup has SIGHUP ignored, and children inherit that
+    program = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); {program}"
     child = subprocess.Popen([sys.executable, "-c", program], env=env, stdout=pipe, stderr=pipe, text=True)
     for line in child.stdout:
         if line == "waiting\n":
