@@ -283,6 +283,11 @@ def test_processes_are_launched_from_the_command_line(dataset, tmp_path, monkeyp
     monkeypatch.setattr(train.threads, "free_cores", lambda: 9)
     assert call(monkeypatch, *line[:-2], "--device", "cpu") == 7
     assert calls[-1][2] == 4  # more than a few processes gain nothing
+    (tmp_path / "run" / "agent").mkdir(parents=True)
+    (tmp_path / "run" / "agent" / "config.json").write_text('{"status": "training"}')
+    (tmp_path / "run" / "config.yaml").write_text("procs: 2\n")
+    assert call(monkeypatch, *line[:-2]) == 7
+    assert calls[-1][2] == 2  # an interrupted run goes on with as many as it began with
     ran = []
     monkeypatch.setattr(train, "run", ran.append)
     monkeypatch.setattr(train, "follow_parent", lambda: ran.append("follows"))
@@ -291,7 +296,7 @@ def test_processes_are_launched_from_the_command_line(dataset, tmp_path, monkeyp
     assert call(monkeypatch, *line) == 0  # a launched process launches none
     assert ran[0] == "follows"
     assert ran[1].procs == 3
-    assert len(calls) == 2
+    assert len(calls) == 3
 
 
 def test_a_gpu_gets_one_process() -> None:

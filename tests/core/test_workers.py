@@ -93,6 +93,20 @@ def test_the_launcher_gives_its_signal_handlers_back(tmp_path: Path) -> None:
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_no_rank_outlives_a_launcher_that_fails(tmp_path: Path, monkeypatch) -> None:
+    ranks = []
+
+    def fail(running: list[subprocess.Popen]) -> int:
+        ranks.extend(started(tmp_path))
+        raise RuntimeError("something unforeseen")
+
+    monkeypatch.setattr(workers, "_wait", fail)
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        launch("worker_probe", [str(tmp_path), "wait", "wait"], 2, tmp_path)
+    for rank in ranks:
+        eventually(lambda pid=rank["pid"]: not is_running(pid), seconds=20)
+
+
 def test_ranks_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
     parent = launcher(tmp_path, "follow", "follow")
     ranks = started(tmp_path)
