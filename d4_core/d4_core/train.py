@@ -79,10 +79,6 @@ def _main() -> None:
     if "D4_RENDEZVOUS" in os.environ:
         follow_parent()
     run(args)
-    if "D4_RENDEZVOUS" in os.environ:
-        # everything is saved; the interpreter's teardown races with gloo's threads and now and then aborts
-        sys.stdout.flush()
-        os._exit(0)
 
 
 def unfinished_procs(run: Path) -> int:
@@ -119,3 +115,7 @@ def scaled(args: TrainArgs) -> Preset:
 
 if __name__ == "__main__":
     main()
+    if "D4_RENDEZVOUS" in os.environ:
+        # Everything is saved. The teardown of the interpreter races with gloo's threads and now and then aborts.
+        sys.stdout.flush()
+        os._exit(0)
