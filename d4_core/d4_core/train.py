@@ -116,6 +116,6 @@ def scaled(args: TrainArgs) -> Preset:
 if __name__ == "__main__":
     main()
     if "D4_RENDEZVOUS" in os.environ:
-        # Everything is saved. The teardown of the interpreter races with gloo's threads and now and then aborts.
+        # Everything is saved, and the interpreter's teardown races with gloo's threads: now and then it aborts.
         sys.stdout.flush()
         os._exit(0)
