@@ -116,6 +116,6 @@ def scaled(args: TrainArgs) -> Preset:
 if __name__ == "__main__":
     main()
     if "D4_RENDEZVOUS" in os.environ:
-        # Everything is saved, and the interpreter's teardown races with gloo's threads: now and then it aborts.
+        # Everything is saved; the interpreter's teardown races with gloo's threads and sometimes aborts.
         sys.stdout.flush()
         os._exit(0)
