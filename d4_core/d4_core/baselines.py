@@ -13,6 +13,7 @@ from d4_core.actions import ActionPart, ActionSpace
 from d4_core.data import Logs
 from d4_core.phase import Batch, Losses, Metrics, Phase
 from d4_core.phases import relevant_episodes
+from d4_datasets.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,8 @@ class ScratchPhase(Phase):
         for task in range(policy.num_tasks):
             relevant = relevant_episodes(logs, episodes, task, cfg.relevant_return)
             self._frames.append(np.flatnonzero(np.isin(logs.episode_index, relevant) & logs.action_mask))
+        if not any(map(len, self._frames)):
+            raise UserError("no labelled episode accomplishes a task: there is nothing to clone from scratch")
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
         """Stacks (B, F, H, W, 3), tasks (B,) and actions (B, A)."""

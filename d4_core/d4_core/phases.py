@@ -440,9 +440,9 @@ class ImaginationPhase(Phase):
         params = leads[:, :, 0]
         log_prob = self.agent.space.log_prob(params, roll.action)
         advantage = returns - value[:, :-1]
-        kl = (self.agent.space.kl(params, prior) * weight).sum() / weight.sum()
+        kl = (self.agent.space.kl(params, prior) * weight).sum() / weight.sum().clamp_min(1e-6)
         policy = pmpo_loss(log_prob, advantage, weight, cfg.alpha, cfg.drop_smallest) + cfg.beta * kl
-        value_loss = -(self.critic.log_prob(h, returns) * weight).sum() / weight.sum()
+        value_loss = -(self.critic.log_prob(h, returns) * weight).sum() / weight.sum().clamp_min(1e-6)
         metrics = {
             "kl": kl.detach(),
             "imagined_reward": roll.reward.sum(1).mean(),

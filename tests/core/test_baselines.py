@@ -8,6 +8,7 @@ import torch
 
 from d4_core.actions import ActionPart
 from d4_core.baselines import ScratchPhase, ScratchPolicy, ScratchTraining, shift
+from d4_datasets.errors import UserError
 
 PARTS = (ActionPart(kind="continuous", size=1, low=(-1.0,), high=(1.0,)),)
 LENGTHS = (6, 9, 5)
@@ -109,3 +110,10 @@ def test_it_learns_what_the_picture_says_and_what_the_task_asks(run, make_logs) 
         at, away = (phase.policy.space.mode(phase.policy(stack, torch.full((2,), q)))[:, 0] for q in (0, 1))
     assert at[0] < -0.3 < 0.3 < at[1]
     assert away[1] < -0.3 < 0.3 < away[0]
+
+
+def test_nothing_to_clone_is_one_sentence(make_logs) -> None:
+    images = {"cam": np.zeros((20, 16, 16, 3), np.uint8)}
+    unlabelled = make_logs(LENGTHS, images=images, action_mask=np.zeros(20, bool))
+    with pytest.raises(UserError, match="nothing to clone"):
+        phase_of(unlabelled)

@@ -260,3 +260,12 @@ def test_rollouts_are_a_function_of_the_generator(imagination_phase) -> None:
     assert torch.equal(a.tokens, b.tokens)
     assert torch.equal(a.action, b.action)
     assert not torch.equal(a.tokens, c.tokens)
+
+
+def test_a_batch_of_nothing_but_terminal_starts_is_finite(imagination_phase) -> None:
+    """It used to divide by zero, and one such batch ended the training."""
+    phase = imagination_phase(settings=ImaginationConfig(horizon=3, contexts=(4,), steps=1, warmup=0.0))
+    batch = phase.sample(np.random.default_rng(0), 0)
+    batch["terminal"][:, -1] = True
+    losses, _ = phase(batch, torch.Generator().manual_seed(0), 0)
+    assert all(torch.isfinite(loss) for loss in losses.values())
