@@ -423,9 +423,14 @@ def agent_gates(
     train: np.ndarray,
     held_out: np.ndarray,
     count: int = 256,
+    relevant_return: float = 0.4,
 ) -> list[Gate]:
-    """Held-out BC nats against the marginal action distribution, and reward correlation."""
-    gates = [_bc_gate(agent, dynamics, logs, latents, train, held_out, count)]
+    """Held-out BC nats against the marginal action distribution, and reward correlation.
+
+    `relevant_return` is the one of the training: which episodes accomplish a task.
+    """
+    clone = partial(_bc_nats, agent, dynamics, logs, latents, count=count, share=relevant_return)
+    gates = [_bc_gate(agent, clone(train), clone(held_out))]
     predicted, real = reward_pairs(agent, dynamics, logs, latents, held_out, count)
     if real.std() > 1e-6:
         correlation = float(np.corrcoef(predicted, real)[0, 1])
@@ -449,11 +454,11 @@ def _features(
 
 
 def _hindsight(
-    logs: Logs, episodes: np.ndarray, tasks: int, count: int, length: int
+    logs: Logs, episodes: np.ndarray, tasks: int, count: int, length: int, share: float
 ) -> tuple[np.ndarray, Tensor]:
     rng, frames, task = np.random.default_rng(0), [], []
     for q in range(tasks):
-        usable = relevant_episodes(logs, episodes, q, 0.4)
+        usable = relevant_episodes(logs, episodes, q, share)
         if len(usable):
             clips = draw(logs, rng, count // tasks, length, usable)
             frames.append(clips.index[clips.valid.all(1)])
@@ -462,19 +467,10 @@ def _hindsight(
     return index, torch.tensor(task, dtype=torch.int64)
 
 
-def _bc_gate(
-    agent: Agent,
-    dynamics: Dynamics,
-    logs: Logs,
-    latents: np.ndarray,
-    train: np.ndarray,
-    held_out: np.ndarray,
-    count: int,
-) -> Gate:
+def _bc_gate(agent: Agent, train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]) -> Gate:
     """Lead-0 nats on held-out relevant clips against those of the average action, on the same frames."""
     name = "held-out BC nats / marginal"
-    seen, action = _bc_nats(agent, dynamics, logs, latents, train, count)
-    held, target = _bc_nats(agent, dynamics, logs, latents, held_out, count)
+    (seen, action), (held, target) = train, held_out
     if not len(held) or not len(seen):
         return not_measured(name, "no held-out labelled episode accomplishes a task")
     marginal = _marginal_nats(agent, action, target)
@@ -484,10 +480,16 @@ def _bc_gate(
 
 
 def _bc_nats(
-    agent: Agent, dynamics: Dynamics, logs: Logs, latents: np.ndarray, episodes: np.ndarray, count: int
+    agent: Agent,
+    dynamics: Dynamics,
+    logs: Logs,
+    latents: np.ndarray,
+    episodes: np.ndarray,
+    count: int,
+    share: float,
 ) -> tuple[Tensor, Tensor]:
     """Nats (M,) and actions (M, A) of the labelled frames of relevant clips."""
-    frames, task = _hindsight(logs, episodes, agent.cfg.num_tasks, count, 12)
+    frames, task = _hindsight(logs, episodes, agent.cfg.num_tasks, count, 12, share)
     device = dynamics.slots.device
     if not len(frames):
         return torch.zeros(0, device=device), torch.zeros(0, agent.space.size, device=device)

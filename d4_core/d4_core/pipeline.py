@@ -200,7 +200,10 @@ class Pipeline:
         elif phase == "agent":
             assert models.agent is not None
             assert models.dynamics is not None
-            gates = agent_gates(models.agent, models.dynamics, self.logs, latents, self.train, self.held_out)
+            gates = agent_gates(
+                models.agent, models.dynamics, self.logs, latents, self.train, self.held_out,
+                relevant_return=self.preset.agent_training.relevant_return,
+            )  # fmt: skip
         record(self.args.run, phase, gates, merge=True)
         for gate in gates:
             print(f"  {gate}", flush=True)

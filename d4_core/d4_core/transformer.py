@@ -136,13 +136,6 @@ class KVCache:
         filled = self._ages <= self.position  # before the first wrap only slots 0..position are filled
         return torch.where(filled, 0.0, NEG_INF)[None]
 
-    def clone_batch(self, index: Tensor) -> KVCache:
-        """A new cache whose batch rows are ``index`` of this one's (used to branch rollouts)."""
-        out = object.__new__(KVCache)
-        out.keys, out.values = self.keys[:, index].clone(), self.values[:, index].clone()
-        out.position, out.context, out._ages = self.position.clone(), self.context, self._ages
-        return out
-
 
 class Attention(nn.Module):
     """Grouped-query attention with QK-norm and logit soft-capping.

@@ -238,18 +238,6 @@ def test_gate_06_rope_far_from_the_start_of_the_session(tiny_shape, start: int) 
 
 
 @torch.no_grad()
-def test_branches_of_a_cache_do_not_touch_each_other(tiny_shape) -> None:
-    model, x = build(tiny_shape()), torch.randn(2, 6, SLOTS, 16)
-    cache = cache_of(model)
-    stream(model, x[:, :5], cache)
-    branch = cache.clone_batch(torch.tensor([1, 1, 0]))
-    stream(model, torch.randn(3, 4, SLOTS, 16), branch)
-    again = cache.clone_batch(torch.tensor([1, 1, 0]))
-    y = stream(model, x[[1, 1, 0], 5:], again)
-    torch.testing.assert_close(y, model(x)[[1, 1, 0], 5:], **TOLERANCE)
-
-
-@torch.no_grad()
 def test_a_step_allocates_nothing_in_the_cache(tiny_shape) -> None:
     model = build(tiny_shape())
     cache = cache_of(model)
