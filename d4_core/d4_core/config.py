@@ -52,6 +52,7 @@ class Preset:
     tokenizer: TransformerConfig = TransformerConfig()
     dynamics: TransformerConfig = TransformerConfig()
     grid: Grid = Grid()
+    predict_velocity: bool = False
     action_bins: int = 15
     action_tokens: int = 1
     registers: int = 4
@@ -73,13 +74,15 @@ class Preset:
             latents, tokens = self.num_latents, self.num_tokens
             raise ValueError(f"num_latents {latents} is not a multiple of num_tokens {tokens}")
 
-    def up_to(self, phase: str) -> Preset:
-        """This preset with later phases' training settings reset: changing those undoes no earlier work."""
-        later = PHASES[PHASES.index(phase) + 1 :]
-        fresh = Preset()
-        training = {f"{name}_training": getattr(fresh, f"{name}_training") for name in later}
-        optim = replace(self.optim, **{name: getattr(fresh.optim, name) for name in later})
-        return replace(self, optim=optim, **training)
+    def up_to(self, phase: str) -> dict[str, Any]:
+        """This preset as JSON values without later phases' training settings: changing those undoes no work.
+
+        `from_dict` gives what is left out its default.
+        """
+        out = to_dict(self)
+        for later in PHASES[PHASES.index(phase) + 1 :]:
+            del out[f"{later}_training"], out["optim"][later]
+        return out
 
     def tokenizer_config(self, contract: Contract) -> TokenizerConfig:
         """Tokenizer shape for a contract.
@@ -110,7 +113,7 @@ class Preset:
             num_tokens=self.num_tokens, token_dim=self.num_latents * self.latent_dim // self.num_tokens,
             actions=action_parts(contract), action_bins=self.action_bins, action_tokens=self.action_tokens,
             registers=self.registers, agent_tokens=self.agent_tokens, grid=self.grid,
-            transformer=self.dynamics,
+            predict_velocity=self.predict_velocity, transformer=self.dynamics,
         )  # fmt: skip
 
     def agent_config(self, contract: Contract) -> AgentConfig:

@@ -33,6 +33,7 @@ class DynamicsConfig:
         registers: learned tokens without input; they improve temporal consistency.
         agent_tokens: tokens that carry the task and whose outputs the heads read (G).
         grid: signal levels.
+        predict_velocity: the flow head predicts the velocity, clean - noise, instead of clean tokens (paper).
         transformer: shape of the stack; its `context` is the paper's C.
     """
 
@@ -44,6 +45,7 @@ class DynamicsConfig:
     registers: int = 4
     agent_tokens: int = 4
     grid: Grid = Grid()
+    predict_velocity: bool = False
     transformer: TransformerConfig = TransformerConfig()
 
     @property
@@ -105,11 +107,13 @@ class Dynamics(nn.Module):
         block = torch.cat(parts, dim=2) + self.slots
         return block if agent_BTGD is None else torch.cat([block, agent_BTGD.to(block.dtype)], dim=2)
 
-    def _read(self, x_BTSD: Tensor) -> Block:
+    def _read(self, x_BTSD: Tensor, noisy_BTNL: Tensor, tau_index: Tensor) -> Block:
         agent = x_BTSD[:, :, self.cfg.world_slots :]
         # the flow head works in float32: bfloat16 rounding shows in rollouts
         with torch.autocast(x_BTSD.device.type, enabled=False):
             clean = self.flow(x_BTSD[:, :, : self.cfg.num_tokens].float())
+            if self.cfg.predict_velocity:
+                clean = noisy_BTNL + (1 - self.cfg.grid.tau(tau_index))[..., None, None] * clean
         return Block(clean, agent if agent.shape[2] else None)
 
     def _space_bias(self, slots: int) -> Tensor | None:
@@ -139,7 +143,8 @@ class Dynamics(nn.Module):
         """
         x = self.embed_block(noisy_BTNL, tau_index, e, prev_action, labelled, agent_BTGD)
         bias = self._space_bias(x.shape[2])
-        return self._read(self.transformer(x, bias, image_rows=image_rows, cache=cache))
+        y = self.transformer(x, bias, image_rows=image_rows, cache=cache)
+        return self._read(y, noisy_BTNL, tau_index)
 
     def new_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> KVCache:
         """Cache for `step` with room for the agent tokens."""
@@ -170,4 +175,4 @@ class Dynamics(nn.Module):
             noisy_BNL[:, None], tau_index[:, None], e[:, None], prev_action[:, None], labelled[:, None], agent
         )
         y = self.transformer.step(x, cache, frame, self._space_bias(x.shape[2]), slots=slice(0, x.shape[2]))
-        return self._read(y)
+        return self._read(y, noisy_BNL[:, None], tau_index[:, None])

@@ -65,6 +65,7 @@ class DynamicsTraining:
         image_rows: share of clips treated as separate images (paper: 0.3).
         bootstrap_rows, bootstrap_warmup: share of clips with the shortcut loss, after this part of training.
         ramp: weigh the loss by 0.9 tau + 0.1 (paper: yes).
+        velocity_loss: measure the error of the velocity, 1 / (1 - tau) times that of the clean tokens (paper: no).
         committed: probability that a frame is drawn at the context signal level instead of a random one, the
             state in which rollouts show history to the model (paper: 0).
         labelled_share: share of clips drawn from labelled episodes; 0 draws all episodes alike (paper).
@@ -80,6 +81,7 @@ class DynamicsTraining:
     bootstrap_rows: float = 0.25
     bootstrap_warmup: float = 0.25
     ramp: bool = True
+    velocity_loss: bool = False
     committed: float = 0.0
     labelled_share: float = 0.0
 
@@ -202,6 +204,8 @@ class ShortcutObjective:
         tau = grid.tau(tau_index)
         flow_frames = batch["valid"] & ~bootstrap[:, None].to(device)
         metrics: Metrics = {"flow_mse": masked_mean(error.detach(), flow_frames)}
+        if cfg.velocity_loss:
+            error = error / (1 - tau).square()
         return block.agent, error * ramp(tau) if cfg.ramp else error, metrics
 
     def _teach(
@@ -466,6 +470,10 @@ class ImaginationPhase(Phase):
         inside, ahead = ahead < horizon, ahead.clamp_max(horizon - 1)
         nats = -self.agent.space.log_prob(leads[:, :, 1:], action[:, ahead])
         return masked_mean(nats * weight[..., None], inside)
+
+    def group(self, name: str, p: torch.nn.Parameter) -> str:
+        """The critic learns at a rate of its own (`lr`): the policy's progress waits for it."""
+        return "adamw" if name.startswith("critic.") else super().group(name, p)
 
     def total(self, losses: Losses) -> Tensor:
         """Policy loss as it is (all its terms are nats, and it may be negative), value loss normalised."""

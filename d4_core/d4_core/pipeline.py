@@ -52,6 +52,7 @@ class Pipeline:
             self.logs = Windows(args.dataset)
         self.contract = self.logs.contract
         self.train, self.held_out = self.logs.split()
+        self.logs.keep_labels(self.train, args.labels)
         if not len(self.held_out):
             raise UserError(
                 f"{args.dataset} has too few episodes to hold one out for the gates: record more, or cut "
@@ -68,7 +69,7 @@ class Pipeline:
         run.mkdir(parents=True, exist_ok=True)
         about = {
             "preset": self.args.preset, "seed": self.args.seed, "scale": self.args.scale,
-            "procs": distributed.world_size(),
+            "procs": distributed.world_size(), "labels": self.args.labels,
             "dataset": str(self.args.dataset), "episodes": len(self.logs.episode_start),
             "frames": self.logs.num_frames, "labelled_share": float(self.logs.action_mask.mean()),
             "settings": to_dict(self.preset),
@@ -96,7 +97,7 @@ class Pipeline:
         torch.manual_seed(self.args.seed * 1000 + list(CONTENTS).index(phase))
         work = self._prepare(phase)
         optim = getattr(self.preset.optim, phase)
-        config = {"phase": phase, "preset": to_dict(self.preset.up_to(phase)), "data": self._data_identity()}
+        config = {"phase": phase, "preset": self.preset.up_to(phase), "data": self._data_identity()}
         if phase in BEFORE:
             # retrained inputs start this phase afresh
             config["before"] = weights_hash(self.folder(BEFORE[phase]))

@@ -39,6 +39,8 @@ class TrainArgs:
     """Decides initialisation, batches and sampling."""
     scale: float = 1.0
     """Multiplies the number of steps of every phase."""
+    labels: float = 1.0
+    """Share of the labelled training episodes whose commands are used; the others count as plain video."""
     set: list[str] = field(default_factory=list)
     """Override preset fields, for example dynamics_training.ramp=false."""
     device: str = "auto"
@@ -71,6 +73,8 @@ def _main() -> None:
     args = tyro.cli(TrainArgs, prog="d4-train")
     if args.scale <= 0:
         raise UserError(f"--scale {args.scale} must be positive")
+    if not 0 <= args.labels <= 1:
+        raise UserError(f"--labels {args.labels} is a share: give a number from 0 to 1")
     inside = "RANK" in os.environ
     procs = 1 if inside else args.procs or unfinished_procs(args.run) or default_procs(args.device)
     if procs > 1:

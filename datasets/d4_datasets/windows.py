@@ -126,6 +126,20 @@ class Windows:
                 held[episodes[:count]] = True
         return np.flatnonzero(~held), np.flatnonzero(held)
 
+    def keep_labels(self, episodes: np.ndarray, share: float, seed: int = 0) -> None:
+        """Forget the commands of all but `share` of the labelled ones among `episodes` (ids).
+
+        For measuring what labels are worth: a smaller share keeps a part of what a larger one keeps. Other
+        episodes are untouched, so that held-out ones can still be measured on.
+        """
+        order = np.random.default_rng([seed, 1]).permutation(episodes[self.labelled[episodes]])
+        hidden = np.zeros(len(self.labelled), bool)
+        hidden[order[round(share * len(order)) :]] = True
+        if hidden.any():
+            self.labelled = self.labelled & ~hidden
+            self.action_mask = self.action_mask & ~np.repeat(hidden, self.episode_length)
+            self._columns["action_mask"] = self.action_mask
+
     def sample_starts(
         self, rng: np.random.Generator, batch: int, length: int, episodes: np.ndarray
     ) -> np.ndarray:

@@ -124,7 +124,8 @@ def test_training_settings_of_later_phases_do_not_matter(phase: str) -> None:
             same = changed.up_to(phase) == plain.up_to(phase)
             assert same == (number > mine), setting
     assert override(plain, ["patch=8"]).up_to(phase) != plain.up_to(phase)
-    assert PRESETS["small"].up_to("imagination") == PRESETS["small"]
+    assert from_dict(Preset, PRESETS["small"].up_to("imagination")) == PRESETS["small"]
+    assert from_dict(Preset, plain.up_to(phase)).dynamics == plain.dynamics
 
 
 def test_no_preset_lets_the_agent_phase_forget_the_step_sizes() -> None:

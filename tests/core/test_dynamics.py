@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -250,6 +252,22 @@ def test_the_untrained_model_predicts_the_mean(make_dynamics) -> None:
     model = make_dynamics(awake=False)
     clean = model(**clip(model)).clean
     assert torch.equal(clean, model.flow.bias.expand_as(clean))
+
+
+def test_a_predicted_velocity_leads_from_the_noisy_tokens_to_the_clean_ones(make_dynamics) -> None:
+    plain, model = make_dynamics(), make_dynamics()
+    model.cfg = replace(model.cfg, predict_velocity=True)
+    args = clip(model)
+    left = 1 - args["tau_index"] / model.cfg.grid.levels
+    velocity = plain(**args).clean
+    expected = args["noisy_BTNL"] + left[..., None, None] * velocity
+    torch.testing.assert_close(model(**args).clean, expected, **TOLERANCE)
+    cache = model.new_cache(B)
+    now = {"noisy_BNL": args["noisy_BTNL"][:, 0]} | {
+        name: args[name][:, 0] for name in ("tau_index", "e", "prev_action", "labelled")
+    }
+    streamed = model.step(**now, cache=cache, frame=model.begin(cache)).clean
+    torch.testing.assert_close(streamed[:, 0], expected[:, 0], **TOLERANCE)
 
 
 def test_gradients_reach_every_parameter(make_dynamics) -> None:

@@ -164,6 +164,12 @@ def test_loss_is_weighted_by_the_ramp_on_both_kinds_of_rows(make_dynamics) -> No
     torch.testing.assert_close(flat, torch.full_like(flat, 0.25), rtol=5e-3, atol=1e-3)
 
 
+def test_the_velocity_loss_is_the_clean_one_over_the_squared_distance_to_the_data(make_dynamics) -> None:
+    calls, error = objective_call(make_dynamics, 0.2, ramp=False, velocity_loss=True)
+    expected = 0.25 / (1 - calls[0]["index"] / 8).square()
+    torch.testing.assert_close(error, expected, rtol=5e-3, atol=1e-3)
+
+
 def test_no_bootstrap_before_its_time(make_dynamics) -> None:
     assert len(objective_call(make_dynamics, 0.7, step=9, bootstrap_warmup=0.1)[0]) == 1
     assert len(objective_call(make_dynamics, 0.7, step=10, bootstrap_warmup=0.1)[0]) == 3

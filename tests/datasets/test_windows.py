@@ -111,6 +111,25 @@ def test_split_is_deterministic_and_stratified(windows: Windows) -> None:
         windows.split(1.0)
 
 
+@given(st.floats(0, 1), st.floats(0, 1))
+@settings(deadline=None, max_examples=20)
+def test_kept_labels_are_nested_and_leave_other_episodes_alone(windows: Windows, a: float, b: float) -> None:
+    chosen, kept = np.array([0, 1, 3]), []
+    for share in sorted((a, b)):
+        own = Windows(windows.root)
+        own.keep_labels(chosen, share)
+        assert own.labelled[chosen].sum() == round(share * 2)
+        assert own.labelled[4]
+        assert not (own.action_mask & ~windows.action_mask).any()
+        np.testing.assert_array_equal(
+            own.labelled, np.logical_or.reduceat(own.action_mask, own.episode_start)
+        )
+        idx, valid = own.indices(own.episode_start[[0]], 3)
+        np.testing.assert_array_equal(own.batch(idx, valid)["action_mask"], own.action_mask[idx])
+        kept.append(own.labelled)
+    assert not (kept[0] & ~kept[1]).any()
+
+
 def test_sampling_nothing_is_an_error(windows: Windows) -> None:
     with pytest.raises(UserError, match="no episodes"):
         windows.sample_starts(np.random.default_rng(0), 4, 8, np.array([], np.int64))
