@@ -65,7 +65,7 @@ class DynamicsTraining:
         image_rows: share of clips treated as separate images (paper: 0.3).
         bootstrap_rows, bootstrap_warmup: share of clips with the shortcut loss, after this part of training.
         ramp: weigh the loss by 0.9 tau + 0.1 (paper: yes).
-        velocity_loss: measure the error of the velocity, 1 / (1 - tau) times that of the clean tokens (paper: no).
+        velocity_loss: measure the error of the velocity, 1 / (1 - tau) times that of the tokens (paper: no).
         committed: probability that a frame is drawn at the context signal level instead of a random one, the
             state in which rollouts show history to the model (paper: 0).
         labelled_share: share of clips drawn from labelled episodes; 0 draws all episodes alike (paper).
