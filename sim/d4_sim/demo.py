@@ -1,24 +1,17 @@
 """`d4-demo`: the main job from bags to a policy, as a chain of the public commands.
 
-Every stage runs commands that a user could type, each a process of its own; they are printed. What has been
-done is noted in <out>/stages.json with a key of its arguments, so that a second run reuses it, an interrupted
-run goes on where it was, and changed arguments redo the stages that depend on them.
+Every stage runs commands that a user could type, each a process of its own; they are printed. A second run
+reuses what is there, and an interrupted run goes on where it was (`d4_sim.stages`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -30,23 +23,12 @@ from rich.console import Console
 
 from d4_core import threads
 from d4_datasets.errors import UserError, run_cli
+from d4_sim.stages import Command, Interrupted, Stage, State, clock, command, keys, run_command
 
-# the public commands and the modules behind them, run by this interpreter whatever PATH says
-MODULES = {
-    "d4-record": "d4_sim.record",
-    "d4-ingest": "d4_datasets.ingest",
-    "d4-audit": "d4_datasets.audit",
-    "d4-train": "d4_core.train",
-    "d4-rollout": "d4_core.rollout",
-    "d4-eval": "d4_sim.evaluate",
-}
 WORLD = "yard"
 BASELINES = ("random", "data", "bc_scratch", "wm_bc")
 IMPROVED = ("imagination", "expert")
-Command = tuple[str, ...]
 
-_STATE = "stages.json"
-_UNGATED = ("record", "ingest")  # nothing in these is measured, so --force changes nothing
 _BYTES_PER_EPISODE = 1_000_000  # bags, dataset, frame cache and latents of one episode, with room to spare
 _BYTES_OF_RUN = 300_000_000  # checkpoints, videos and the report
 _MOST_PICTURES = 6  # named after a stage
@@ -87,27 +69,6 @@ class Args:
     """Go on although a gate failed."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step of the demo.
-
-    Attributes:
-        name: key in stages.json.
-        title: what it does, for the heading.
-        commands: the public commands, each with its arguments.
-        needs: stages whose results it uses; it is redone when one of them is.
-        makes: folders that are cleared away when it is redone with other arguments.
-        typical_s: seconds it takes on two idle cores at this size.
-    """
-
-    name: str
-    title: str
-    commands: tuple[Command, ...]
-    needs: tuple[str, ...]
-    makes: tuple[Path, ...]
-    typical_s: float
-
-
 def plan(args: Args, jobs: int) -> list[Stage]:
     """The stages of the demo in their order; the last one, the report, has no command."""
     out, dataset, run, bags = args.out, args.out / "dataset", args.out / "run", args.out / "bags"
@@ -117,7 +78,8 @@ def plan(args: Args, jobs: int) -> list[Stage]:
     film = partial(command, "d4-rollout", run, dataset=dataset, seed=args.seed)
 
     def stage(name: str, needs: str, title: str, *commands: Command, makes: tuple[Path, ...] = ()) -> Stage:
-        return Stage(name, title, commands, tuple(needs.split()), makes, _typical_s(name, args))
+        gated, keeps = name not in ("record", "ingest"), name == "tokenizer"
+        return Stage(name, title, commands, tuple(needs.split()), makes, _typical_s(name, args), gated, keeps)
 
     def phase(name: str, needs: str, title: str, makes: tuple[Path, ...] = ()) -> Stage:
         return stage(name, needs, title, train(phases=name), film(phase=name), makes=makes)
@@ -143,15 +105,9 @@ def plan(args: Args, jobs: int) -> list[Stage]:
     ]
 
 
-def command(name: str, *positional: Path, **options: Any) -> Command:
-    """A public command with its options; a tuple gives an option several values, False leaves it out."""
-    words = [name, *map(str, positional)]
-    for key, value in options.items():
-        if value is not False:
-            words.append("--" + key.replace("_", "-"))
-        if not isinstance(value, bool):
-            words += [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
-    return tuple(words)
+def own_keys(args: Args) -> dict[str, str]:
+    """Keys of the stages, which depend neither on the place nor on the number of processes."""
+    return keys(plan(dataclasses.replace(args, out=Path("out"), force=False), 1))
 
 
 def _typical_s(name: str, args: Args) -> float:
@@ -163,130 +119,6 @@ def _typical_s(name: str, args: Args) -> float:
         size = args.scale
     fixed, growing = _TYPICAL_S[name]
     return fixed + growing * size
-
-
-def keys(args: Args) -> dict[str, str]:
-    """A key of every stage: equal keys mean equal results, wherever and however fast they were made."""
-    out: dict[str, str] = {}
-    for stage in plan(dataclasses.replace(args, out=Path("out"), force=False), 1):
-        text = json.dumps([stage.commands, [out[name] for name in stage.needs]])
-        out[stage.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return out
-
-
-class State:
-    """What has been begun and done in an out folder, kept in stages.json.
-
-    An entry holds `key`, `done`, `forced` (gates were allowed to fail) and `seconds` spent so far.
-    """
-
-    def __init__(self, args: Args, stages: list[Stage]) -> None:
-        self._path, self._stages, self._args = args.out / _STATE, stages, args
-        self._keys = keys(args)
-        self._entries: dict[str, dict[str, Any]] = {}
-        if self._path.exists():
-            try:
-                self._entries = json.loads(self._path.read_text())
-            except ValueError:
-                sentence = f"{self._path} is damaged: delete it, finished work is found anyway"
-                raise UserError(sentence) from None
-
-    def clear_stale(self) -> list[str]:
-        """Remove what stages made from other arguments; returns their names.
-
-        A run folder, in which training time lies, is kept once beside the new one as <name>.previous.
-        """
-        entries, own = self._entries, self._keys
-        stale = [s for s in self._stages if s.name in entries and entries[s.name]["key"] != own[s.name]]
-        for stage in stale:
-            for path in stage.makes:
-                _set_aside(path) if stage.name == "tokenizer" else shutil.rmtree(path, ignore_errors=True)
-            del entries[stage.name]
-        if stale:
-            self._write()
-        return [stage.name for stage in stale]
-
-    def is_done(self, name: str) -> bool:
-        """Whether the stage is finished; one whose gates were not in force counts with --force only."""
-        entry = self._entries.get(name, {})
-        return bool(entry.get("done")) and (self._args.force or not entry["forced"])
-
-    def note(self, name: str, seconds: float, done: bool) -> None:
-        """Add `seconds` of work on a stage, and whether that finished it."""
-        spent = round(self.seconds(name) + seconds, 1)
-        forced = self._args.force and name not in _UNGATED
-        self._entries[name] = {"key": self._keys[name], "done": done, "forced": forced, "seconds": spent}
-        self._write()
-
-    def seconds(self, name: str) -> float:
-        """Time spent on a stage so far, over all runs."""
-        return float(self._entries.get(name, {}).get("seconds", 0.0))
-
-    def left_s(self) -> float:
-        """Estimated seconds to the end: typical times, corrected by what the finished stages took."""
-        done = [s for s in self._stages if self.is_done(s.name)]
-        typical = sum(s.typical_s for s in done)
-        speed = sum(self.seconds(s.name) for s in done) / typical if typical else 1.0
-        left = (max(s.typical_s * speed - self.seconds(s.name), 1.0) for s in self._stages if s not in done)
-        return sum(left)
-
-    def _write(self) -> None:
-        aside = self._path.with_name(f".tmp-{_STATE}")
-        aside.write_text(json.dumps(self._entries, indent=1) + "\n")
-        os.replace(aside, self._path)
-
-
-def _set_aside(path: Path) -> None:
-    if path.exists():
-        previous = path.with_name(path.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        path.rename(previous)
-
-
-class Interrupted(Exception):
-    """This process was told to stop, by the signal of this number; the child was, too, and has ended."""
-
-
-def run_command(words: Command, env: Mapping[str, str]) -> int:
-    """Run a public command and return its exit code (negative: the signal that killed it).
-
-    The child leads a process group, so that Ctrl-C reaches it once, through us: a second signal would make it
-    stop without saving.
-
-    Raises:
-        Interrupted: after SIGINT, SIGTERM or SIGHUP, once the child has saved and left.
-    """
-    received: list[int] = []
-    child: subprocess.Popen[bytes] | None = None
-
-    def pass_on(number: int, _: Any) -> None:
-        received.append(number)
-        if child is not None:
-            # a closed terminal is a reason to save and leave, as Ctrl-C is
-            child.send_signal(signal.SIGINT if number == signal.SIGHUP else number)
-
-    with _handled_by(pass_on):
-        name, *arguments = words
-        argv = [sys.executable, "-m", MODULES[name], *arguments]
-        child = subprocess.Popen(argv, env=dict(env), process_group=0)
-        if received:
-            child.send_signal(signal.SIGINT)
-        code = child.wait()
-    if received:
-        raise Interrupted(received[0])
-    return code
-
-
-@contextmanager
-def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Handle signals that end a process, except those that are ignored (nohup)."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
 
 
 class Demo:
@@ -301,7 +133,7 @@ class Demo:
         args.out.mkdir(parents=True, exist_ok=True)
         contract = resources.files("d4_sim") / f"{WORLD}.yaml"
         (args.out / "robot.yaml").write_bytes(contract.read_bytes())
-        self.state = State(args, self.stages)
+        self.state = State(args.out, self.stages, own_keys(args), args.force)
 
     def run(self) -> int:
         """Run everything that is not done yet; returns the exit code."""
@@ -334,7 +166,7 @@ class Demo:
         try:
             code = self._commands(stage)
         finally:
-            self.state.note(stage.name, time.monotonic() - began, done=code == 0)
+            self.state.note(stage, time.monotonic() - began, done=code == 0)
         if code == 0:
             self._show(stage, since)
         return code
@@ -382,12 +214,6 @@ class Demo:
         self.console.print(summary_table(run), soft_wrap=False)
         self.say(f"all of it took {clock(sum(self.state.seconds(s.name) for s in self.stages))}")
         self.say(f"report: {run / 'report.html'}")
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 def _check(args: Args) -> None:

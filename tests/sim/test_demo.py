@@ -17,8 +17,9 @@ import pytest
 from d4_core import report
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
-from d4_sim import demo
-from d4_sim.demo import Args, State, clock, command, keys, plan
+from d4_sim import demo, stages
+from d4_sim.demo import Args, own_keys, plan
+from d4_sim.stages import State, clock, command
 
 # Stands in for every public command: notes its call, leaves a file, behaves as FAKE_<phase or command> says.
 FAKE = """
@@ -62,7 +63,7 @@ class Chain:
         for name in NAMES:
             (folder / f"fake_{name}.py").write_text(f"import os; os.environ['FAKE_SELF'] = '{name}'\n" + FAKE)
         self.modules = {name.replace("_", "-"): f"fake_{name}" for name in NAMES}
-        patch.setattr(demo, "MODULES", self.modules)
+        patch.setattr(stages, "MODULES", self.modules)
         patch.setenv("PYTHONPATH", str(folder))
         patch.setenv("FAKE_LOG", str(self.log))
         self.args = Args(out=self.out, episodes=50, jobs=1)
@@ -174,8 +175,8 @@ def test_a_killed_command_is_named(chain: Chain, monkeypatch, capfd) -> None:
 @pytest.mark.parametrize(("number", "passed"), [(signal.SIGINT, 2), (signal.SIGTERM, 15), (signal.SIGHUP, 2)])
 def test_a_signal_reaches_the_child_once_and_the_same_command_continues(chain: Chain, number, passed) -> None:
     program = (
-        "import sys; from d4_sim import demo; "
-        f"demo.MODULES = {chain.modules!r}; "
+        "import sys; from d4_sim import demo, stages; "
+        f"stages.MODULES = {chain.modules!r}; "
         f"sys.argv = ['d4-demo', '--out', {str(chain.out)!r}, '--episodes', '50']; demo.main()"
     )
     env = os.environ | {"FAKE_dynamics": "wait"}
@@ -199,7 +200,7 @@ def test_a_signal_reaches_the_child_once_and_the_same_command_continues(chain: C
 def test_an_ignored_hangup_stays_ignored() -> None:
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with demo._handled_by(lambda number, frame: None):
+        with stages.handled_by(lambda number, frame: None):
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGINT) != signal.default_int_handler
     finally:
@@ -208,13 +209,13 @@ def test_an_ignored_hangup_stays_ignored() -> None:
 
 def test_the_estimate_follows_what_was_measured(tmp_path: Path) -> None:
     args = Args(out=tmp_path)
-    stages = plan(args, 1)
-    state, total = State(args, stages), sum(stage.typical_s for stage in stages)
+    planned = plan(args, 1)
+    state = State(args.out, planned, own_keys(args), force=False)
+    total, first = sum(stage.typical_s for stage in planned), planned[0].typical_s
     assert state.left_s() == pytest.approx(total)
-    first = stages[0].typical_s
-    state.note("record", 2 * first, done=True)
+    state.note(planned[0], 2 * first, done=True)
     assert state.left_s() == pytest.approx(2 * (total - first))
-    state.note("ingest", 10.0, done=False)
+    state.note(planned[1], 10.0, done=False)
     assert state.left_s() == pytest.approx(2 * (total - first) - 10.0)
 
 
@@ -235,9 +236,9 @@ def test_every_phase_and_policy_has_its_place() -> None:
 
 
 def test_keys_depend_on_arguments_but_not_on_place_speed_or_force() -> None:
-    plain = keys(Args())
-    assert plain == keys(Args(out=Path("elsewhere"), jobs=7, force=True))
-    assert not set(plain.values()) & set(keys(Args(seed=1)).values())
+    plain = own_keys(Args())
+    assert plain == own_keys(Args(out=Path("elsewhere"), jobs=7, force=True))
+    assert not set(plain.values()) & set(own_keys(Args(seed=1)).values())
 
 
 def test_command_spells_options() -> None:

@@ -1,0 +1,205 @@
+"""Long work as a chain of stages: public commands, what each needs, and what has been done already.
+
+What is begun and done is noted in <out>/stages.json with a key of its commands, so that a second run reuses
+it, an interrupted run goes on where it was, and changed arguments redo the stages that depend on them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d4_datasets.errors import UserError
+
+# the public commands and the modules behind them, run by this interpreter whatever PATH says
+MODULES = {
+    "d4-record": "d4_sim.record",
+    "d4-ingest": "d4_datasets.ingest",
+    "d4-audit": "d4_datasets.audit",
+    "d4-train": "d4_core.train",
+    "d4-rollout": "d4_core.rollout",
+    "d4-eval": "d4_sim.evaluate",
+}
+Command = tuple[str, ...]
+
+_STATE = "stages.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the demo.
+
+    Attributes:
+        name: key in stages.json.
+        title: what it does, for the heading.
+        commands: the public commands, each with its arguments.
+        needs: stages whose results it uses; it is redone when one of them is.
+        makes: folders that are cleared away when it is redone with other arguments.
+        typical_s: seconds it takes on two idle cores at this size.
+        gated: a gate may fail in it, so that a result made with --force is not one made without.
+        keeps: what it makes holds training time, and is set aside instead of cleared away.
+    """
+
+    name: str
+    title: str
+    commands: tuple[Command, ...]
+    needs: tuple[str, ...]
+    makes: tuple[Path, ...]
+    typical_s: float
+    gated: bool = True
+    keeps: bool = False
+
+
+def command(name: str, *positional: Path, **options: Any) -> Command:
+    """A public command with its options; a tuple gives an option several values, False leaves it out."""
+    words = [name, *map(str, positional)]
+    for key, value in options.items():
+        if value is not False:
+            words.append("--" + key.replace("_", "-"))
+        if not isinstance(value, bool):
+            words += [str(v) for v in value] if isinstance(value, tuple) else [str(value)]
+    return tuple(words)
+
+
+def keys(stages: Sequence[Stage]) -> dict[str, str]:
+    """A key of every stage: equal keys mean equal results, wherever and however fast they were made.
+
+    The stages must be planned for one folder and one number of processes whatever the real ones are.
+    """
+    out: dict[str, str] = {}
+    for stage in stages:
+        text = json.dumps([stage.commands, [out[name] for name in stage.needs]])
+        out[stage.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return out
+
+
+class State:
+    """What has been begun and done in an out folder, kept in stages.json.
+
+    An entry holds `key`, `done`, `forced` (gates were allowed to fail) and `seconds` spent so far.
+    """
+
+    def __init__(self, out: Path, stages: Sequence[Stage], keys: Mapping[str, str], force: bool) -> None:
+        self._path, self._stages, self._keys, self._force = out / _STATE, stages, keys, force
+        self._entries: dict[str, dict[str, Any]] = {}
+        if self._path.exists():
+            try:
+                self._entries = json.loads(self._path.read_text())
+            except ValueError:
+                sentence = f"{self._path} is damaged: delete it, finished work is found anyway"
+                raise UserError(sentence) from None
+
+    def clear_stale(self) -> list[str]:
+        """Remove what stages made from other arguments; returns their names.
+
+        A run folder, in which training time lies, is kept once beside the new one as <name>.previous.
+        """
+        entries = self._entries
+        stale = [
+            s for s in self._stages if s.name in entries and entries[s.name]["key"] != self._keys[s.name]
+        ]
+        for stage in stale:
+            for path in stage.makes:
+                _set_aside(path) if stage.keeps else shutil.rmtree(path, ignore_errors=True)
+            del entries[stage.name]
+        if stale:
+            self._write()
+        return [stage.name for stage in stale]
+
+    def is_done(self, name: str) -> bool:
+        """Whether the stage is finished; one whose gates were not in force counts with --force only."""
+        entry = self._entries.get(name, {})
+        return bool(entry.get("done")) and (self._force or not entry["forced"])
+
+    def note(self, stage: Stage, seconds: float, done: bool) -> None:
+        """Add `seconds` of work on a stage, and whether that finished it."""
+        name, forced = stage.name, self._force and stage.gated
+        spent = round(self.seconds(name) + seconds, 1)
+        self._entries[name] = {"key": self._keys[name], "done": done, "forced": forced, "seconds": spent}
+        self._write()
+
+    def seconds(self, name: str) -> float:
+        """Time spent on a stage so far, over all runs."""
+        return float(self._entries.get(name, {}).get("seconds", 0.0))
+
+    def left_s(self) -> float:
+        """Estimated seconds to the end: typical times, corrected by what the finished stages took."""
+        done = [s for s in self._stages if self.is_done(s.name)]
+        typical = sum(s.typical_s for s in done)
+        speed = sum(self.seconds(s.name) for s in done) / typical if typical else 1.0
+        left = (max(s.typical_s * speed - self.seconds(s.name), 1.0) for s in self._stages if s not in done)
+        return sum(left)
+
+    def _write(self) -> None:
+        aside = self._path.with_name(f".tmp-{_STATE}")
+        aside.write_text(json.dumps(self._entries, indent=1) + "\n")
+        os.replace(aside, self._path)
+
+
+def _set_aside(path: Path) -> None:
+    if path.exists():
+        previous = path.with_name(path.name + ".previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        path.rename(previous)
+
+
+class Interrupted(Exception):
+    """This process was told to stop, by the signal of this number; the child was, too, and has ended."""
+
+
+def run_command(words: Command, env: Mapping[str, str]) -> int:
+    """Run a public command and return its exit code (negative: the signal that killed it).
+
+    The child leads a process group, so that Ctrl-C reaches it once, through us: a second signal would make it
+    stop without saving.
+
+    Raises:
+        Interrupted: after SIGINT, SIGTERM or SIGHUP, once the child has saved and left.
+    """
+    received: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, _: Any) -> None:
+        received.append(number)
+        if child is not None:
+            # a closed terminal is a reason to save and leave, as Ctrl-C is
+            child.send_signal(signal.SIGINT if number == signal.SIGHUP else number)
+
+    with handled_by(pass_on):
+        name, *arguments = words
+        argv = [sys.executable, "-m", MODULES[name], *arguments]
+        child = subprocess.Popen(argv, env=dict(env), process_group=0)
+        if received:
+            child.send_signal(signal.SIGINT)
+        code = child.wait()
+    if received:
+        raise Interrupted(received[0])
+    return code
+
+
+@contextmanager
+def handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handle signals that end a process, except those that are ignored (nohup)."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
