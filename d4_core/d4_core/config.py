@@ -213,7 +213,7 @@ PRESETS: dict[str, Preset] = {
         tokenizer_training=TokenizerTraining(steps=1500, batch=64, length=8, clip_share=0.2),
         dynamics_training=_NANO_DYNAMICS,
         agent_training=AgentTraining(
-            steps=2500, batch=64, length=4, long_length=16,
+            steps=2500, batch=64, length=4, long_length=24,
             dynamics=replace(_NANO_DYNAMICS, bootstrap_warmup=0.0, bootstrap_rows=0.1),
         ),
         imagination_training=ImaginationTraining(

@@ -24,6 +24,8 @@ from rich.console import Console
 from d4_core import threads
 from d4_datasets.errors import UserError, run_cli
 from d4_sim.stages import Command, Interrupted, Stage, State, clock, command, keys, run_command
+from d4_sim.study import Args as StudyArgs
+from d4_sim.study import Study
 
 WORLD = "yard"
 BASELINES = ("random", "data", "bc_scratch", "wm_bc")
@@ -49,6 +51,11 @@ class Args:
     A second run reuses what is there. After Ctrl-C the same command continues.
     """
 
+    study: Literal["learning"] | None = None
+    """Instead of one run, the experiment of docs/results/learning.md, in <out>/learning: chains over several
+    seeds and worlds, all baselines, ablations. Hours; --only picks."""
+    only: tuple[str, ...] = ()
+    """Stages of a study whose names begin like this; without it all that are not done yet."""
     out: Path = Path("runs/demo")
     """Folder for everything that is made: bags, dataset, run."""
     episodes: int = 3000
@@ -60,11 +67,11 @@ class Args:
     scale: float = 1.0
     """Multiplies the training steps of every phase."""
     eval_episodes: int = 100
-    """Episodes per policy in the evaluation."""
+    """Episodes per policy in the evaluation; a study drives twice as many per seed."""
     preset: Literal["nano", "small", "base", "large", "paper"] = "nano"
     """Model size and training settings that go with it."""
     jobs: Literal["auto"] | int = "auto"
-    """Processes that record and ingest; auto takes the free cores."""
+    """Processes that record and ingest, or stages of a study side by side; auto takes the free cores."""
     force: bool = False
     """Go on although a gate failed."""
 
@@ -240,6 +247,16 @@ def _require_space(args: Args) -> None:
         )
 
 
+def _study(args: Args) -> Study:
+    jobs = threads.free_cores() if args.jobs == "auto" else args.jobs
+    return Study(
+        StudyArgs(
+            out=args.out / str(args.study), episodes=args.episodes, labelled=args.labelled, scale=args.scale,
+            eval_episodes=2 * args.eval_episodes, preset=args.preset, jobs=jobs, only=args.only,
+        )
+    )  # fmt: skip
+
+
 def main() -> None:
     """Entry point of ``d4-demo``."""
     run_cli(_main)
@@ -249,7 +266,7 @@ def _main() -> int:
     args = tyro.cli(Args, prog="d4-demo")
     _check(args)
     try:
-        return Demo(args).run()
+        return (_study(args) if args.study else Demo(args)).run()
     except (Interrupted, KeyboardInterrupt) as stop:
         print("stopped; what is done is kept and the same command continues", file=sys.stderr)
         return 128 + int(stop.args[0]) if isinstance(stop, Interrupted) else 130

@@ -29,6 +29,9 @@ MODULES = {
     "d4-train": "d4_core.train",
     "d4-rollout": "d4_core.rollout",
     "d4-eval": "d4_sim.evaluate",
+    # steps of a study that are no command of their own
+    "measure": "d4_sim.measure",
+    "ladder": "d4_sim.ladder",
 }
 Command = tuple[str, ...]
 
@@ -60,7 +63,7 @@ class Stage:
     keeps: bool = False
 
 
-def command(name: str, *positional: Path, **options: Any) -> Command:
+def command(name: str, *positional: Path | str, **options: Any) -> Command:
     """A public command with its options; a tuple gives an option several values, False leaves it out."""
     words = [name, *map(str, positional)]
     for key, value in options.items():
