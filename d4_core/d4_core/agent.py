@@ -86,7 +86,11 @@ class Head(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """(.., inputs) to (.., leads, outputs)."""
-        return self.out(self.trunk(h)).unflatten(-1, (self.leads, -1))
+        return self.read(self.trunk(h))
+
+    def read(self, features: Tensor) -> Tensor:
+        """Outputs (.., leads, outputs) of the trunk's features (.., hidden)."""
+        return self.out(features).unflatten(-1, (self.leads, -1))
 
     def first(self, h: Tensor) -> Tensor:
         """(.., inputs) to (.., outputs) of lead 0."""

@@ -1,101 +1,172 @@
-"""Behaviour cloning from scratch: what the labelled part of the logs is worth without a world model."""
+"""Baselines without a world model: behaviour cloning from scratch, and cloning from pseudo-labels (VPT).
+
+Both clone with the same small convolutional policy. From scratch, it sees the labelled part of the logs. In
+the style of VPT (Baker et al. 2022), an inverse dynamics model, which may look at the frames after an action,
+is trained on that part first and labels all other frames; the policy is then cloned from all of them.
+
+Shape suffixes: B batch, F stacked frames, V numbers of proprioception, A action size, P action parameters.
+"""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from d4_core.actions import ActionPart, ActionSpace
+from d4_core.config import action_parts
 from d4_core.data import Logs
-from d4_core.phase import Batch, Losses, Metrics, Phase
+from d4_core.loop import train
+from d4_core.models import weights_hash
+from d4_core.optim import OptimConfig
+from d4_core.phase import Batch, Losses, Metrics, Phase, freeze
 from d4_core.phases import relevant_episodes
+from d4_core.tokenizer import Vector
+from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
+
+_OPTIM = OptimConfig(lr=1e-3, weight_decay=0.05)
+_CHUNK = 512  # frames labelled at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScratchTraining:
-    """Training of the baseline: `frames` stacked pictures in, the same action distribution out."""
+    """Training of the policy: `frames` stacked pictures in, the same action distribution out."""
 
     steps: int = 1500
     batch: int = 64
     frames: int = 3
     shift: int = 2
+    bins: int = 15
     relevant_return: float = 0.4
 
 
-class ScratchPolicy(nn.Module):
-    """Strided convolutions over stacked frames of one camera; the task is another input of the head."""
+@dataclass(frozen=True, kw_only=True)
+class InverseTraining:
+    """Training of the inverse dynamics model.
 
-    def __init__(
-        self, parts: tuple[ActionPart, ...], bins: int, num_tasks: int, size: tuple[int, int], frames: int
-    ) -> None:
+    Attributes:
+        lags: frames t + lag that tell what a_t was. A command takes force after frame t and the robot lags
+            behind it, so that its effect is complete only at t + 2.
+        bins: finer than a policy's, because the most likely bin becomes the label.
+    """
+
+    steps: int = 1500
+    batch: int = 64
+    lags: tuple[int, ...] = (-1, 0, 1, 2)
+    shift: int = 2
+    bins: int = 41
+
+
+# ---- networks
+
+
+class FrameStack(nn.Module):
+    """Strided convolutions over stacked frames of one camera, beside the proprioception of the same frames.
+
+    Args:
+        size: height and width of the pictures.
+        frames: F.
+        vectors: proprioceptive inputs; standardised, see `set_statistics`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, size: tuple[int, int], frames: int, vectors: tuple[Vector, ...] = ()) -> None:
         super().__init__()
-        self.space, self.num_tasks, self.frames = ActionSpace(parts, bins), num_tasks, frames
-        widths = (3 * frames, 32, 64, 96, 128)
+        self.frames, self.vectors = frames, vectors
         layers: list[nn.Module] = []
-        for a, b in itertools.pairwise(widths):
+        for a, b in itertools.pairwise((3 * frames, 32, 64, 96, 128)):
             layers += [nn.Conv2d(a, b, 4, 2, 1), nn.GroupNorm(8, b), nn.SiLU()]
         self.trunk = nn.Sequential(*layers, nn.Flatten())
-        features = 128 * (size[0] // 16) * (size[1] // 16)
-        self.head = nn.Sequential(
-            nn.Linear(features + num_tasks, 256), nn.SiLU(), nn.Linear(256, self.space.num_params)
-        )
+        numbers = sum(v.size for v in vectors)
+        self.register_buffer("mean", torch.zeros(numbers))
+        self.register_buffer("std", torch.ones(numbers))
+        self.features = 128 * (size[0] // 16) * (size[1] // 16) + frames * numbers
 
-    def forward(self, stack: Tensor, task: Tensor) -> Tensor:
-        """uint8 (B, F, H, W, 3), oldest first, and tasks (B,) to action parameters (B, P)."""
-        x = stack.permute(0, 1, 4, 2, 3).flatten(1, 2).float() / 255 - 0.5
-        one_hot = nn.functional.one_hot(task, self.num_tasks).to(x.dtype)
-        return self.head(torch.cat([self.trunk(x), one_hot], 1))
+    def set_statistics(self, logs: Logs, frames: np.ndarray) -> None:
+        """Mean and spread of the proprioception at these frames of the logs."""
+        if self.vectors:
+            x = torch.from_numpy(join_vectors(logs.vectors, self.vectors, frames))
+            self.mean.copy_(x.mean(0))
+            self.std.copy_(x.std(0).clamp_min(1e-6))
+
+    def forward(self, stack_BFHWC: Tensor, vectors_BFV: Tensor) -> Tensor:
+        """uint8 pictures and proprioception, oldest first, to features (B, features)."""
+        x = stack_BFHWC.permute(0, 1, 4, 2, 3).flatten(1, 2).float() / 255 - 0.5
+        return torch.cat([self.trunk(x), ((vectors_BFV - self.mean) / self.std).flatten(1)], 1)
 
 
-class ScratchPhase(Phase):
-    """Clones the labelled, relevant frames with random shifts, as image-based cloning is usually done."""
+class ScratchPolicy(nn.Module):
+    """The policy of both baselines; the task is another input of the head."""
 
-    name = "bc_scratch"
+    def __init__(
+        self, parts: tuple[ActionPart, ...], bins: int, num_tasks: int, size: tuple[int, int], frames: int,
+        vectors: tuple[Vector, ...] = (),
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.space, self.num_tasks = ActionSpace(parts, bins), num_tasks
+        self.look = FrameStack(size, frames, vectors)
+        self.head = _head(self.look.features + num_tasks, self.space)
 
-    def __init__(self, cfg: ScratchTraining, policy: ScratchPolicy, logs: Logs, episodes: np.ndarray) -> None:
-        super().__init__(cfg.steps, {"policy": 1.0})
-        self.cfg, self.policy, self.logs = cfg, policy, logs
-        self.camera = next(iter(logs.images))
-        self._start = np.repeat(logs.episode_start, logs.episode_length)
-        self._frames = []
-        for task in range(policy.num_tasks):
-            relevant = relevant_episodes(logs, episodes, task, cfg.relevant_return)
-            self._frames.append(np.flatnonzero(np.isin(logs.episode_index, relevant) & logs.action_mask))
-        if not any(map(len, self._frames)):
-            raise UserError("no labelled episode accomplishes a task: there is nothing to clone from scratch")
+    def forward(self, stack_BFHWC: Tensor, vectors_BFV: Tensor, task: Tensor) -> Tensor:
+        """Frames, oldest first, and tasks (B,) to action parameters (B, P)."""
+        features = self.look(stack_BFHWC, vectors_BFV)
+        one_hot = nn.functional.one_hot(task, self.num_tasks).to(features.dtype)
+        return self.head(torch.cat([features, one_hot], 1))
 
-    def sample(self, rng: np.random.Generator, step: int) -> Batch:
-        """Stacks (B, F, H, W, 3), tasks (B,) and actions (B, A)."""
-        usable = [q for q, frames in enumerate(self._frames) if len(frames)]
-        task = rng.choice(usable, self.cfg.batch)
-        t = np.array([rng.choice(self._frames[q]) for q in task])
-        lags = np.arange(self.cfg.frames - 1, -1, -1)
-        index = np.maximum(t[:, None] - lags, self._start[t][:, None])
-        stack = self.logs.images[self.camera][index]
-        stack = shift(stack, rng.integers(-self.cfg.shift, self.cfg.shift + 1, (self.cfg.batch, 2)))
-        return {
-            "stack": torch.from_numpy(stack),
-            "task": torch.from_numpy(task),
-            "action": torch.from_numpy(self.logs.action[t].astype(np.float32)),
-        }
 
-    def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:
-        """Negative log-likelihood in nats."""
-        params = self.policy(batch["stack"], batch["task"])
-        return {"policy": -self.policy.space.log_prob(params, batch["action"]).mean()}, {}
+class InverseDynamics(nn.Module):
+    """What was the action at a frame, seen from the frames around it, later ones included?"""
 
-    def group(self, name: str, p: nn.Parameter) -> str:
-        """Plain AdamW."""
-        return "adamw"
+    def __init__(
+        self, parts: tuple[ActionPart, ...], bins: int, size: tuple[int, int], lags: tuple[int, ...],
+        vectors: tuple[Vector, ...] = (),
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.space, self.lags = ActionSpace(parts, bins), lags
+        self.look = FrameStack(size, len(lags), vectors)
+        self.head = _head(self.look.features, self.space)
 
-    def checkpoint_modules(self) -> dict[str, nn.Module]:
-        """The policy."""
-        return {"policy": self.policy}
+    def forward(self, stack_BFHWC: Tensor, vectors_BFV: Tensor) -> Tensor:
+        """Frames t + lags to parameters (B, P) of the action at t."""
+        return self.head(self.look(stack_BFHWC, vectors_BFV))
+
+
+def _head(features: int, space: ActionSpace) -> nn.Module:
+    return nn.Sequential(nn.Linear(features, 256), nn.SiLU(), nn.Linear(256, space.num_params))
+
+
+# ---- data
+
+
+def join_vectors(vectors: dict[str, np.ndarray], which: tuple[Vector, ...], index: Any) -> np.ndarray:
+    """The named vectors at `index` side by side, float32 (*index.shape, V)."""
+    parts = [np.asarray(vectors[v.name][index], np.float32) for v in which]
+    return np.concatenate(parts, -1) if parts else np.zeros((*np.shape(index), 0), np.float32)
+
+
+class Stacks:
+    """Frames t + lags of the logs' first camera and proprioception; an episode's end frames are repeated."""
+
+    def __init__(self, logs: Logs, lags: tuple[int, ...], vectors: tuple[Vector, ...]) -> None:
+        self._logs, self._lags, self._vectors = logs, np.array(lags), vectors
+        self._camera = next(iter(logs.images))
+        self._first = np.repeat(logs.episode_start, logs.episode_length)
+        self._last = self._first + np.repeat(logs.episode_length, logs.episode_length) - 1
+
+    def __call__(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 (B, F, H, W, 3) and float32 (B, F, V) around the frames t (B,)."""
+        index = np.clip(t[:, None] + self._lags, self._first[t][:, None], self._last[t][:, None])
+        vectors = join_vectors(self._logs.vectors, self._vectors, index)
+        return self._logs.images[self._camera][index], vectors
 
 
 def shift(stack: np.ndarray, offset: np.ndarray) -> np.ndarray:
@@ -107,3 +178,228 @@ def shift(stack: np.ndarray, offset: np.ndarray) -> np.ndarray:
         columns = np.clip(np.arange(width) + dx, 0, width - 1)
         out[i] = stack[i][:, rows][:, :, columns]
     return out
+
+
+# ---- phases
+
+
+class StackPhase(Phase):
+    """Log-likelihood of actions given randomly shifted stacks, as image-based cloning is usually done."""
+
+    def __init__(self, cfg: ScratchTraining | InverseTraining, logs: Logs, stacks: Stacks) -> None:
+        super().__init__(cfg.steps, {"policy": 1.0})
+        self.batch, self.shift, self.logs, self.stacks = cfg.batch, cfg.shift, logs, stacks
+
+    def examples(self, rng: np.random.Generator, t: np.ndarray) -> Batch:
+        """Stacks, proprioception and actions (B, A) of the frames t (B,)."""
+        stack, vectors = self.stacks(t)
+        stack = shift(stack, rng.integers(-self.shift, self.shift + 1, (len(t), 2)))
+        arrays = {"stack": stack, "vectors": vectors, "action": self.logs.action[t].astype(np.float32)}
+        return {name: torch.from_numpy(value) for name, value in arrays.items()}
+
+    def group(self, name: str, p: nn.Parameter) -> str:
+        """Plain AdamW."""
+        return "adamw"
+
+
+class ScratchPhase(StackPhase):
+    """Clones the labelled frames of episodes that accomplish a task."""
+
+    def __init__(
+        self, cfg: ScratchTraining, policy: ScratchPolicy, logs: Logs, episodes: np.ndarray,
+        name: str = "bc_scratch",
+    ) -> None:  # fmt: skip
+        super().__init__(cfg, logs, Stacks(logs, tuple(range(1 - cfg.frames, 1)), policy.look.vectors))
+        self.name, self.policy = name, policy
+        self._frames = []
+        for task in range(policy.num_tasks):
+            relevant = relevant_episodes(logs, episodes, task, cfg.relevant_return)
+            self._frames.append(np.flatnonzero(np.isin(logs.episode_index, relevant) & logs.action_mask))
+        if not any(map(len, self._frames)):
+            raise UserError("no labelled episode accomplishes a task: there is nothing to clone from scratch")
+        policy.look.set_statistics(logs, np.concatenate(self._frames))
+
+    def sample(self, rng: np.random.Generator, step: int) -> Batch:
+        """`examples` with their tasks (B,): every task that was accomplished equally often."""
+        usable = [q for q, frames in enumerate(self._frames) if len(frames)]
+        task = rng.choice(usable, self.batch)
+        t = np.array([rng.choice(self._frames[q]) for q in task])
+        return self.examples(rng, t) | {"task": torch.from_numpy(task)}
+
+    def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:
+        """Negative log-likelihood in nats."""
+        params = self.policy(batch["stack"], batch["vectors"], batch["task"])
+        return {"policy": -self.policy.space.log_prob(params, batch["action"]).mean()}, {}
+
+    def checkpoint_modules(self) -> dict[str, nn.Module]:
+        """The policy."""
+        return {"policy": self.policy}
+
+
+class InversePhase(StackPhase):
+    """Trains the inverse dynamics model on all labelled frames, whatever came of them."""
+
+    name = "vpt_idm"
+
+    def __init__(
+        self, cfg: InverseTraining, inverse: InverseDynamics, logs: Logs, episodes: np.ndarray
+    ) -> None:
+        super().__init__(cfg, logs, Stacks(logs, inverse.lags, inverse.look.vectors))
+        self.inverse = inverse
+        self._frames = np.flatnonzero(answered(logs, episodes) & logs.action_mask)
+        if not len(self._frames):
+            raise UserError("no training frame has a known action: there is no inverse dynamics to learn")
+        inverse.look.set_statistics(logs, self._frames)
+
+    def sample(self, rng: np.random.Generator, step: int) -> Batch:
+        """`examples` drawn uniformly."""
+        return self.examples(rng, rng.choice(self._frames, self.batch))
+
+    def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:
+        """Negative log-likelihood in nats."""
+        params = self.inverse(batch["stack"], batch["vectors"])
+        return {"policy": -self.inverse.space.log_prob(params, batch["action"]).mean()}, {}
+
+    def checkpoint_modules(self) -> dict[str, nn.Module]:
+        """The inverse dynamics model."""
+        return {"inverse": self.inverse}
+
+
+def answered(logs: Logs, episodes: np.ndarray) -> np.ndarray:
+    """(N,) bool: frames of these episodes that another frame follows, so that their action shows."""
+    out = np.isin(logs.episode_index, episodes)
+    out[logs.episode_start + logs.episode_length - 1] = False
+    return out
+
+
+# ---- pseudo-labels
+
+
+@dataclass
+class Relabelled:
+    """Logs with other actions; everything else is theirs."""
+
+    logs: Logs
+    action: np.ndarray
+    action_mask: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.labelled = np.logical_or.reduceat(self.action_mask, self.logs.episode_start)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.logs, name)
+
+
+def relabel(logs: Logs, labels: np.ndarray, episodes: np.ndarray) -> Logs:
+    """The logs with `labels` (N, A) for the unknown actions of these episodes; known ones stay."""
+    unknown = answered(logs, episodes) & ~logs.action_mask
+    action = np.where(unknown[:, None], labels, logs.action)
+    return cast(Logs, Relabelled(logs, action, logs.action_mask | unknown))
+
+
+@torch.no_grad()
+def infer(inverse: InverseDynamics, logs: Logs, frames: np.ndarray) -> Tensor:
+    """Action parameters (n, P) of these frames (n,)."""
+    stacks, parts = Stacks(logs, inverse.lags, inverse.look.vectors), []
+    for first in range(0, len(frames), _CHUNK):
+        stack, vectors = stacks(frames[first : first + _CHUNK])
+        parts.append(inverse(torch.from_numpy(stack), torch.from_numpy(vectors)))
+    return torch.cat(parts) if parts else torch.zeros(0, inverse.space.num_params)
+
+
+def inverse_error(inverse: InverseDynamics, logs: Logs, episodes: np.ndarray) -> dict[str, Any]:
+    """How far labels are from the known actions of (held-out) episodes.
+
+    Returns:
+        frames: how many; mae, spread: mean absolute error of the label and standard deviation of the action,
+        per action dimension in contract units; relative_mae: their mean ratio; nats: mean surprise.
+    """
+    frames = np.flatnonzero(answered(logs, episodes) & logs.action_mask)
+    if not len(frames):
+        return {"frames": 0}
+    params, action = infer(inverse, logs, frames), logs.action[frames].astype(np.float32)
+    mae = np.abs(inverse.space.mode(params).numpy() - action).mean(0)
+    spread = action.std(0)
+    return {
+        "frames": len(frames),
+        "mae": mae.tolist(),
+        "spread": spread.tolist(),
+        "relative_mae": float((mae / np.maximum(spread, 1e-6)).mean()),
+        "nats": -float(inverse.space.log_prob(params, torch.from_numpy(action)).mean()),
+    }
+
+
+# ---- training
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineTrainer:
+    """Trains the baselines into a run folder, or loads them from there.
+
+    Attributes:
+        run: gets bc_scratch, or vpt_idm, vpt and the pseudo-labels in vpt_labels.
+        data: names the logs and their labels; other data train afresh.
+        episodes: ids to train on.
+        scratch, inverse: settings.
+    """
+
+    run: Path
+    contract: Contract
+    logs: Logs
+    data: str
+    episodes: np.ndarray
+    seed: int
+    scratch: ScratchTraining = ScratchTraining()
+    inverse: InverseTraining = InverseTraining()
+
+    def clone(self) -> ScratchPolicy:
+        """The policy cloned from the known actions."""
+        return self._clone(self.logs, "bc_scratch", {})
+
+    def vpt(self) -> tuple[ScratchPolicy, InverseDynamics]:
+        """The policy cloned from known and pseudo-labelled actions, and the model that labelled."""
+        inverse = self._train_inverse()
+        tag = weights_hash(self.run / InversePhase.name)
+        logs = relabel(self.logs, self._labels(inverse, tag), self.episodes)
+        return self._clone(logs, "vpt", {"labels": tag}), inverse
+
+    def _clone(self, logs: Logs, name: str, identity: dict[str, Any]) -> ScratchPolicy:
+        cfg, num_tasks = self.scratch, max(1, len(self.contract.task_names))
+        torch.manual_seed(self.seed)
+        shape = (action_parts(self.contract), cfg.bins, num_tasks, self._size(), cfg.frames, self._vectors())
+        policy = ScratchPolicy(*shape)
+        self._train(ScratchPhase(cfg, policy, logs, self.episodes, name), asdict(cfg) | identity)
+        return freeze(policy)
+
+    def _train_inverse(self) -> InverseDynamics:
+        cfg = self.inverse
+        torch.manual_seed(self.seed)
+        shape = (action_parts(self.contract), cfg.bins, self._size(), cfg.lags, self._vectors())
+        inverse = InverseDynamics(*shape)
+        self._train(InversePhase(cfg, inverse, self.logs, self.episodes), asdict(cfg))
+        return freeze(inverse)
+
+    def _train(self, phase: StackPhase, identity: dict[str, Any]) -> None:
+        config = {"phase": phase.name, "training": identity, "data": self.data}
+        train(phase, self.run, seed=self.seed, optim=_OPTIM, contract=self.contract, config=config)
+
+    def _labels(self, inverse: InverseDynamics, tag: str) -> np.ndarray:
+        """Most likely actions (N, A), zeros where none is needed; kept under the labelling weights' hash."""
+        path = self.run / "vpt_labels" / f"labels-{tag}.npy"
+        if not path.exists():
+            frames = np.flatnonzero(answered(self.logs, self.episodes) & ~self.logs.action_mask)
+            labels = np.zeros(self.logs.action.shape, np.float32)
+            labels[frames] = inverse.space.mode(infer(inverse, self.logs, frames)).numpy()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+            np.save(aside, labels)
+            os.replace(aside, path)
+        return np.load(path)
+
+    def _size(self) -> tuple[int, int]:
+        size = self.contract.images[0].size
+        assert size is not None
+        return size
+
+    def _vectors(self) -> tuple[Vector, ...]:
+        return tuple(Vector(name=v.name, size=len(v.select)) for v in self.contract.vectors("input"))

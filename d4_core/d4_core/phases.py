@@ -440,8 +440,8 @@ class ImaginationPhase(Phase):
             returns = lambda_returns(roll.reward, roll.proceed, value, cfg.discount, cfg.trace)
             weight = weights_of_frames(roll.proceed) * alive
             prior = self.prior.first(h)
-        leads = self.policy(h)
-        params = leads[:, :, 0]
+        features = self.policy.trunk(h)
+        params = self.policy.read(features)[:, :, 0]
         log_prob = self.agent.space.log_prob(params, roll.action)
         advantage = returns - value[:, :-1]
         kl = (self.agent.space.kl(params, prior) * weight).sum() / weight.sum().clamp_min(1e-6)
@@ -458,8 +458,9 @@ class ImaginationPhase(Phase):
         # the zero-initialised critic would sign the first advantages at random
         warm = 0.0 if step < cfg.warmup * self.cfg.steps else 1.0
         losses = {"policy": warm * policy, "value": value_loss}
-        if leads.shape[2] > 1:
-            losses["leads"] = self._follow(leads, roll.action, weight)
+        if self.policy.leads > 1:
+            # on the features as they are: what the leads learn must not move the policy
+            losses["leads"] = self._follow(self.policy.read(features.detach()), roll.action, weight)
         return losses, metrics
 
     def _follow(self, leads: Tensor, action: Tensor, weight: Tensor) -> Tensor:

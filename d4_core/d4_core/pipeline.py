@@ -97,7 +97,8 @@ class Pipeline:
         torch.manual_seed(self.args.seed * 1000 + list(CONTENTS).index(phase))
         work = self._prepare(phase)
         optim = getattr(self.preset.optim, phase)
-        config = {"phase": phase, "preset": self.preset.up_to(phase), "data": self._data_identity()}
+        data = data_identity(self.args.dataset, self.logs)
+        config = {"phase": phase, "preset": self.preset.up_to(phase), "data": data}
         if phase in BEFORE:
             # retrained inputs start this phase afresh
             config["before"] = weights_hash(self.folder(BEFORE[phase]))
@@ -161,12 +162,6 @@ class Pipeline:
                 "untrained: sample with --set imagination_training.settings.finest_label=true"
             )
 
-    def _data_identity(self) -> str:
-        """Names the data in the checkpoint's card and ties the checkpoint to it."""
-        digest = hashlib.sha256((self.args.dataset / "meta" / "d4.json").read_bytes()).hexdigest()[:12]
-        episodes, labelled = len(self.logs.episode_start), int(self.logs.action_mask.sum())
-        return f"{digest}: {self.logs.num_frames} frames, {episodes} episodes, {labelled} labelled frames"
-
     def _require_labels(self) -> None:
         if not self.logs.labelled[self.train].any():
             topics = ", ".join(a.topic for a in self.contract.actions)
@@ -223,6 +218,13 @@ class Pipeline:
             torch.distributed.destroy_process_group()
 
 
+def data_identity(dataset: Path, logs: Windows) -> str:
+    """Names the data in a checkpoint's card and ties the checkpoint to it."""
+    digest = hashlib.sha256((dataset / "meta" / "d4.json").read_bytes()).hexdigest()[:12]
+    episodes, labelled = len(logs.episode_start), int(logs.action_mask.sum())
+    return f"{digest}: {logs.num_frames} frames, {episodes} episodes, {labelled} labelled frames"
+
+
 def pick_device(name: str) -> torch.device:
     """auto, cpu or cuda as a device; under torchrun each rank takes the GPU of its local rank.
 
@@ -240,4 +242,4 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-__all__ = ["Pipeline", "Preset", "pick_device"]
+__all__ = ["Pipeline", "Preset", "data_identity", "pick_device"]

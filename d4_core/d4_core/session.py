@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from d4_core.agent import Head
-from d4_core.baselines import ScratchPolicy
+from d4_core.baselines import ScratchPolicy, join_vectors
 from d4_core.imagination import Dream
 from d4_core.models import Models
 from d4_core.tokenizer import Tokenizer
@@ -56,6 +56,7 @@ class PolicySession:
         self.gen = torch.Generator(self.device)
         self.dream = Dream(models.dynamics, models.agent, batch, self.gen)
         self.cache = models.tokenizer.new_cache(batch)
+        self.features = torch.zeros(batch, models.agent.policy.inputs, device=self.device)  # h of the frame
         self.predicted_reward = torch.zeros(batch, device=self.device)
         self._action = torch.zeros(batch, models.dynamics.space.size, device=self.device)
         self._known = torch.zeros(batch, dtype=torch.bool, device=self.device)
@@ -85,35 +86,40 @@ class PolicySession:
         tokenizer = self.models.tokenizer
         obs = observe(tokenizer, images, vectors, self.device)
         tokens = tokenizer.pack(tokenizer.encode_step(obs, self.cache))
-        h = self.dream.observe(tokens, self._action, self._known, self._task)
-        params = self.head.first(h)
-        space = self.models.dynamics.space
-        self._action.copy_(space.mode(params) if self.argmax else space.sample(params, self.gen))
+        self.features = self.dream.observe(tokens, self._action, self._known, self._task)
+        self._action.copy_(self._choose(self.features, alive))
         self._known.fill_(True)
-        self.predicted_reward.copy_(self.models.agent.predict_reward(h))
+        self.predicted_reward.copy_(self.models.agent.predict_reward(self.features))
         return self._action.cpu().numpy()
+
+    def _choose(self, h: torch.Tensor, alive: np.ndarray) -> torch.Tensor:
+        """Actions (n, A) at features h (n, F)."""
+        params, space = self.head.first(h), self.models.dynamics.space
+        return space.mode(params) if self.argmax else space.sample(params, self.gen)
 
 
 class ScratchSession:
-    """The from-scratch baseline as a session."""
+    """A cloned policy without a world model as a session."""
 
     def __init__(self, policy: ScratchPolicy, seed: int = 0) -> None:
         self.policy, self.seed = policy, seed
-        self._stack: np.ndarray | None = None
+        self._stacks: list[np.ndarray] = []
 
     def reset(self, n: int, tasks: np.ndarray) -> None:
         """Start n new episodes."""
         self._gen = torch.Generator().manual_seed(self.seed)
-        self._task, self._stack = torch.from_numpy(np.asarray(tasks)), None
+        self._task, self._stacks = torch.from_numpy(np.asarray(tasks)), []
 
     @torch.no_grad()
     def act(self, images: np.ndarray, vectors: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray:
         """float32 (n, A); the first frame fills the stack."""
-        if self._stack is None:
-            self._stack = np.repeat(images[:, None], self.policy.frames, 1)
-        else:
-            self._stack = np.concatenate([self._stack[:, 1:], images[:, None]], 1)
-        params = self.policy(torch.from_numpy(self._stack), self._task)
+        look = self.policy.look
+        newest = (images, join_vectors(vectors, look.vectors, np.arange(len(images))))
+        if not self._stacks:
+            self._stacks = [np.repeat(x[:, None], look.frames, 1) for x in newest]
+        pairs = zip(self._stacks, newest, strict=True)
+        self._stacks = [np.concatenate([stack[:, 1:], x[:, None]], 1) for stack, x in pairs]
+        params = self.policy(*map(torch.from_numpy, self._stacks), self._task)
         return self.policy.space.sample(params, self._gen).numpy()
 
 

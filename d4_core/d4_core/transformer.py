@@ -125,6 +125,12 @@ class KVCache:
         """Make the current frame history."""
         self.position += 1
 
+    def take(self, source: KVCache, rows: Tensor) -> None:
+        """Become copies of the streams `rows` (B,) of another cache, in place: one state, many futures."""
+        torch.index_select(source.keys, 1, rows, out=self.keys)
+        torch.index_select(source.values, 1, rows, out=self.values)
+        self.position.copy_(source.position)
+
     def write(self, layer: int, slots: slice, key: Tensor, value: Tensor) -> None:
         """Store (B, S, K, 1, E) keys and values of the current frame."""
         slot = (self.position % self.context).reshape(1)

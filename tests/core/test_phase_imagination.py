@@ -177,6 +177,8 @@ def test_leads_and_policy_loss_keep_to_their_own_outputs(imagination_phase) -> N
         if n != "value"
     }
     assert reached == {"policy": [True, False, False], "leads": [False, True, True]}
+    trunk = torch.autograd.grad(losses["leads"], list(phase.policy.trunk.parameters()), allow_unused=True)
+    assert trunk == (None,) * len(trunk)  # features that move would move lead 0 with them, without its KL
 
 
 def test_leads_past_the_horizon_are_not_taught(imagination_phase) -> None:
