@@ -204,12 +204,16 @@ def open_loop(
     steps: int,
     mirror: bool = False,
     finest_label: bool = False,
+    unknown: bool = False,
 ) -> OpenLoop:
-    """Predict frames[:, CONTEXT:] from frames[:, :CONTEXT] and the logged actions (mirrored on request)."""
+    """Predict frames[:, CONTEXT:] from frames[:, :CONTEXT] and the logged actions.
+
+    The actions can be mirrored, or withheld (`unknown`: for models that never saw any).
+    """
     device = dynamics.slots.device
     clips = transitions(logs, first_frames(logs), _clips(frames))
     tokens = torch.from_numpy(latents[frames]).float().to(device)
-    actions, labelled = clips["prev_action"].to(device), clips["prev_labelled"].to(device)
+    actions, labelled = clips["prev_action"].to(device), clips["prev_labelled"].to(device) & (not unknown)
     if mirror:
         actions = torch.cat([actions[:, :CONTEXT], dynamics.space.mirror(actions[:, CONTEXT:])], 1)
     dream = Dream(dynamics, None, len(frames), torch.Generator(device).manual_seed(seed))
@@ -384,10 +388,12 @@ def horizon_curves(
     camera = tokenizer.cfg.cameras[0].name
     context = run.real[:, :CONTEXT]
     truth = _pixels(tokenizer, camera, context, real)
-    curves["psnr"] = {
-        name: [_psnr(made[:, h - 1], truth[:, h - 1]) for h in horizons]
-        for name, made in ((n, _pixels(tokenizer, camera, context, z)) for n, z in versions.items())
-    }
+    pictures = {name: _pixels(tokenizer, camera, context, z) for name, z in versions.items()}
+    for kind, measure in (("psnr", _psnr), ("ssim", ssim)):
+        curves[kind] = {
+            name: [measure(made[:, h - 1], truth[:, h - 1]) for h in horizons]
+            for name, made in pictures.items()
+        }
     for name, probe in list(probes.items())[:1]:
         position = torch.from_numpy(np.ascontiguousarray(logs.vectors[name][frames[:, CONTEXT:]]))
         held = torch.from_numpy(np.ascontiguousarray(logs.vectors[name][frames[:, CONTEXT - 1]]))
@@ -409,6 +415,21 @@ def _pixels(tokenizer: Tokenizer, camera: str, context: Tensor, tokens: Tensor) 
 
 def _psnr(a: Tensor, b: Tensor) -> float:
     return float(-10 * torch.log10((a - b).square().mean()))
+
+
+def ssim(a: Tensor, b: Tensor) -> float:
+    """Structural similarity of pictures (B, H, W, 3) in [0, 1], Gaussian windows of 11 pixels (Wang 2004)."""
+    x = torch.arange(11, device=a.device) - 5.0
+    bell = torch.exp(-x.square() / (2 * 1.5**2))
+    window = (bell[:, None] * bell / bell.sum() ** 2).expand(3, 1, 11, 11)
+    a, b = a.permute(0, 3, 1, 2), b.permute(0, 3, 1, 2)
+    blur = partial(torch.nn.functional.conv2d, weight=window, groups=3)
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    shared = blur(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    top = (2 * mean_a * mean_b + c1) * (2 * shared + c2)
+    return float((top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
 
 
 # -- agent ---------------------------------------------------------------------------------------------------

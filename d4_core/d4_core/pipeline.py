@@ -52,7 +52,7 @@ class Pipeline:
             self.logs = Windows(args.dataset)
         self.contract = self.logs.contract
         self.train, self.held_out = self.logs.split()
-        self.logs.keep_labels(self.train, args.labels)
+        self.logs.keep_labels(self.train, args.labels, args.labels_from)
         if not len(self.held_out):
             raise UserError(
                 f"{args.dataset} has too few episodes to hold one out for the gates: record more, or cut "
@@ -70,6 +70,7 @@ class Pipeline:
         about = {
             "preset": self.args.preset, "seed": self.args.seed, "scale": self.args.scale,
             "procs": distributed.world_size(), "labels": self.args.labels,
+            "labels_from": self.args.labels_from,
             "dataset": str(self.args.dataset), "episodes": len(self.logs.episode_start),
             "frames": self.logs.num_frames, "labelled_share": float(self.logs.action_mask.mean()),
             "settings": to_dict(self.preset),

@@ -41,6 +41,8 @@ class TrainArgs:
     """Multiplies the number of steps of every phase."""
     labels: float = 1.0
     """Share of the labelled training episodes whose commands are used; the others count as plain video."""
+    labels_from: str = "*"
+    """Recordings whose commands are used, as a pattern of bag names; those of others count as plain video."""
     set: list[str] = field(default_factory=list)
     """Override preset fields, for example dynamics_training.ramp=false."""
     device: str = "auto"

@@ -16,6 +16,7 @@ rebuilt when a source file has changed. Deleting it is always safe.
 from __future__ import annotations
 
 import fcntl
+import fnmatch
 import hashlib
 import json
 import os
@@ -63,6 +64,7 @@ class Windows:
         num_frames: N.
         episode_start, episode_length: int64 [E], global index of the first frame, and number of frames.
         labelled: bool [E], True where any frame of the episode has a known action.
+        sources: E names of the recordings that the episodes come from.
         episode_index: int64 [N].
         images: per camera uint8 [N, H, W, 3], RGB.
         action: float32 [N, A], in the units of the contract, zeros where unknown.
@@ -105,6 +107,7 @@ class Windows:
             name: columns[f"observation.{name}"] for name in source.vector_names
         }
         self.labelled = np.logical_or.reduceat(self.action_mask, self.episode_start)
+        self.sources = source.sources
         # Base-class views: indexing an np.memmap pays for subclass machinery on every gather.
         self._images = {name: array.view(np.ndarray) for name, array in self.images.items()}
         self._columns = {name: array.view(np.ndarray) for name, array in columns.items()}
@@ -126,15 +129,22 @@ class Windows:
                 held[episodes[:count]] = True
         return np.flatnonzero(~held), np.flatnonzero(held)
 
-    def keep_labels(self, episodes: np.ndarray, share: float, seed: int = 0) -> None:
+    def of(self, recordings: str) -> np.ndarray:
+        """Which episodes come from recordings whose name fits a pattern of the shell, bool [E]."""
+        return np.array([fnmatch.fnmatchcase(name, recordings) for name in self.sources])
+
+    def keep_labels(self, episodes: np.ndarray, share: float, recordings: str = "*", seed: int = 0) -> None:
         """Forget the commands of all but `share` of the labelled ones among `episodes` (ids).
 
         For measuring what labels are worth: a smaller share keeps a part of what a larger one keeps. Other
-        episodes are untouched, so that held-out ones can still be measured on.
+        episodes are untouched, so that held-out ones can still be measured on. Of `episodes` that come from
+        other recordings than those that fit the pattern, none is kept.
         """
-        order = np.random.default_rng([seed, 1]).permutation(episodes[self.labelled[episodes]])
+        is_kept = self.labelled & self.of(recordings)
+        order = np.random.default_rng([seed, 1]).permutation(episodes[is_kept[episodes]])
         hidden = np.zeros(len(self.labelled), bool)
-        hidden[order[round(share * len(order)) :]] = True
+        hidden[episodes] = self.labelled[episodes]
+        hidden[order[: round(share * len(order))]] = False
         if hidden.any():
             self.labelled = self.labelled & ~hidden
             self.action_mask = self.action_mask & ~np.repeat(hidden, self.episode_length)
@@ -206,7 +216,9 @@ class _Source:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.info = self._json("info.json")
-        self.contract = Contract.from_dict(self._json("d4.json")["contract"])
+        about = self._json("d4.json")
+        self.contract = Contract.from_dict(about["contract"])
+        self.sources = [episode["source"] for episode in about["episodes"]]
         self.fps = float(self.info["fps"])
         self.episodes = self._read_episodes()
         self.episode_length = np.asarray(self.episodes["length"], np.int64)

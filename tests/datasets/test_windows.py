@@ -130,6 +130,17 @@ def test_kept_labels_are_nested_and_leave_other_episodes_alone(windows: Windows,
     assert not (kept[0] & ~kept[1]).any()
 
 
+def test_labels_of_other_recordings_are_forgotten(tmp_path: Path, episodes: list[synthetic.Episode]) -> None:
+    own = Windows(synthetic.write(tmp_path, episodes))
+    assert len(own.sources) == len(LENGTHS)
+    picked = own.of(own.sources[3])
+    assert picked.tolist() == [name == own.sources[3] for name in own.sources]
+    before = own.labelled
+    own.keep_labels(np.array([0, 3]), 1.0, own.sources[3])
+    assert own.labelled[[0, 3]].tolist() == picked[[0, 3]].tolist()
+    assert own.labelled[[1, 2, 4]].tolist() == before[[1, 2, 4]].tolist()
+
+
 def test_sampling_nothing_is_an_error(windows: Windows) -> None:
     with pytest.raises(UserError, match="no episodes"):
         windows.sample_starts(np.random.default_rng(0), 4, 8, np.array([], np.int64))

@@ -1,0 +1,133 @@
+"""Steps of a study that are no command of their own: forks of a run, and open-loop accuracy in detail."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from d4_core import threads
+from d4_datasets.errors import UserError, run_cli
+
+PHASES = ("tokenizer", "dynamics", "agent", "imagination")
+
+
+@dataclass(kw_only=True)
+class Fork:
+    """Begin a run with the networks of another one; files are linked, so it costs no space."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    run: Annotated[Path, tyro.conf.Positional]
+    """New run folder; what it holds of later phases is kept."""
+    phase: Literal["tokenizer", "dynamics", "agent", "imagination"]
+    """The last phase to take over."""
+
+
+@dataclass(kw_only=True)
+class OpenLoop:
+    """Predict held-out clips from their first frames and commands, and write <run>/open_loop.json."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder with a trained dynamics model."""
+    dataset: Path
+    """Dataset that it was trained on."""
+    steps: tuple[int, ...] = (4,)
+    """Sampling steps per frame; each is measured."""
+    finest: bool = False
+    """Sample with the finest step size's label, as models without the shortcut loss must."""
+    unknown: bool = False
+    """Withhold the commands, from a model that never saw any."""
+    bags: str = "*"
+    """Recordings to measure on, as a pattern of bag names."""
+    clips: int = 256
+    """Number of clips."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+def fork(args: Fork) -> None:
+    """See `Fork`."""
+    args.run.mkdir(parents=True, exist_ok=True)
+    names = [*PHASES[: PHASES.index(args.phase) + 1], "latents"]
+    for name in names:
+        if (args.source / name).exists() and not (args.run / name).exists():
+            # checkpoints and latents are replaced by renaming, never written into: links are safe
+            aside = args.run / f".tmp-{name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(args.source / name, aside, copy_function=os.link)
+            aside.rename(args.run / name)
+
+
+def open_loop(args: OpenLoop) -> None:
+    """See `OpenLoop`."""
+    from d4_core.gates import CONTEXT, fit_probe, frames_of, horizon_curves, open_loop, open_loop_clips
+    from d4_core.models import load, weights_hash
+    from d4_core.pipeline import pick_device
+    from d4_datasets.windows import Windows
+
+    device = pick_device(args.device)
+    logs = Windows(args.dataset)
+    models = load(args.run / "dynamics", logs.contract, device)
+    assert models.dynamics is not None
+    train, held_out = logs.split()
+    chosen = held_out[logs.of(args.bags)[held_out]]
+    clips = open_loop_clips(logs, chosen, args.clips) if len(chosen) else chosen
+    if not len(clips):
+        raise UserError(f"no held-out episode of recordings {args.bags!r} is longer than {CONTEXT} frames")
+    tag = weights_hash(args.run / "tokenizer")
+    latents = np.load(args.run / "latents" / f"latents-{tag}.npy", mmap_mode="r")
+    frames = frames_of(logs, train)
+    names = [vector.name for vector in logs.contract.vectors("probe")]
+    probes = {name: fit_probe(latents, logs.vectors[name], frames) for name in names}
+    result: dict[str, Any] = {
+        "finest": args.finest,
+        "unknown": args.unknown,
+        "bags": args.bags,
+        "by_steps": {},
+    }
+    for steps in args.steps:
+        began = time.perf_counter()
+        made = open_loop(models.dynamics, logs, latents, clips, seed=0, steps=steps,
+                         finest_label=args.finest, unknown=args.unknown)  # fmt: skip
+        seconds = time.perf_counter() - began
+        curves = horizon_curves(models.tokenizer, logs, probes, made)
+        predicted = made.predicted.shape[0] * made.predicted.shape[1]
+        result["by_steps"][steps] = curves | {"frames_per_s": predicted / seconds}
+        print(f"K = {steps}: {_line(curves)}, {predicted / seconds:.0f} frames/s", flush=True)
+    path = args.run / "open_loop.json"
+    aside = path.with_name(f".tmp-{path.name}")
+    aside.write_text(json.dumps(result, indent=1))
+    os.replace(aside, path)
+
+
+def _line(curves: dict[str, Any]) -> str:
+    at = len(curves["horizons"]) - 1
+    parts = [f"{curves['psnr']['model'][at]:.2f} dB", f"SSIM {curves['ssim']['model'][at]:.3f}"]
+    if "position" in curves:
+        parts.append(f"position error {curves['position']['model'][at]:.3f}")
+    return f"{curves['horizons'][at]} frames ahead " + ", ".join(parts)
+
+
+def _main() -> None:
+    args: Fork | OpenLoop = tyro.cli(
+        Annotated[Fork, tyro.conf.subcommand("fork")] | Annotated[OpenLoop, tyro.conf.subcommand("open-loop")]
+    )
+    threads.configure()
+    fork(args) if isinstance(args, Fork) else open_loop(args)
+
+
+def main() -> None:
+    """Entry point of ``python -m d4_sim.measure``."""
+    run_cli(_main)
+
+
+if __name__ == "__main__":
+    main()
