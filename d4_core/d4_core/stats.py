@@ -41,3 +41,25 @@ def paired_difference(
     if first.shape != second.shape:
         raise ValueError(f"pairs need equal lengths, got {first.shape} and {second.shape}")
     return bootstrap_mean(first - second, seed, n)
+
+
+def nested_mean(
+    groups: Sequence[Sequence[float] | np.ndarray], seed: int = 0, n: int = 2000
+) -> tuple[float, float, float]:
+    """Mean of the groups' means and its 95 % interval, as (mean, low, high); resamples groups, then members.
+
+    For episodes within training seeds: the seeds are a sample too, and with few of them they decide the width.
+
+    Raises:
+        ValueError: there are no groups, or one of them is empty.
+    """
+    arrays = [np.asarray(group, np.float64) for group in groups]
+    if not arrays or not all(array.size for array in arrays):
+        raise ValueError("expected at least one group, and values in every group")
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(n):
+        picked = (arrays[i] for i in rng.integers(0, len(arrays), len(arrays)))
+        means.append(np.mean([a[rng.integers(0, a.size, a.size)].mean() for a in picked]))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(np.mean([a.mean() for a in arrays])), float(low), float(high)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from d4_core.stats import bootstrap_mean, paired_difference
+from d4_core.stats import bootstrap_mean, nested_mean, paired_difference
 
 
 def test_interval_is_that_of_the_normal_theory_for_many_values():
@@ -51,3 +51,24 @@ def test_no_values_is_an_error(values):
 def test_pairs_of_unequal_length_are_an_error():
     with pytest.raises(ValueError, match="equal lengths"):
         paired_difference([1.0, 2.0], [1.0])
+
+
+def test_seeds_that_disagree_widen_a_nested_interval_however_many_episodes_they_have():
+    rng = np.random.default_rng(4)
+    alike = nested_mean([rng.normal(1.0, 1.0, 400) for _ in range(3)])
+    apart = nested_mean([rng.normal(m, 1.0, 400) for m in (0.0, 1.0, 2.0)])
+    assert alike[2] - alike[1] < 0.3
+    assert apart[2] - apart[1] > 1.0
+    assert apart[1] < apart[0] < apart[2]
+
+
+def test_one_group_gives_the_plain_interval_and_groups_count_alike():
+    values = np.random.default_rng(5).normal(size=80)
+    assert nested_mean([values]) == pytest.approx(bootstrap_mean(values), abs=0.05)
+    assert nested_mean([[0.0] * 100, [1.0]])[0] == 0.5
+
+
+@pytest.mark.parametrize("groups", [[], [[1.0], []]])
+def test_groups_without_values_are_refused(groups):
+    with pytest.raises(ValueError, match="at least one group"):
+        nested_mean(groups)

@@ -1,0 +1,132 @@
+"""What a study has found so far: its result files gathered, and the statistics over seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d4_core.stats import bootstrap_mean, nested_mean, paired_difference
+from d4_sim.study import CASCADE, IMPROVEMENT, LABELS, SEEDS, SHORTCUT, WORLDS
+
+TABLE = ("random", "data", "bc_scratch", "vpt", "wm_bc", "planner", "imagination", "expert")
+PAIRS = (("imagination", "wm_bc"), ("wm_bc", "bc_scratch"), ("wm_bc", "vpt"), ("imagination", "planner"))
+CALIBRATION = ("reward_", "value_", "kl_")
+
+Interval = tuple[float, float, float]  # mean, low, high
+
+
+def collect(out: Path) -> dict[str, Any]:
+    """Every number of a study folder as JSON values; what has not been run is left out.
+
+    Keys: `chains` {world: {seed: {policies, imagined, gates, training}}}, `runs` {variant: {policies, open_loop,
+    gates, training}}, `ladder`, `stages` {name: seconds}.
+    """
+    variants = [f"improve-{name}" for name in (*(f"seed_{s}" for s in SEEDS[1:]), *IMPROVEMENT)]
+    variants += [f"shortcut-{name}" for name in SHORTCUT] + [f"cascade-{name}" for name in CASCADE]
+    variants += [f"labels-{share:g}" for share in LABELS] + [f"looks-{k}" for k in ("none", "first", "both")]
+    chains = {w: {str(s): _run(out / f"{w}-{s}" / "run") for s in SEEDS} for w in WORLDS}
+    done = _read(out / "stages.json") or {}
+    return {
+        "chains": {w: {s: run for s, run in seeds.items() if run} for w, seeds in chains.items()},
+        "runs": {name: run for name in variants if (run := _run(out / name / "run"))},
+        "ladder": _read(out / "ladder.json"),
+        "stages": {name: entry["seconds"] for name, entry in done.items() if entry["done"]},
+    }
+
+
+def _run(run: Path) -> dict[str, Any]:
+    """Results of one run folder; empty if there are none yet."""
+    evaluation = _read(run / "eval.json") or {}
+    metrics = {
+        path.parent.name: json.loads(path.read_text())["metrics"]
+        for path in sorted(run.glob("*/config.json"))
+    }
+    found = {
+        "policies": evaluation.get("policies"), "imagined": evaluation.get("imagined"),
+        "open_loop": _read(run / "open_loop.json"), "gates": _read(run / "gates.json"),
+        "training": {phase: {k: m[k] for k in ("wall_s", "cpu_s", "kl") if k in m} for phase, m in metrics.items()},
+    }  # fmt: skip
+    return {name: value for name, value in found.items() if value}
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def rows_of(chains: Mapping[str, Any], policy: str) -> dict[str, dict[str, Any]]:
+    """{seed: row of eval.json} of a policy over the chains that have it."""
+    return {s: run["policies"][policy] for s, run in chains.items() if policy in run.get("policies", {})}
+
+
+def policy_table(chains: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return and success of every policy over the chains of one world.
+
+    Values: `seeds` {seed: Interval over episodes}, `mean` Interval over seeds and episodes, `success` the same.
+    """
+    out = {}
+    for policy in (*TABLE, "wm_bc_argmax", "imagination_argmax"):
+        rows = rows_of(chains, policy)
+        if rows:
+            out[policy] = {
+                "seeds": {s: bootstrap_mean(row["return"]) for s, row in rows.items()},
+                "mean": nested_mean([row["return"] for row in rows.values()]),
+                "success": nested_mean([row["success"] for row in rows.values()]),
+                "episodes": min(len(row["return"]) for row in rows.values()),
+            }
+    return out
+
+
+def differences(chains: Mapping[str, Any], a: str, b: str) -> dict[str, Any] | None:
+    """Paired difference a - b in return: per seed over episodes, and over seeds in two ways.
+
+    `nested` resamples seeds and episodes; `student` is the t interval of the seeds' means, which does not
+    trust a bootstrap of three values.
+    """
+    first, second = rows_of(chains, a), rows_of(chains, b)
+    shared = [s for s in first if s in second]
+    if not shared:
+        return None
+    gains = [np.subtract(first[s]["return"], second[s]["return"]) for s in shared]
+    out: dict[str, Any] = {
+        "seeds": {s: paired_difference(first[s]["return"], second[s]["return"]) for s in shared},
+        "nested": nested_mean(gains),
+    }
+    if len(shared) > 1:
+        out["student"] = student([float(g.mean()) for g in gains])
+    return out
+
+
+def student(means: list[float]) -> Interval:
+    """Mean and 95 % t interval of a few independent values (at most ten)."""
+    quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+    mean = float(np.mean(means))
+    half = quantile[len(means)] * float(np.std(means, ddof=1)) / len(means) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def gap_closed(chains: Mapping[str, Any]) -> dict[str, float]:
+    """Share of the way from the clone to the optimum that imagination goes, per seed."""
+    kinds = ("wm_bc", "imagination", "expert")
+    rows = [rows_of(chains, kind) for kind in kinds]
+    out = {}
+    for s in rows[0]:
+        if all(s in r for r in rows):
+            clone, improved, best = (float(np.mean(r[s]["return"])) for r in rows)
+            out[s] = (improved - clone) / (best - clone)
+    return out
+
+
+def at_horizon(curves: Mapping[str, Any], kind: str, horizon: int, version: str = "model") -> float | None:
+    """One number of an open-loop measurement, None where it was not measured."""
+    if kind not in curves or horizon not in curves["horizons"]:
+        return None
+    return float(curves[kind][version][curves["horizons"].index(horizon)])
+
+
+def recovered(values: Mapping[str, float], name: str, floor: str, ceiling: str) -> float:
+    """Share of the gap from `floor` to `ceiling` that `name` has."""
+    return (values[name] - values[floor]) / (values[ceiling] - values[floor])
