@@ -48,7 +48,7 @@ def nested_mean(
 ) -> tuple[float, float, float]:
     """Mean of the groups' means and its 95 % interval, as (mean, low, high); resamples groups, then members.
 
-    For episodes within training seeds: the seeds are a sample too, and with few of them they decide the width.
+    For episodes within training seeds: the seeds are a sample, too, and with few of them they set the width.
 
     Raises:
         ValueError: there are no groups, or one of them is empty.

@@ -22,8 +22,8 @@ Interval = tuple[float, float, float]  # mean, low, high
 def collect(out: Path) -> dict[str, Any]:
     """Every number of a study folder as JSON values; what has not been run is left out.
 
-    Keys: `chains` {world: {seed: {policies, imagined, gates, training}}}, `runs` {variant: {policies, open_loop,
-    gates, training}}, `ladder`, `stages` {name: seconds}.
+    Keys: `chains` {world: {seed: run}}, `runs` {variant: run}, `ladder`, `stages` {name: seconds}; a run has
+    policies, imagined, open_loop, gates and training.
     """
     variants = [f"improve-{name}" for name in (*(f"seed_{s}" for s in SEEDS[1:]), *IMPROVEMENT)]
     variants += [f"shortcut-{name}" for name in SHORTCUT] + [f"cascade-{name}" for name in CASCADE]
@@ -45,10 +45,11 @@ def _run(run: Path) -> dict[str, Any]:
         path.parent.name: json.loads(path.read_text())["metrics"]
         for path in sorted(run.glob("*/config.json"))
     }
+    kept = ("wall_s", "cpu_s", "kl")
     found = {
         "policies": evaluation.get("policies"), "imagined": evaluation.get("imagined"),
         "open_loop": _read(run / "open_loop.json"), "gates": _read(run / "gates.json"),
-        "training": {phase: {k: m[k] for k in ("wall_s", "cpu_s", "kl") if k in m} for phase, m in metrics.items()},
+        "training": {phase: {k: m[k] for k in kept if k in m} for phase, m in metrics.items()},
     }  # fmt: skip
     return {name: value for name, value in found.items() if value}
 
@@ -65,7 +66,7 @@ def rows_of(chains: Mapping[str, Any], policy: str) -> dict[str, dict[str, Any]]
 def policy_table(chains: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return and success of every policy over the chains of one world.
 
-    Values: `seeds` {seed: Interval over episodes}, `mean` Interval over seeds and episodes, `success` the same.
+    Values: `seeds` {seed: Interval over episodes}, `mean` and `success` Interval over seeds and episodes.
     """
     out = {}
     for policy in (*TABLE, "wm_bc_argmax", "imagination_argmax"):
