@@ -217,12 +217,13 @@ PRESETS: dict[str, Preset] = {
             dynamics=replace(_NANO_DYNAMICS, bootstrap_warmup=0.0, bootstrap_rows=0.1),
         ),
         imagination_training=ImaginationTraining(
-            steps=800, batch=64, reuse=4, settings=ImaginationConfig(horizon=12, discount=0.95)
+            steps=800, batch=64, reuse=4,
+            settings=ImaginationConfig(horizon=12, discount=0.95, trace=0.8, beta=0.05, warmup=0.1),
         ),
         optim=Optimisers(
             tokenizer=OptimConfig(), dynamics=OptimConfig(),
             agent=OptimConfig(lr_muon=0.01, ema=0.99),
-            imagination=OptimConfig(lr_heads=1e-3, decay_fraction=0.0, ema=0.98),
+            imagination=OptimConfig(lr=4e-3, lr_heads=1e-3, decay_fraction=0.0, ema=0.98),
         ),
     ),
     "small": Preset(
