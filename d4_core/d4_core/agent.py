@@ -144,7 +144,11 @@ class Critic(nn.Module):
         super().__init__()
         self.dist = TwoHot(cfg.value_bins, cfg.value_range)
         self.head = Head(inputs, cfg.hidden, cfg.value_bins)
-        self.dist.concentrate(self.head.out.bias.view(1, -1))
+        self.expect(0.0)
+
+    def expect(self, value: float) -> None:
+        """Begin with about this value everywhere: signs of advantages say nothing before the level is right."""
+        self.dist.concentrate(self.head.out.bias.view(1, -1), float(symlog(torch.tensor(value))))
 
     def forward(self, h: Tensor) -> Tensor:
         """Value estimate (..) of h (.., inputs)."""

@@ -391,10 +391,25 @@ class ImaginationPhase(Phase):
         self.critic = Critic(agent.cfg, agent.policy.inputs)
         self._first = first_frames(logs)
         self._episodes = episodes[logs.episode_length[episodes] >= max(cfg.settings.contexts)]
+        self._owner = np.repeat(np.arange(len(logs.episode_length)), logs.episode_length)
         tasks = range(agent.cfg.num_tasks)
         self._relevant = [accomplished(logs, self._episodes, q, cfg.relevant_return) for q in tasks]
+        self.critic.expect(self._mean_reward() / (1 - cfg.settings.discount))
         self._dream: Dream | None = None
         self._rollout: tuple[Rollout, Tensor] | None = None  # and whether its real start was not terminal
+
+    def _mean_reward(self) -> float:
+        """Reward per frame of the episodes that contexts come from."""
+        share, column = self.cfg.relevant_share, self.logs.reward.shape[1] - 1
+        means = []
+        for task, relevant in enumerate(self._relevant):
+            pools = (relevant if len(relevant) else self._episodes, self._episodes)
+            good, all_ = (
+                float(self.logs.reward[np.isin(self._owner, pool), min(task, column)].mean())
+                for pool in pools
+            )
+            means.append(share * good + (1 - share) * all_)
+        return float(np.mean(means))
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
         """Real contexts (B, T_c) of a batch of rollouts, with a task per row; empty while one is reused."""

@@ -98,3 +98,11 @@ def test_task_and_readout_layout(make_dynamics, make_agent) -> None:
     assert h.shape == (3, 32)
     assert torch.equal(h[0, :16], tokens[0, 0])
     assert torch.equal(h[0, 16:], tokens[0, 1])  # all agent tokens, in order: no mean here and token 0 there
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7, 11.5])
+def test_a_critic_begins_with_the_value_it_was_told_to_expect(value: float) -> None:
+    critic = Critic(AgentConfig(num_tasks=1, hidden=8), 6)
+    critic.expect(value)
+    h = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    assert critic(h).tolist() == pytest.approx([value] * 5, abs=0.05 + 0.1 * value)

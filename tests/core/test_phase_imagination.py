@@ -37,6 +37,18 @@ def test_imagination_changes_policy_and_critic_and_nothing_else(run, imagination
         assert torch.equal(value, phase.agent.policy.state_dict()[name])
 
 
+def test_the_critic_begins_at_the_value_of_the_mean_reward(imagination_phase) -> None:
+    """From zero it would call nearly every early action good, and the policy would leave its prior at random."""
+    phase = imagination_phase()
+    phase.logs.reward[:] = 0.025
+    again = type(phase)(
+        phase.cfg, phase.agent, phase.dynamics, phase.tokenizer, phase.logs, phase.latents, phase._episodes
+    )
+    expected = 0.025 / (1 - phase.cfg.settings.discount)
+    h = torch.randn(3, phase.policy.inputs, generator=torch.Generator().manual_seed(0))
+    assert again.critic(h).tolist() == pytest.approx([expected] * 3, rel=0.2)
+
+
 def test_policy_and_critic_share_no_parameter(imagination_phase) -> None:
     phase = imagination_phase()
     losses, _ = phase(phase.sample(np.random.default_rng(0), 0), torch.Generator().manual_seed(0), 0)
