@@ -147,7 +147,7 @@ class Critic(nn.Module):
         self.expect(0.0)
 
     def expect(self, value: float) -> None:
-        """Begin with about this value everywhere: signs of advantages say nothing before the level is right."""
+        """Begin with about this value everywhere: until the level is right, advantages say nothing."""
         self.dist.concentrate(self.head.out.bias.view(1, -1), float(symlog(torch.tensor(value))))
 
     def forward(self, h: Tensor) -> Tensor:

@@ -400,15 +400,16 @@ class ImaginationPhase(Phase):
 
     def _mean_reward(self) -> float:
         """Reward per frame of the episodes that contexts come from."""
-        share, column = self.cfg.relevant_share, self.logs.reward.shape[1] - 1
-        means = []
-        for task, relevant in enumerate(self._relevant):
-            pools = (relevant if len(relevant) else self._episodes, self._episodes)
-            good, all_ = (
-                float(self.logs.reward[np.isin(self._owner, pool), min(task, column)].mean())
-                for pool in pools
-            )
-            means.append(share * good + (1 - share) * all_)
+        reward, share = self.logs.reward, self.cfg.relevant_share
+
+        def mean(episodes: np.ndarray, task: int) -> float:
+            return float(reward[np.isin(self._owner, episodes), min(task, reward.shape[1] - 1)].mean())
+
+        means = [
+            share * mean(relevant if len(relevant) else self._episodes, task)
+            + (1 - share) * mean(self._episodes, task)
+            for task, relevant in enumerate(self._relevant)
+        ]
         return float(np.mean(means))
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
