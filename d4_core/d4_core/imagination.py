@@ -30,7 +30,7 @@ class ImaginationConfig:
         finest_label: sample with the finest step-size label (models trained without the bootstrap loss).
         discount: gamma (paper: 0.997).
         trace: lambda of the returns.
-        alpha: weight of the negative set (paper: 0.5).
+        alpha: weight of the positive set, 1 - alpha that of the negative one (paper: 0.5).
         beta: weight of KL(policy || prior) (paper: 0.3).
         drop_smallest: share of smallest |advantage| left out of both sets (paper: 0).
         warmup: share of the updates that train only the critic.
@@ -182,7 +182,7 @@ def pmpo_loss(
         log_prob: (..) joint log-probability of detached actions.
         advantage: (..) only the sign is used.
         weight: (..) how much each frame counts (dead frames count for nothing).
-        alpha: share of the negative set.
+        alpha: weight of the positive set; the negative one has 1 - alpha.
         drop_smallest: share of smallest |advantage| ignored: near convergence they are critic noise.
     """
     if drop_smallest:

@@ -38,7 +38,7 @@ def test_imagination_changes_policy_and_critic_and_nothing_else(run, imagination
 
 
 def test_the_critic_begins_at_the_value_of_the_mean_reward(imagination_phase) -> None:
-    """From zero, nearly every early action would seem good, and the policy would leave its prior at random."""
+    """From zero nearly every action would seem good, and the policy would leave its prior at random."""
     phase = imagination_phase()
     phase.logs.reward[:] = 0.025
     again = type(phase)(

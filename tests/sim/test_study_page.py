@@ -1,0 +1,115 @@
+"""The statistics of a study and its page, on results that are made up here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from d4_datasets.errors import UserError
+from d4_sim import study_page
+from d4_sim.study_results import collect, differences, gap_closed, policy_table, recovered, student
+
+LEVEL = {
+    "random": 5.0,
+    "data": 9.0,
+    "bc_scratch": 11.0,
+    "vpt": 13.0,
+    "wm_bc": 16.0,
+    "imagination": 20.0,
+    "expert": 27.0,
+}
+
+
+def row(level: float, seed: int, count: int = 60) -> dict[str, Any]:
+    starts = np.random.default_rng(0).normal(0, 3, count)  # easy and hard ones, shared by all policies
+    returns = level + starts + np.random.default_rng([seed, int(10 * level)]).normal(0, 0.5, count)
+    success = (returns > 18).astype(int).tolist()
+    return {"return": returns.tolist(), "success": success, "fallen": [0] * count, "kl_to_cloned": 0.5}
+
+
+def curves(psnr: float) -> dict[str, Any]:
+    flat = {"model": [psnr] * 4, "copy_last": [15.0] * 4}
+    return {"horizons": [1, 2, 4, 8], "psnr": flat, "ssim": flat, "position": flat, "frames_per_s": 100.0}
+
+
+def put(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    for seed in range(3):
+        policies = {name: row(level + 0.1 * seed, seed) for name, level in LEVEL.items()}
+        put(tmp_path / f"yard-{seed}" / "run" / "eval.json", {"policies": policies})
+    for share, psnr in (("0", 18.0), ("0.1", 21.5), ("1", 22.0)):
+        put(tmp_path / f"labels-{share}" / "run" / "open_loop.json", {"by_steps": {"4": curves(psnr)}})
+    steps = {"by_steps": {"4": curves(20.0), "64": curves(22.0)}}
+    put(tmp_path / "shortcut-with" / "run" / "open_loop.json", steps)
+    put(tmp_path / "stages.json", {"yard-0/data": {"done": True, "seconds": 60.0, "forced": True}})
+    return tmp_path
+
+
+def test_what_has_not_been_run_is_left_out(out: Path) -> None:
+    results = collect(out)
+    assert set(results["chains"]["yard"]) == {"0", "1", "2"}
+    assert results["chains"]["arm"] == {}
+    assert set(results["runs"]) == {"labels-0", "labels-0.1", "labels-1", "shortcut-with"}
+    assert json.loads(json.dumps(results)) == results
+
+
+def test_pairing_over_seeds_finds_the_gain(out: Path) -> None:
+    chains = collect(out)["chains"]["yard"]
+    found = differences(chains, "imagination", "wm_bc")
+    assert found["nested"][0] == pytest.approx(4.0, abs=0.2)
+    assert 3.5 < found["nested"][1] < found["nested"][0] < found["nested"][2] < 4.5
+    assert found["student"][0] == pytest.approx(found["nested"][0])
+    assert set(found["seeds"]) == {"0", "1", "2"}
+    assert differences(chains, "imagination", "planner") is None
+    table = policy_table(chains)
+    # episodes of one start vary far more than their differences do
+    assert table["wm_bc"]["mean"][2] - table["wm_bc"]["mean"][1] > 2 * (
+        found["nested"][2] - found["nested"][1]
+    )
+    assert gap_closed(chains)["0"] == pytest.approx(4 / 11, abs=0.03)
+
+
+def test_the_t_interval_is_the_textbook_one() -> None:
+    mean, low, high = student([1.0, 2.0, 3.0])
+    assert (mean, high - mean, mean - low) == pytest.approx((2.0, 4.303 / 3**0.5, 4.303 / 3**0.5))
+
+
+def test_share_of_a_gap() -> None:
+    assert recovered({"a": 1.0, "b": 3.0, "c": 2.5}, "c", "a", "b") == 0.75
+
+
+def test_the_page_says_what_holds_and_what_does_not(out: Path) -> None:
+    text, _ = study_page.write(out, "# Title\n")
+    assert text.startswith("# Title\n")
+    assert "- **holds**: after imagination training is better than cloned on the world model" in text
+    assert "- **holds**: imagination closes a third of the gap to the optimum (0.36:" in text
+    assert "- **holds**: 10 % of the commands recover 85 % of the PSNR between none and all (0.88)" in text
+    assert "- **does not hold**: K = 4 is within 5 % of K = 64 (PSNR 20.00 and 22.00 dB)" in text
+    assert "| **all** | 1:00 |" in text
+    assert "planner" not in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(line.count("|") > 2 and "nan" not in line for line in tables)
+
+
+def test_a_gain_that_is_not_there_is_not_claimed(out: Path) -> None:
+    for seed in range(3):
+        path = out / f"yard-{seed}" / "run" / "eval.json"
+        policies = json.loads(path.read_text())["policies"]
+        put(path, {"policies": policies | {"imagination": row(16.0 + (seed - 1), seed)}})
+    text, _ = study_page.write(out, "")
+    assert "- **does not hold**: after imagination training is better than cloned on the world model" in text
+    assert "- **does not hold**: imagination closes a third of the gap" in text
+
+
+def test_nothing_to_show_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no results of a study yet"):
+        study_page.write(tmp_path, "")
