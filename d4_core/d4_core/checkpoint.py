@@ -61,7 +61,10 @@ def save(
         UserError: the disk is full; the previous checkpoint is untouched then.
     """
     weights = _weights(modules, averaged or {})
-    config = {"format": FORMAT, "contract_hash": contract.hash, **config, "metrics": dict(metrics)}
+    config = {
+        "format": FORMAT, "contract_hash": contract.hash, **config, "metrics": dict(metrics),
+        "origin": _origin(),
+    }  # fmt: skip
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clean(folder)
     tmp = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
@@ -238,9 +241,7 @@ def _card(name: str, config: Mapping[str, Any]) -> str:
         "status": config.get("status"),
         "data": config.get("config", {}).get("data"),
         "contract": config["contract_hash"],
-        "commit": _commit(),
-        "machine": _machine(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **config["origin"],
     }
     rows = [f"| {key} | {value} |" for key, value in facts.items() if value is not None]
     metrics = config["metrics"].items()
@@ -248,6 +249,12 @@ def _card(name: str, config: Mapping[str, Any]) -> str:
     return "\n".join(
         [f"# {name}", "", "| | |", "|---|---|", *rows, "", "| metric | value |", "|---|---|", *numbers, ""]
     )
+
+
+def _origin() -> dict[str, str | None]:
+    """Which code made a checkpoint, where and when."""
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"commit": _commit(), "machine": _machine(), "date": date}
 
 
 @functools.cache

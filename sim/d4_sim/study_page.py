@@ -257,9 +257,18 @@ def ladder(results: Mapping[str, Any]) -> Iterator[str]:
 
 
 def costs(results: Mapping[str, Any]) -> Iterator[str]:
-    """Seconds of every stage."""
+    """Where and by which code the networks were trained; seconds of every stage."""
     stages = results["stages"]
     yield "## Cost\n"
+    runs = [run for chains in results["chains"].values() for run in chains.values()] + [
+        *results["runs"].values()
+    ]
+    made = [origin for run in runs for origin in run.get("training", {}).values() if "commit" in origin]
+    if made:
+        dates = sorted(origin["date"][:10] for origin in made)
+        commits = sorted({str(origin["commit"])[:9] for origin in made})
+        machines = sorted({origin["machine"] for origin in made})
+        yield f"Machine: {'; '.join(machines)}. {dates[0]} to {dates[-1]}. Commits: {', '.join(commits)}.\n"
     rows = [[name, clock(s)] for name, s in stages.items()]
     yield table(["stage", "time"], [*rows, ["**all**", clock(sum(stages.values()))]])
 

@@ -41,15 +41,15 @@ def collect(out: Path) -> dict[str, Any]:
 def _run(run: Path) -> dict[str, Any]:
     """Results of one run folder; empty if there are none yet."""
     evaluation = _read(run / "eval.json") or {}
-    metrics = {
-        path.parent.name: json.loads(path.read_text())["metrics"]
-        for path in sorted(run.glob("*/config.json"))
-    }
+    configs = {path.parent.name: json.loads(path.read_text()) for path in sorted(run.glob("*/config.json"))}
     kept = ("wall_s", "cpu_s", "kl")
     found = {
         "policies": evaluation.get("policies"), "imagined": evaluation.get("imagined"),
         "open_loop": _read(run / "open_loop.json"), "gates": _read(run / "gates.json"),
-        "training": {phase: {k: m[k] for k in kept if k in m} for phase, m in metrics.items()},
+        "training": {
+            phase: {k: v for k, v in config["metrics"].items() if k in kept} | config.get("origin", {})
+            for phase, config in configs.items()
+        },
     }  # fmt: skip
     return {name: value for name, value in found.items() if value}
 
