@@ -1,7 +1,8 @@
-"""Scripted drivers of mixed quality for the yard: the upper reference, and the people in the logs."""
+"""Scripted drivers of mixed quality for any world: the upper reference, and the people in the logs."""
 
 from __future__ import annotations
 
+import abc
 import os
 import signal
 import time
@@ -10,135 +11,89 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from d4_datasets.errors import UserError, run_cli
-from d4_sim.world import World, make_world
-from d4_sim.yard import LATENCY_MS, RATE_HZ, ROBOT_LIMIT, SPEED_LIMIT
+from d4_sim.world import Observation, World, make_world, world_names
 
 KINDS = ("goal", "wrong", "wander", "expert", "random")  # the first three are the log mix
 LOG_MIX = KINDS[:3]
 
 _CHUNK = 50  # episodes per unit of parallel work
-_PERIOD = 1.0 / RATE_HZ
-_MOTOR_LAG = 0.04  # s, time constant of the base
-_GAIN = 6.0  # 1/s, braking towards a target
-_PIT_BERTH = 0.36  # m, how far from the pit's centre a careful driver stays
-_PIT_SIGHT = 0.9  # m, how far ahead the pit matters
 
 
-@dataclass
-class Driver:
+class Driver(abc.ABC):
     """One scripted driver for one episode; `act` reads the world's privileged state.
 
-    kind: goal (noisy, towards the own pad), wrong (the same, towards the other pad), wander (OU velocities),
-    expert (clean and fast), random (uniform, re-drawn every tick).
+    kind: goal (noisy, towards the target of the own task), wrong (the same, towards the other one), wander
+    (OU velocities), expert (clean and fast), random (uniform, re-drawn every tick).
+    A subclass knows one kind of robot: how to get to a target. Commands in here are in units of the limits.
     """
 
-    kind: str
-    rng: np.random.Generator
+    axes: ClassVar[int] = 2  # components of a command
 
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown driver kind {self.kind!r}, not one of {KINDS}")
-        rng = self.rng
-        self._noise = np.zeros(2)
+    def __init__(self, kind: str, rng: np.random.Generator) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"unknown driver kind {kind!r}, not one of {KINDS}")
+        self.kind, self.rng = kind, rng
+        self._noise = np.zeros(self.axes)
         self._speed = rng.uniform(0.2, 0.8)
-        self._noise_level = rng.uniform(0.3, 0.6)  # m/s
-        self._careful = bool(rng.random() < 0.3)
-        self._burst_until, self._burst = 0, np.zeros(2)
-        if self.kind == "expert":
-            self._careful = True
+        self._noise_level = rng.uniform(0.15, 0.3)
+        self._burst_until, self._burst = 0, np.zeros(self.axes)
 
     def act(self, world: World) -> np.ndarray:
-        """The command for the current tick, float32 [2], m/s."""
-        state = world.state()
-        if self.kind == "random":
-            return self.rng.uniform(-SPEED_LIMIT, SPEED_LIMIT, 2).astype(np.float32)
-        if self.kind == "wander":
-            command = self._ou(level=1.4, memory=0.85)
-            command = self._avoid(state["position"], state["pit"], command) if self._careful else command
-        else:
-            goal = state["pads"][state["task"] if self.kind != "wrong" else 1 - state["task"]]
-            command = self._towards(goal, state)
-            if self.kind != "expert":
-                command = self._sloppy(command, int(state["tick"]))
-        return np.clip(command, -SPEED_LIMIT, SPEED_LIMIT).astype(np.float32)
+        """The command for the current tick, float32 [A] in the world's units; its limits are symmetric."""
+        return (np.clip(self._command(world.state()), -1.0, 1.0) * world.action_high).astype(np.float32)
 
-    def _towards(self, goal: np.ndarray, state: dict[str, Any]) -> np.ndarray:
-        """Full speed to the goal, braking on it, around the pit if careful."""
-        # Where the robot will be when a command chosen now begins to bite.
-        lead = state["position"] + state["velocity"] * _MOTOR_LAG + state["command"] * (LATENCY_MS / 1000)
-        target = around(lead, goal, state["pit"]) if self._careful else goal
-        offset = target - lead
-        wanted = _GAIN * offset if target is goal else offset * 1e3  # no braking at waypoints
-        # Keep the direction when an axis saturates, otherwise the path bends into the pit.
-        return wanted * min(1.0, SPEED_LIMIT / max(float(np.abs(wanted).max()), 1e-9))
+    @abc.abstractmethod
+    def _towards(self, target: int, state: dict[str, Any]) -> np.ndarray:
+        """The best command for getting to target number `target` and staying there."""
+
+    def _restrain(self, command: np.ndarray, state: dict[str, Any]) -> np.ndarray:
+        """What a wanderer makes of a command where it leads into danger."""
+        return command
+
+    def _command(self, state: dict[str, Any]) -> np.ndarray:
+        if self.kind == "random":
+            return self.rng.uniform(-1.0, 1.0, self.axes)
+        if self.kind == "wander":
+            return self._restrain(self._ou(level=0.7, memory=0.85), state)
+        command = self._towards(state["task"] if self.kind != "wrong" else 1 - state["task"], state)
+        return command if self.kind == "expert" else self._sloppy(command, int(state["tick"]))
 
     def _sloppy(self, command: np.ndarray, tick: int) -> np.ndarray:
         """Slower, with a shaky hand, and now and then a moment of driving somewhere else."""
         if tick >= self._burst_until and self.rng.random() < 0.03:
             self._burst_until = tick + int(self.rng.integers(3, 7))
-            self._burst = self.rng.uniform(-1.0, 1.0, 2)
+            self._burst = self.rng.uniform(-0.5, 0.5, self.axes)
         # Shaky, not drifting: with slowly drifting noise the last command would predict the next one better
         # than the scene does, and a policy cloned from such logs copies itself instead of looking.
         noise = self._ou(self._noise_level, memory=0.2)
         return (self._burst if tick < self._burst_until else self._speed * command) + noise
 
     def _ou(self, level: float, memory: float) -> np.ndarray:
-        """Ornstein-Uhlenbeck noise with standard deviation `level` (m/s)."""
-        self._noise = memory * self._noise + np.sqrt(1 - memory**2) * level * self.rng.standard_normal(2)
+        """Ornstein-Uhlenbeck noise with standard deviation `level`."""
+        fresh = self.rng.standard_normal(self.axes)
+        self._noise = memory * self._noise + np.sqrt(1 - memory**2) * level * fresh
         return self._noise
 
-    @staticmethod
-    def _avoid(position: np.ndarray, pit: np.ndarray, command: np.ndarray) -> np.ndarray:
-        """Removes the part of a command that leads into the pit's surroundings."""
-        offset = position - pit
-        distance = float(np.linalg.norm(offset))
-        outward = offset / max(distance, 1e-6)
-        closing = min(0.0, float(command @ outward))
-        if distance + closing * 2 * _PERIOD > _PIT_BERTH:
-            return command
-        return command - closing * outward + (0.4 * outward if distance < _PIT_BERTH else 0.0)
 
-
-def around(position: np.ndarray, goal: np.ndarray, pit: np.ndarray) -> np.ndarray:
-    """`goal` itself if the straight way stays clear of the pit, else a waypoint beside it ([2], metres)."""
-    way = goal - position
-    length = float(np.linalg.norm(way))
-    to_pit = pit - position
-    distance = float(np.linalg.norm(to_pit))
-    direction = way / max(length, 1e-9)
-    along = float(to_pit @ direction)
-    across = float(direction[0] * to_pit[1] - direction[1] * to_pit[0])
-    if distance > _PIT_SIGHT + _PIT_BERTH or not 0.0 < along < length or abs(across) >= _PIT_BERTH:
-        return goal
-    if distance <= _PIT_BERTH:  # already too close: leave first, sliding towards the goal
-        return position + 0.2 * (direction - 1.5 * to_pit / max(distance, 1e-9))
-    # The tangent to the berth on the nearer side, unless that one leads through the wall.
-    angle = np.arcsin(min(1.0, _PIT_BERTH / distance))
-    reach = np.sqrt(distance**2 - _PIT_BERTH**2)
-    sides = [-1.0, 1.0] if across > 0 else [1.0, -1.0]
-    waypoints = []
-    for side in sides:
-        c, s = np.cos(side * angle), np.sin(side * angle)
-        unit = to_pit / distance
-        waypoints.append(position + reach * np.array([c * unit[0] - s * unit[1], s * unit[0] + c * unit[1]]))
-    inside = [w for w in waypoints if np.abs(w).max() <= ROBOT_LIMIT]
-    return inside[0] if inside else waypoints[0]
+def saturate(wanted: np.ndarray) -> np.ndarray:
+    """`wanted` within the limits (1 on every axis), shortened as a whole so that it keeps its direction."""
+    return wanted * min(1.0, 1.0 / max(float(np.abs(wanted).max()), 1e-9))
 
 
 @dataclass(frozen=True)
 class Episode:
     """One driven episode of F frames, in the row convention of a dataset (see `EpisodeBatch`)."""
 
-    frames: np.ndarray  # uint8 [F, 64, 64, 3]
-    action: np.ndarray  # float32 [F, 2], zeros at the last frame
-    reward: np.ndarray  # float32 [F, 2], arriving with the frame
+    frames: np.ndarray  # uint8 [F, H, W, 3]
+    action: np.ndarray  # float32 [F, A], zeros at the last frame
+    reward: np.ndarray  # float32 [F, K], arriving with the frame
     is_terminal: np.ndarray  # bool [F]
-    pose: np.ndarray  # float32 [F, 2]
+    vectors: dict[str, np.ndarray]  # float32 [F, k] by name: proprioception and probes of the contract
     task: int
     kind: int  # index into KINDS
     success: bool
@@ -154,23 +109,28 @@ def drive(world: World, seed: int, kind: str | None = None) -> Episode:
     rng = np.random.default_rng([seed, 1])
     task = int(rng.integers(len(world.tasks)))
     drawn = LOG_MIX[int(rng.integers(len(LOG_MIX)))]
-    driver = Driver(kind or drawn, rng)
+    driver = world.driver(kind or drawn, rng)
     observation = world.reset(seed, task)
-    images, rewards, poses = [observation.image], [world.rewards], [world.pose]
+    images, rewards, vectors = [observation.image], [world.rewards], [_vectors(observation, world)]
     actions, terminal, truncated = [], False, False
     while not (terminal or truncated):
         actions.append(driver.act(world))
         observation, reward, terminal, truncated = world.step(actions[-1])
         images.append(observation.image)
         rewards.append(reward)
-        poses.append(world.pose)
+        vectors.append(_vectors(observation, world))
     is_terminal = np.zeros(len(images), bool)
     is_terminal[-1] = terminal
     return Episode(
         frames=np.stack(images), action=np.stack([*actions, np.zeros_like(actions[0])]),
-        reward=np.stack(rewards), is_terminal=is_terminal, pose=np.stack(poses),
+        reward=np.stack(rewards), is_terminal=is_terminal,
+        vectors={name: np.stack([row[name] for row in vectors]) for name in vectors[0]},
         task=task, kind=KINDS.index(driver.kind), success=world.success(),
     )  # fmt: skip
+
+
+def _vectors(observation: Observation, world: World) -> dict[str, np.ndarray]:
+    return {**observation.vectors, **world.probes}
 
 
 def episode_seed(seed: int, episode: int) -> int:
@@ -178,21 +138,25 @@ def episode_seed(seed: int, episode: int) -> int:
     return int(np.random.SeedSequence([seed, episode]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def simulate(seed: int, episodes: int, kind: str | None = None, first: int = 0) -> dict[str, np.ndarray]:
-    """Drives `episodes` yard episodes straight to arrays (E episodes, F frames in all).
+def simulate(
+    seed: int, episodes: int, kind: str | None = None, first: int = 0, world: str = "yard"
+) -> dict[str, np.ndarray]:
+    """Drives `episodes` episodes straight to arrays (E episodes, F frames in all).
 
-    Keys: frames uint8 [F, 64, 64, 3], action float32 [F, 2], reward float32 [F, 2], is_terminal bool [F],
-    pose float32 [F, 2], episode_start, episode_length, task, kind int64 [E], success bool [E].
+    Keys: frames uint8 [F, H, W, 3], action float32 [F, A], reward float32 [F, K], is_terminal bool [F], the
+    contract's vectors by name float32 [F, k], episode_start, episode_length, task, kind int64 [E], success
+    bool [E].
     """
-    world = make_world("yard")
-    driven = [drive(world, episode_seed(seed, first + i), kind) for i in range(episodes)]
+    made = make_world(world)
+    driven = [drive(made, episode_seed(seed, first + i), kind) for i in range(episodes)]
     return join_episodes(driven)
 
 
 def join_episodes(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
     """Concatenates episodes into the arrays that `simulate` documents."""
-    names = ("frames", "action", "reward", "is_terminal", "pose")
+    names = ("frames", "action", "reward", "is_terminal")
     out = {name: np.concatenate([getattr(e, name) for e in episodes]) for name in names}
+    out |= {name: np.concatenate([e.vectors[name] for e in episodes]) for name in episodes[0].vectors}
     lengths = np.array([len(e.frames) for e in episodes], np.int64)
     out["episode_start"] = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
     out["episode_length"] = lengths
@@ -215,23 +179,26 @@ class ScriptedPolicy:
         self._worlds = worlds
 
     def reset(self, n: int, tasks: np.ndarray) -> None:
-        """Fresh drivers for n episodes."""
-        self._drivers = [Driver(self.kind, np.random.default_rng([self.seed, i])) for i in range(n)]
+        """Fresh drivers, one for each world."""
+        self._drivers = [
+            world.driver(self.kind, np.random.default_rng([self.seed, i]))
+            for i, world in enumerate(self._worlds)
+        ]
 
     def act(self, images: np.ndarray, vectors: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray:
-        """float32 [n, 2], zeros for worlds that have ended."""
-        out = np.zeros((len(self._worlds), 2), np.float32)
+        """float32 [n, A], zeros for worlds that have ended."""
+        out = np.zeros((len(self._worlds), len(self._worlds[0].action_low)), np.float32)
         for i in np.flatnonzero(alive).tolist():
             out[i] = self._drivers[i].act(self._worlds[i])
         return out
 
 
-def quality(seed: int, episodes: int) -> dict[str, dict[str, float]]:
+def quality(seed: int, episodes: int, world: str = "yard") -> dict[str, dict[str, float]]:
     """Mean own-task return, success and falls of the log mix (`data`) and of every kind alone."""
-    world = make_world("yard")
+    made = make_world(world)
     rows: dict[str, dict[str, float]] = {}
     for kind in (None, *KINDS):
-        driven = [drive(world, episode_seed(seed, i), kind) for i in range(episodes)]
+        driven = [drive(made, episode_seed(seed, i), kind) for i in range(episodes)]
         rows[kind or "data"] = {
             "return": float(np.mean([e.own_return for e in driven])),
             "success": float(np.mean([e.success for e in driven])),
@@ -256,10 +223,12 @@ def save(out: Path, data: dict[str, np.ndarray]) -> None:
 
 @dataclass(frozen=True)
 class Args:
-    """Drives the yard with scripted drivers and writes the episodes to one .npz, or reports their quality."""
+    """Drives a world with scripted drivers and writes the episodes to one .npz, or reports their quality."""
 
     out: Path | None = None
     """The .npz to write; without it only the quality table is printed."""
+    world: str = "yard"
+    """World to drive in."""
     episodes: int = 1500
     """How many episodes."""
     seed: int = 0
@@ -283,11 +252,13 @@ def worker_pool(jobs: int) -> ProcessPoolExecutor:
 
 def _simulate_parallel(args: Args) -> dict[str, np.ndarray]:
     if args.jobs == 1:
-        return simulate(args.seed, args.episodes)
+        return simulate(args.seed, args.episodes, world=args.world)
     firsts = range(0, args.episodes, _CHUNK)
     with worker_pool(args.jobs) as pool:
         futures = [
-            pool.submit(simulate, args.seed, min(_CHUNK, args.episodes - first), first=first)
+            pool.submit(
+                simulate, args.seed, min(_CHUNK, args.episodes - first), first=first, world=args.world
+            )
             for first in firsts
         ]
         try:
@@ -305,11 +276,13 @@ def cli() -> None:
     import tyro
 
     args = tyro.cli(Args, prog="python -m d4_sim.driver")
+    if args.world not in world_names():
+        raise UserError(f"unknown world '{args.world}': choose one of {', '.join(world_names())}.")
     if args.episodes < 1 or args.jobs < 1 or args.seed < 0:
         raise UserError("--episodes and --jobs must be at least 1 and --seed at least 0.")
     if args.out is None:
         print(f"{'driver':8s} {'return':>7s} {'success':>8s} {'fallen':>7s} {'frames':>7s}")
-        for name, row in quality(args.seed, args.episodes).items():
+        for name, row in quality(args.seed, args.episodes, args.world).items():
             rates = f"{row['success']:8.3f} {row['fallen']:7.3f} {row['frames']:7.1f}"
             print(f"{name:8s} {row['return']:7.2f} {rates}")
         return

@@ -20,7 +20,7 @@ from d4_datasets.contract import Action, Contract, Observation
 from d4_datasets.errors import UserError, run_cli
 from d4_datasets.fields import write
 from d4_sim.driver import Episode, drive, episode_seed, worker_pool
-from d4_sim.world import make_world, world_names
+from d4_sim.world import make_world, world_class, world_names
 
 EPISODES_PER_BAG = 25
 DROPPED_FRAMES = 0.01
@@ -119,17 +119,15 @@ class SessionLog:
     """
 
     def __init__(self, contract: Contract, labelled: bool, rng: np.random.Generator) -> None:
-        start, terminal = contract.episode.start, contract.episode.terminal
-        if start is None or terminal is None or contract.tasks is None or contract.reward is None:
+        start, self._terminal = contract.episode.start, contract.episode.terminal
+        if start is None or contract.tasks is None or contract.reward is None:
             raise UserError(
-                f"the contract {contract.name} must name episode start, terminal, tasks and reward "
+                f"the contract {contract.name} must name episode start, tasks and reward "
                 "before drives can be recorded with it."
             )
         self._contract, self._labelled, self._rng = contract, labelled, rng
-        self._start, self._terminal = start, terminal
-        self._tasks, self._reward = contract.tasks, contract.reward
+        self._start, self._tasks, self._reward = start, contract.tasks, contract.reward
         self._camera, self._action = contract.images[0], contract.actions[0]
-        self._pose = contract.vectors("probe")[0]
 
     def events(self, episode: Episode, number: int, start_ns: int) -> list[Event]:
         """One episode's messages in receive order; tick 0 and the start message are at `start_ns`."""
@@ -143,8 +141,9 @@ class SessionLog:
             # Never the first one: a recorder starts an episode on a picture.
             dropped = bool(self._rng.random() < DROPPED_FRAMES) and k > 0
             events += self._tick(episode, k, start_ns + k * period, dropped)
-        over = new(self._terminal.type, data=bool(episode.is_terminal[-1]))
-        events.append(_event(start_ns + last * period - 2 * _MS, self._terminal, over))
+        if self._terminal is not None:  # a robot that cannot fail has none
+            over = new(self._terminal.type, data=bool(episode.is_terminal[-1]))
+            events.append(_event(start_ns + last * period - 2 * _MS, self._terminal, over))
         return sorted(events, key=lambda event: event.stamp_ns)
 
     def _tick(self, episode: Episode, k: int, tick: int, dropped: bool) -> list[Event]:
@@ -154,9 +153,10 @@ class SessionLog:
         # What arrives with tick 0 must not come before the start message, or it belongs to no episode.
         early = 3 * _MS if k > 0 else 0
         events = [
-            _event(captured + _MS, self._pose, _vector(self._pose, episode.pose[k], captured)),
-            _event(tick - early, self._reward, float64_array(episode.reward[k])),
+            _event(captured + _MS, source, _vector(source, episode.vectors[source.name][k], captured))
+            for source in self._contract.vectors()
         ]
+        events.append(_event(tick - early, self._reward, float64_array(episode.reward[k])))
         if not dropped:
             picture = compressed_image(episode.frames[k], captured)
             events.append(_event(captured + delay, self._camera, picture))
@@ -217,12 +217,8 @@ def record(args: Args) -> None:
     if todo:
         print(f"{frames} frames in {seconds:.0f} s ({frames / seconds:.0f} frames/s)")
     print(f"{args.out}: {len(sessions)} bags, {args.episodes} episodes, {labelled} bags with commands")
-    print(f"next: d4-ingest {args.out} --contract {contract_path(args.world)} --out <dataset>")
-
-
-def contract_path(world: str) -> Path:
-    """The contract file of a world, beside its module."""
-    return Path(__file__).parent / f"{world}.yaml"
+    contract = world_class(args.world).contract_path()
+    print(f"next: d4-ingest {args.out} --contract {contract} --out <dataset>")
 
 
 def _run(todo: list[Session], jobs: int) -> Iterator[int]:

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from rich.console import Console
 
 from d4_sim import stages
 from d4_sim.stages import Command, Interrupted, Stage, State, clock, command, handled_by, keys
+from d4_sim.world import world_class
 
 SEEDS = (0, 1, 2)  # full chains, and imagination seeds within the first of them
 WORLDS = ("yard", "arm")
@@ -92,7 +92,7 @@ class Args:
     only: tuple[str, ...] = ()
 
 
-class Planner:
+class Plan:
     """Collects the stages of a study in the order in which they matter."""
 
     def __init__(self, args: Args) -> None:
@@ -183,7 +183,8 @@ class Planner:
         work = self.train(place / "run", place / "dataset", "tokenizer", 0, 1.0)
         self.add("labels/tokenizer", [latest], PHASES["tokenizer"] * args.scale, work, makes=(place / "run",))
         for share in LABELS:
-            name, options = f"labels-{share:g}", {"labels": share, "scale": ABLATION_SCALE}
+            name = f"labels-{share:g}"
+            options: dict[str, Any] = {"labels": share, "scale": ABLATION_SCALE}
             if share:
                 drive = self.driving("wm_bc", "imagination")
                 phases = ("dynamics", "agent", "imagination")
@@ -196,14 +197,16 @@ class Planner:
         """Commands in one look of the world, video of another: what is known of the second?"""
         args, place = self.args, self.args.out / "looks"
         count = args.episodes // len(LOOKS)
-        latest = self.data(place, [(look, 0, 1.0, count) for look in LOOKS])
+        # a seed of its own for each look: the same drives twice would show one look's answers in the other
+        latest = self.data(place, [(look, seed, 1.0, count) for seed, look in enumerate(LOOKS)])
         work = self.train(place / "run", place / "dataset", "tokenizer", 0, 1.0)
         self.add("looks/tokenizer", [latest], PHASES["tokenizer"] * args.scale, work, makes=(place / "run",))
-        for name, options in {
+        arms: dict[str, dict[str, Any]] = {
             "none": {"labels": 0.0},
             "first": {"labels_from": f"{LOOKS[0]}-*"},
             "both": {},
-        }.items():
+        }
+        for name, options in arms.items():
             measure = world_model(bags=f"{LOOKS[1]}-*", unknown=name == "none")
             self.variant(f"looks-{name}", "looks", "tokenizer", ("dynamics",), measure,
                          scale=ABLATION_SCALE, **options)  # fmt: skip
@@ -221,7 +224,7 @@ class Planner:
             self.variant(f"shortcut-{name}", first, "tokenizer", ("dynamics",), measure, set=settings)
         for name, settings in CASCADE.items():
             measure = world_model(finest=name == "no_bootstrap")
-            options = {"set": settings} if settings else {}
+            options: dict[str, Any] = {"set": settings} if settings else {}
             self.variant(f"cascade-{name}", first, "tokenizer", ("dynamics",), measure,
                          scale=ABLATION_SCALE, **options)  # fmt: skip
 
@@ -233,15 +236,15 @@ def world_model(**options: Any) -> Callable[[Path, Path], Command]:
 
 def plan(args: Args) -> list[Stage]:
     """All stages; earlier ones matter more."""
-    planner = Planner(args)
-    planner.add("ladder", [], 400, command("ladder", out=args.out / "ladder.json"))
+    planned = Plan(args)
+    planned.add("ladder", [], 400, command("ladder", out=args.out / "ladder.json"))
     for world in WORLDS:
         for seed in SEEDS:
-            planner.chain(world, seed)
-    planner.ablations()
-    planner.labels()
-    planner.looks()
-    return planner.stages
+            planned.chain(world, seed)
+    planned.ablations()
+    planned.labels()
+    planned.looks()
+    return planned.stages
 
 
 class Lane:
@@ -288,8 +291,7 @@ class Study:
         self.console = Console(highlight=False, soft_wrap=True)
         (args.out / "logs").mkdir(parents=True, exist_ok=True)
         for world in WORLDS:
-            contract = resources.files("d4_sim") / f"{world}.yaml"
-            (args.out / f"{world}.yaml").write_bytes(contract.read_bytes())
+            (args.out / f"{world}.yaml").write_bytes(world_class(world).contract_path().read_bytes())
         self.state = State(args.out, self.stages, keys(plan(replace(args, out=Path("out")))), force=True)
         self.env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         self.lanes: list[Lane] = []

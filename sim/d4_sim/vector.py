@@ -34,7 +34,7 @@ class EpisodeBatch:
     action: np.ndarray  # float32 [N, T, A]
     reward: np.ndarray  # float32 [N, T, K]
     terminal: np.ndarray  # bool [N, T]
-    pose: np.ndarray  # float32 [N, T, 2], metres
+    probes: dict[str, np.ndarray]  # float32 [N, T, k] by name, what the world's probes measured
     length: np.ndarray  # int64 [N], frames
     task: np.ndarray  # int64 [N]
     success: np.ndarray  # bool [N]
@@ -97,7 +97,8 @@ class _Record:
         self.action = np.zeros((n, rows, len(worlds[0].action_low)), np.float32)
         self.reward = np.zeros((n, rows, len(worlds[0].tasks)), np.float32)
         self.terminal = np.zeros((n, rows), bool)
-        self.pose = np.zeros((n, rows, 2), np.float32)
+        probes = worlds[0].probes.items()
+        self.probes = {name: np.zeros((n, rows, len(value)), np.float32) for name, value in probes}
         self.length = np.zeros(n, np.int64)
         self.frames: np.ndarray | None = None
         self._keep = keep_frames
@@ -106,7 +107,9 @@ class _Record:
         self, i: int, t: int, observation: Observation, reward: np.ndarray, terminal: bool, world: World
     ) -> None:
         """Stores frame t of episode i and what arrived with it."""
-        self.reward[i, t], self.terminal[i, t], self.pose[i, t] = reward, terminal, world.pose
+        self.reward[i, t], self.terminal[i, t] = reward, terminal
+        for name, value in world.probes.items():
+            self.probes[name][i, t] = value
         self.length[i] = t + 1
         if self._keep:
             if self.frames is None:
@@ -116,6 +119,6 @@ class _Record:
     def finish(self, task: np.ndarray, success: np.ndarray) -> EpisodeBatch:
         """The finished batch."""
         return EpisodeBatch(
-            action=self.action, reward=self.reward, terminal=self.terminal, pose=self.pose,
+            action=self.action, reward=self.reward, terminal=self.terminal, probes=self.probes,
             length=self.length, task=task, success=success, frames=self.frames,
         )  # fmt: skip

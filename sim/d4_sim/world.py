@@ -11,10 +11,17 @@ import numpy as np
 from d4_datasets.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from d4_datasets.contract import Contract
+    from d4_sim.driver import Driver
 
 # name -> "module:class"; imported on first use so that listing worlds needs no GL and no MuJoCo.
-_WORLDS: dict[str, str] = {"yard": "d4_sim.yard:Yard"}
+_WORLDS: dict[str, str] = {
+    "yard": "d4_sim.yard:Yard",
+    "yard_dusk": "d4_sim.yard:YardDusk",
+    "arm": "d4_sim.arm:Arm",
+}
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,14 @@ class World(Protocol):
         """The robot contract of this world."""
         ...
 
+    @classmethod
+    def contract_path(cls) -> Path:
+        """The file of that contract; worlds that differ only in looks share one."""
+        ...
+
     @property
-    def pose(self) -> np.ndarray:
-        """Robot position, float32 [2], metres."""
+    def probes(self) -> dict[str, np.ndarray]:
+        """What the contract's probes measure at the current frame, float32 [k] by name."""
         ...
 
     @property
@@ -67,7 +79,11 @@ class World(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """Privileged state for scripted drivers and tests (names depend on the world)."""
+        """Privileged state for scripted drivers and tests (`task`, `tick`, others by world)."""
+        ...
+
+    def driver(self, kind: str, rng: np.random.Generator) -> Driver:
+        """A scripted driver of this robot for one episode; kinds are those of `d4_sim.driver`."""
         ...
 
 
@@ -76,10 +92,15 @@ def world_names() -> tuple[str, ...]:
     return tuple(_WORLDS)
 
 
-def make_world(name: str) -> World:
-    """Builds a world by name. Raises UserError for an unknown name and when the machine cannot render."""
+def world_class(name: str) -> type[World]:
+    """The class of a world. Raises UserError for an unknown name."""
     if name not in _WORLDS:
         raise UserError(f"unknown world '{name}': choose one of {', '.join(_WORLDS)}.")
     module, _, attribute = _WORLDS[name].partition(":")
-    world: World = getattr(importlib.import_module(module), attribute)()
+    world: type[World] = getattr(importlib.import_module(module), attribute)
     return world
+
+
+def make_world(name: str) -> World:
+    """Builds a world by name. Raises UserError for an unknown name and when the machine cannot render."""
+    return world_class(name)()

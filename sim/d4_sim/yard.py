@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
-import os
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from d4_datasets.contract import Contract
-from d4_datasets.errors import UserError
-from d4_sim.world import Observation
+from d4_sim.mujoco_world import MujocoWorld
 
 if TYPE_CHECKING:
     import mujoco
 
-TASKS = ("reach_red", "reach_blue")
-RATE_HZ = 10
-LATENCY_MS = 40
-HORIZON = 30
-IMAGE_SIZE = 64  # pixels, square
+    from d4_sim.driver import Driver
+
 SPEED_LIMIT = 2.0  # m/s on each axis
 ROBOT_LIMIT = 0.86  # m, the robot's centre; the joint range in yard.xml
 PIT_RADIUS = 0.21  # m, the robot falls when its centre is this close
@@ -35,63 +25,19 @@ _PAD_EXTENT, _PIT_EXTENT, _START_EXTENT = 0.77, 0.80, 0.84
 _PAD_PAD, _PIT_PAD, _START_PIT = 0.80, 0.60, 0.55
 _MOCAP_HEIGHT = 0.003
 
-_HERE = Path(__file__).parent
-_GL_HELP = (
-    "install libegl1 and libgl1-mesa-dri (MUJOCO_GL=egl) or libosmesa6 (MUJOCO_GL=osmesa) with apt-get, "
-    "or unset MUJOCO_GL to let d4 choose"
-)
-
-
-def choose_gl() -> str:
-    """Sets and returns MUJOCO_GL: what the user asked for, else egl if its library loads, else osmesa."""
-    # Mesa's software rasteriser draws pictures this small twice as fast without threads of its own.
-    os.environ.setdefault("LP_NUM_THREADS", "0")
-    asked = os.environ.get("MUJOCO_GL")
-    if asked is not None or not sys.platform.startswith("linux"):
-        return asked or ""
-    for name, library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
-        try:
-            ctypes.CDLL(library)
-        except OSError:
-            continue
-        if "mujoco" in sys.modules:  # it has made its own choice by now, which needs a screen
-            raise UserError(
-                "MuJoCo was imported before d4 could choose how to render: "
-                f"set MUJOCO_GL={name} and start again."
-            )
-        os.environ["MUJOCO_GL"] = name
-        return name
-    raise UserError(f"cannot render: neither EGL nor OSMesa is installed here, {_GL_HELP}.")
-
-
-class _Camera:
-    """The one GL context of this process: every yard has the same model, so all of them share it."""
-
-    def __init__(self) -> None:
-        backend = choose_gl()
-        try:
-            import mujoco
-
-            self.model = mujoco.MjModel.from_xml_path(str(_HERE / "yard.xml"))
-            self._renderer = mujoco.Renderer(self.model, IMAGE_SIZE, IMAGE_SIZE, max_geom=64)
-        except (
-            Exception
-        ) as error:  # the GL stack raises ImportError, AttributeError, RuntimeError, GLError, ...
-            raise UserError(
-                f"cannot render with MUJOCO_GL={backend!r} ({type(error).__name__}): {_GL_HELP}."
-            ) from error
-        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-            self._renderer.scene.flags[flag] = 0
-
-    def render(self, data: mujoco.MjData) -> np.ndarray:
-        """The overhead picture, uint8 [64, 64, 3] RGB, a fresh array."""
-        self._renderer.update_scene(data, camera="overhead")
-        return self._renderer.render()
-
-
-@functools.cache
-def _camera() -> _Camera:
-    return _Camera()
+# The look of `YardDusk`: red, green, blue of the materials in yard.xml. A texture is multiplied by them.
+_DUSK = {
+    "floor": (0.34, 0.40, 0.62),
+    "paint": (0.42, 0.30, 0.50),
+    "wall": (0.80, 0.62, 0.30),
+    "red": (1.00, 0.45, 0.20),
+    "blue": (0.10, 0.70, 0.85),
+    "black": (0.80, 0.78, 0.70),
+    "yellow": (0.30, 0.85, 0.35),
+    "dark": (0.95, 0.95, 1.00),
+}
+_DUSK_LIGHT = (0.85, 0.78, 0.80)
+_DUSK_TILES = 7.0  # repeats of the floor's texture, in both directions
 
 
 def sample_layout(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -106,79 +52,37 @@ def sample_layout(rng: np.random.Generator) -> dict[str, np.ndarray]:
             return {"start": start, "pads": pads, "pit": pit}
 
 
-class Yard:
-    """See `d4_sim.world.World`. Not thread-safe: all yards of a process draw with one GL context."""
+class Yard(MujocoWorld):
+    """See `d4_sim.world.World`; the pit ends an episode."""
 
-    tasks = TASKS
-    horizon = HORIZON
+    robot = "yard"
+    tasks = ("reach_red", "reach_blue")
     success_reward = math.exp(-((SUCCESS_RADIUS / REWARD_SCALE) ** 2))
     action_low = np.full(2, -SPEED_LIMIT, np.float32)
     action_high = np.full(2, SPEED_LIMIT, np.float32)
 
     def __init__(self) -> None:
-        self._camera = _camera()
-        import mujoco
-
-        self._mj = mujoco
-        self._data = mujoco.MjData(self._camera.model)
-        self._substeps = round(1.0 / RATE_HZ / self._camera.model.opt.timestep)
-        self._late = round(LATENCY_MS / 1000 / self._camera.model.opt.timestep)
+        super().__init__()
         self._pads = np.zeros((2, 2))
         self._pit = np.zeros(2)
-        self._task = self._tick = 0
-        self._fallen = False
-        self._command = np.zeros(2, np.float32)
-
-    @functools.cached_property
-    def contract(self) -> Contract:
-        """The yard's robot contract (yard.yaml)."""
-        return Contract.load(_HERE / "yard.yaml")
 
     @property
-    def pose(self) -> np.ndarray:
-        """Robot position, float32 [2], metres in the arena frame."""
-        return self._data.qpos.astype(np.float32)
+    def probes(self) -> dict[str, np.ndarray]:
+        """pose: robot position, float32 [2], metres in the arena frame."""
+        return {"pose": self._data.qpos.astype(np.float32)}
 
     @property
     def rewards(self) -> np.ndarray:
         """exp(-(d / 0.45 m)^2) for every pad, float32 [2]; zeros once fallen."""
-        if self._fallen:
+        if self._over:
             return np.zeros(2, np.float32)
         distance = np.linalg.norm(self._pads - self._data.qpos, axis=1)
         return np.exp(-np.square(distance / REWARD_SCALE)).astype(np.float32)
 
-    def reset(self, seed: int, task: int) -> Observation:
-        """Places everything for `seed` and returns frame 0; `task` is the pad that `success` asks for."""
-        if not 0 <= task < len(TASKS):
-            raise ValueError(f"task {task} is not in 0..{len(TASKS) - 1}")
-        layout = sample_layout(np.random.default_rng(seed))
-        self._pads, self._pit = layout["pads"], layout["pit"]
-        self._task, self._tick, self._fallen = task, 0, False
-        self._command = np.zeros(2, np.float32)
-        self._mj.mj_resetData(self._camera.model, self._data)
-        self._data.qpos[:] = layout["start"]
-        self._data.mocap_pos[:2, :2] = self._pads
-        self._data.mocap_pos[2, :2] = self._pit
-        self._data.mocap_pos[:, 2] = _MOCAP_HEIGHT
-        return self._observe()
-
-    def step(self, action: np.ndarray) -> tuple[Observation, np.ndarray, bool, bool]:
-        """Holds the previous command for 40 ms, then `action` (float32 [2], clipped) until the next tick."""
-        for substep in range(self._substeps):
-            if substep == self._late:
-                self._command = np.clip(action, self.action_low, self.action_high).astype(np.float32)
-            if self._fallen:
-                break
-            self._data.ctrl[:] = self._command
-            self._mj.mj_step(self._camera.model, self._data)
-            self._fallen = bool(np.hypot(*(self._data.qpos - self._pit)) < PIT_RADIUS)
-        self._tick += 1
-        return self._observe(), self.rewards, self._fallen, self._tick >= HORIZON
-
     def success(self) -> bool:
         """Standing within 0.18 m of the task's pad now, and not fallen."""
         distance = np.linalg.norm(self._pads[self._task] - self._data.qpos)
-        return bool(distance < SUCCESS_RADIUS) and not self._fallen
+        return bool(distance < SUCCESS_RADIUS) and not self._over
 
     def state(self) -> dict[str, Any]:
         """Copies of position, velocity, command in force, pads [2, 2], pit; task, tick, fallen (m, m/s)."""
@@ -190,11 +94,34 @@ class Yard:
             "pit": self._pit.copy(),
             "task": self._task,
             "tick": self._tick,
-            "fallen": self._fallen,
+            "fallen": self._over,
         }
 
-    def _observe(self) -> Observation:
-        # Positions are fresh after a reset or a step only once the kinematics have run again.
-        self._mj.mj_kinematics(self._camera.model, self._data)
-        self._mj.mj_camlight(self._camera.model, self._data)
-        return Observation(self._camera.render(self._data))
+    def driver(self, kind: str, rng: np.random.Generator) -> Driver:
+        """A scripted driver of the base."""
+        from d4_sim.yard_driver import YardDriver
+
+        return YardDriver(kind, rng)
+
+    def _place(self, rng: np.random.Generator) -> None:
+        layout = sample_layout(rng)
+        self._pads, self._pit = layout["pads"], layout["pit"]
+        self._data.qpos[:] = layout["start"]
+        self._data.mocap_pos[:2, :2] = self._pads
+        self._data.mocap_pos[2, :2] = self._pit
+        self._data.mocap_pos[:, 2] = _MOCAP_HEIGHT
+
+    def _is_over(self) -> bool:
+        return bool(np.hypot(*(self._data.qpos - self._pit)) < PIT_RADIUS)
+
+
+class YardDusk(Yard):
+    """The same yard with other colours, floor and light: the same robot in other bags."""
+
+    @classmethod
+    def dress(cls, model: mujoco.MjModel) -> None:
+        """Repaints every material, makes the floor's tiles smaller and the light dimmer."""
+        for name, colour in _DUSK.items():
+            model.mat(name).rgba[:3] = colour
+        model.mat("floor").texrepeat[:] = _DUSK_TILES
+        model.vis.headlight.ambient[:] = _DUSK_LIGHT

@@ -8,25 +8,28 @@ import numpy as np
 import pytest
 
 from d4_datasets.errors import UserError
+from d4_sim import mujoco_world
 from d4_sim.driver import (
     KINDS,
-    Driver,
     ScriptedPolicy,
-    around,
     drive,
     episode_seed,
     quality,
     save,
     simulate,
 )
+from d4_sim.mujoco_world import HORIZON
 from d4_sim.vector import run_episodes
 from d4_sim.world import make_world
-from d4_sim.yard import HORIZON
+from d4_sim.yard_driver import YardDriver, around
 
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict[str, float]]:
-    return quality(seed=0, episodes=40)
+    # Drivers do not look at pictures, and those take most of the time.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mujoco_world._Camera, "render", lambda self, data: np.zeros((64, 64, 3), np.uint8))
+        return quality(seed=0, episodes=40)
 
 
 def test_drivers_are_ordered_by_quality(rows: dict[str, dict[str, float]]) -> None:
@@ -86,7 +89,7 @@ def test_a_driver_of_another_kind_gets_the_same_layout() -> None:
 
 def test_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="expert"):
-        Driver("champion", np.random.default_rng(0))
+        YardDriver("champion", np.random.default_rng(0))
 
 
 def test_around_goes_straight_unless_the_pit_is_in_the_way() -> None:
@@ -116,7 +119,7 @@ def test_run_episodes_agrees_with_its_worlds() -> None:
     np.testing.assert_allclose(batch.returns, own[:, 1:].sum(axis=1), rtol=1e-5)
     world = make_world("yard")
     np.testing.assert_array_equal(world.reset(13, 0).image, batch.frames[2, 0])
-    np.testing.assert_array_equal(world.pose, batch.pose[2, 0])
+    np.testing.assert_array_equal(world.probes["pose"], batch.probes["pose"][2, 0])
     for t in range(HORIZON):
         observation, *_ = world.step(batch.action[2, t])
     np.testing.assert_array_equal(observation.image, batch.frames[2, HORIZON])

@@ -139,7 +139,7 @@ def test_commands_rewards_terminals_and_poses_are_the_driven_ones(recording: Pat
             assert len(arrived) == 1  # in particular not the end of the episode before
             np.testing.assert_allclose(found["/reward"][arrived[0]][1].data, episode.reward[k])
             position = found["/ground_truth/pose"][row][1].pose.position
-            np.testing.assert_allclose([position.x, position.y], episode.pose[k])
+            np.testing.assert_allclose([position.x, position.y], episode.vectors["pose"][k])
             row += 1
 
 
@@ -167,6 +167,44 @@ def test_the_importer_gives_back_the_driven_episodes(recording: Path, tmp_path: 
     np.testing.assert_array_equal(windows.action[known], driven["action"][known])
     same = (np.asarray(windows.images["overhead"]) == driven["frames"]).all(axis=(1, 2, 3))
     assert same.mean() > 0.95  # the others were dropped, and the frame before them is held
+
+
+def test_joint_states_and_a_controller_topic_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The arm: proprioception selected by joint name, an array command, and no terminal topic."""
+    monkeypatch.setattr(record_module, "EPISODES_PER_BAG", PER_BAG)
+    record(Args(out=tmp_path / "bags", world="arm", episodes=4, labelled=0.5, seed=2))
+    assert "arm.yaml" in capsys.readouterr().out
+    bag = next(bag for bag in find_bags(tmp_path / "bags") if len(read_bag(bag).bag.topics) == 7)
+    first = messages(bag)["/joint_states"][0][1]
+    assert first.name == ["shoulder", "elbow"]
+    ingest([tmp_path / "bags"], make_world("arm").contract, tmp_path / "dataset")
+    windows, driven = Windows(tmp_path / "dataset"), simulate(seed=2, episodes=4, world="arm")
+    np.testing.assert_array_equal(windows.episode_length, driven["episode_length"])
+    np.testing.assert_array_equal(windows.vectors["joints"], driven["joints"])
+    np.testing.assert_array_equal(windows.vectors["tip"], driven["tip"])
+    np.testing.assert_array_equal(windows.reward, driven["reward"])
+    np.testing.assert_array_equal(windows.task_index[windows.episode_start], driven["task"])
+    known = windows.action_mask
+    assert known.mean() == 0.5
+    np.testing.assert_array_equal(windows.action[known], driven["action"][known])
+    assert not windows.is_terminal.any()
+
+
+def test_two_looks_make_one_dataset(
+    recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(record_module, "EPISODES_PER_BAG", PER_BAG)
+    record(Args(out=tmp_path / "dusk", world="yard_dusk", episodes=2, seed=1))
+    assert "yard.yaml" in capsys.readouterr().out
+    ingest([recording, tmp_path / "dusk"], make_world("yard").contract, tmp_path / "dataset")
+    windows, dusk = Windows(tmp_path / "dataset"), simulate(seed=1, episodes=2, world="yard_dusk")
+    assert len(windows.episode_length) == EPISODES + 2
+    assert windows.contract.name == "yard"
+    pictures = np.asarray(windows.images["overhead"])
+    starts = {pictures[start].tobytes() for start in windows.episode_start}
+    assert all(dusk["frames"][start].tobytes() in starts for start in dusk["episode_start"])
 
 
 def test_about_one_frame_in_a_hundred_is_dropped() -> None:

@@ -1,4 +1,4 @@
-"""The yard does what its documentation says: time, walls, pit, reward, layout, picture, GL errors."""
+"""The yard does what its documentation says: time, walls, pit, reward, layout, both looks, GL errors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 
 from d4_datasets.errors import UserError
+from d4_sim.driver import drive
+from d4_sim.mujoco_world import LATENCY_MS, RATE_HZ
 from d4_sim.world import World, make_world
 from d4_sim.yard import (
-    LATENCY_MS,
     PIT_RADIUS,
-    RATE_HZ,
     ROBOT_LIMIT,
     SPEED_LIMIT,
     SUCCESS_RADIUS,
     Yard,
+    YardDusk,
     sample_layout,
 )
 
@@ -33,6 +34,10 @@ def yard() -> Yard:
 def push(world: Yard, vx: float, vy: float) -> tuple[np.ndarray, bool, bool]:
     _, reward, terminal, truncated = world.step(np.array([vx, vy], np.float32))
     return reward, terminal, truncated
+
+
+def pose(world: Yard) -> np.ndarray:
+    return world.probes["pose"]
 
 
 def place(world: Yard, position: np.ndarray) -> None:
@@ -82,15 +87,15 @@ def test_a_command_acts_after_the_latency(yard: Yard) -> None:
     # 40 ms of nothing, then 60 ms of a first-order lag of 40 ms.
     lag = 0.04
     expected = 0.06 - lag * (1 - np.exp(-0.06 / lag))
-    assert yard.pose[0] == pytest.approx(expected, abs=0.005)
-    assert yard.pose[1] == pytest.approx(0.0, abs=1e-6)
-    before = yard.pose[0]
+    assert pose(yard)[0] == pytest.approx(expected, abs=0.005)
+    assert pose(yard)[1] == pytest.approx(0.0, abs=1e-6)
+    before = pose(yard)[0]
     push(yard, 0.0, 0.0)  # the old command is still in force for 40 ms
-    assert yard.pose[0] - before > 0.04
-    before = yard.pose[0]
+    assert pose(yard)[0] - before > 0.04
+    before = pose(yard)[0]
     for _ in range(5):
         push(yard, 0.0, 0.0)
-    assert yard.pose[0] - before < 0.01
+    assert pose(yard)[0] - before < 0.01
 
 
 def test_speed_follows_the_command_and_the_limits(yard: Yard) -> None:
@@ -108,7 +113,7 @@ def test_walls_hold(yard: Yard) -> None:
     yard._pit[:] = 5.0
     for _ in range(30):
         push(yard, SPEED_LIMIT, -SPEED_LIMIT)
-    np.testing.assert_allclose(yard.pose, [ROBOT_LIMIT, -ROBOT_LIMIT], atol=0.03)
+    np.testing.assert_allclose(pose(yard), [ROBOT_LIMIT, -ROBOT_LIMIT], atol=0.03)
 
 
 def test_the_pit_ends_the_episode_for_good(yard: Yard) -> None:
@@ -122,10 +127,10 @@ def test_the_pit_ends_the_episode_for_good(yard: Yard) -> None:
     assert terminal
     assert (reward == 0).all()
     assert not yard.success()
-    assert np.linalg.norm(yard.pose - pit) < PIT_RADIUS
-    fallen_at = yard.pose
+    assert np.linalg.norm(pose(yard) - pit) < PIT_RADIUS
+    fallen_at = pose(yard)
     push(yard, 1.0, 1.0)
-    np.testing.assert_array_equal(yard.pose, fallen_at)
+    np.testing.assert_array_equal(pose(yard), fallen_at)
 
 
 def test_the_pit_is_not_jumped_over_between_ticks(yard: Yard) -> None:
@@ -143,7 +148,7 @@ def test_reward_is_the_formula_for_both_tasks(yard: Yard) -> None:
     yard.reset(5, 1)
     yard._pit[:] = 5.0
     reward, _, _ = push(yard, 0.3, 0.3)
-    distance = np.linalg.norm(yard.state()["pads"] - yard.pose, axis=1)
+    distance = np.linalg.norm(yard.state()["pads"] - pose(yard), axis=1)
     np.testing.assert_allclose(reward, np.exp(-((distance / 0.45) ** 2)), rtol=1e-4)
     assert reward.dtype == np.float32
     for task in (0, 1):
@@ -194,6 +199,29 @@ def test_everything_is_in_the_picture_where_it_should_be(yard: Yard) -> None:
         floor = image[(image.max(2) - image.min(2)) < 12]
         assert len(floor) > 2000
         assert floor.std() > 3  # a faint texture, not one flat colour
+
+
+def test_dusk_is_the_same_yard_in_other_colours(yard: Yard) -> None:
+    day, dusk = drive(yard, 11, "goal"), drive(YardDusk(), 11, "goal")
+    np.testing.assert_array_equal(day.action, dusk.action)
+    np.testing.assert_array_equal(day.reward, dusk.reward)
+    np.testing.assert_array_equal(day.vectors["pose"], dusk.vectors["pose"])
+    assert YardDusk().contract.hash == yard.contract.hash
+    changed = np.abs(day.frames.astype(int) - dusk.frames).max(axis=-1)
+    assert (changed > 30).mean() > 0.99
+    np.testing.assert_array_equal(drive(yard, 11, "goal").frames, day.frames)  # two models in one process
+
+
+def test_everything_in_the_dusk_has_its_own_colour(yard: Yard) -> None:
+    """Pads, pit, robot and floor: wherever two of them can be told apart, so can they in the dusk."""
+    for world in (yard, YardDusk()):
+        image = world.reset(0, 0).image.astype(int)
+        state = world.state()
+        spots = np.array([*state["pads"], state["pit"], state["position"] + [0.17, 0.0], [0.0, 0.0]])
+        columns, rows = np.round((spots.T * [[1], [-1]] / 2.26 + 0.5) * 64 - 0.5).astype(int)
+        colours = image[rows, columns]
+        apart = np.abs(colours[:, None] - colours).max(axis=-1)
+        assert apart[~np.eye(len(spots), dtype=bool)].min() > 60
 
 
 def test_renders_fast_enough_to_collect_data(yard: Yard) -> None:

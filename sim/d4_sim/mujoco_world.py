@@ -1,0 +1,190 @@
+"""What worlds made with MuJoCo share: how they draw, when a command takes hold, when an episode ends."""
+
+from __future__ import annotations
+
+import abc
+import ctypes
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from d4_datasets.contract import Contract
+from d4_datasets.errors import UserError
+from d4_sim.world import Observation
+
+if TYPE_CHECKING:
+    import mujoco
+
+    from d4_sim.driver import Driver
+
+RATE_HZ = 10
+LATENCY_MS = 40
+HORIZON = 30
+IMAGE_SIZE = 64  # pixels, square
+MOTOR_LAG = 0.04  # s, time constant of every actuator: inertia / kv in the models
+
+_HERE = Path(__file__).parent
+_GL_HELP = (
+    "install libegl1 and libgl1-mesa-dri (MUJOCO_GL=egl) or libosmesa6 (MUJOCO_GL=osmesa) with apt-get, "
+    "or unset MUJOCO_GL to let d4 choose"
+)
+
+
+def choose_gl() -> str:
+    """Sets and returns MUJOCO_GL: what the user asked for, else egl if its library loads, else osmesa."""
+    # Mesa's software rasteriser draws pictures this small twice as fast without threads of its own.
+    os.environ.setdefault("LP_NUM_THREADS", "0")
+    asked = os.environ.get("MUJOCO_GL")
+    if asked is not None or not sys.platform.startswith("linux"):
+        return asked or ""
+    for name, library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            continue
+        if "mujoco" in sys.modules:  # it has made its own choice by now, which needs a screen
+            raise UserError(
+                "MuJoCo was imported before d4 could choose how to render: "
+                f"set MUJOCO_GL={name} and start again."
+            )
+        os.environ["MUJOCO_GL"] = name
+        return name
+    raise UserError(f"cannot render: neither EGL nor OSMesa is installed here, {_GL_HELP}.")
+
+
+class _Camera:
+    """A model and the GL context that draws it, shared by all worlds of one class in this process."""
+
+    def __init__(self, world: type[MujocoWorld]) -> None:
+        backend = choose_gl()
+        try:
+            import mujoco
+
+            self.model = mujoco.MjModel.from_xml_path(str(_HERE / f"{world.robot}.xml"))
+            world.dress(self.model)
+            self._renderer = mujoco.Renderer(self.model, IMAGE_SIZE, IMAGE_SIZE, max_geom=64)
+        except (
+            Exception
+        ) as error:  # the GL stack raises ImportError, AttributeError, RuntimeError, GLError, ...
+            raise UserError(
+                f"cannot render with MUJOCO_GL={backend!r} ({type(error).__name__}): {_GL_HELP}."
+            ) from error
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self._renderer.scene.flags[flag] = 0
+
+    def render(self, data: mujoco.MjData) -> np.ndarray:
+        """The overhead picture, uint8 [64, 64, 3] RGB, a fresh array."""
+        self._renderer.update_scene(data, camera="overhead")
+        return self._renderer.render()
+
+
+@functools.cache
+def _camera(world: type[MujocoWorld]) -> _Camera:
+    return _Camera(world)
+
+
+class MujocoWorld(abc.ABC):
+    """A `d4_sim.world.World` from an MJCF with a camera `overhead` and a velocity actuator on every joint.
+
+    Not thread-safe: all worlds of one class in a process draw with one GL context.
+    """
+
+    robot: ClassVar[str]  # <robot>.xml and <robot>.yaml lie beside this module
+    horizon = HORIZON
+    tasks: tuple[str, ...]
+    success_reward: float
+    action_low: np.ndarray
+    action_high: np.ndarray
+
+    def __init__(self) -> None:
+        self._camera = _camera(type(self))
+        import mujoco
+
+        self._mj = mujoco
+        self._data = mujoco.MjData(self._camera.model)
+        self._substeps = round(1.0 / RATE_HZ / self._camera.model.opt.timestep)
+        self._late = round(LATENCY_MS / 1000 / self._camera.model.opt.timestep)
+        self._task = self._tick = 0
+        self._over = False
+        self._command = np.zeros_like(self.action_low)
+
+    @classmethod
+    def contract_path(cls) -> Path:
+        """The contract file of this world."""
+        return _HERE / f"{cls.robot}.yaml"
+
+    @classmethod  # noqa: B027  (not abstract: most worlds look as their file says)
+    def dress(cls, model: mujoco.MjModel) -> None:
+        """Changes the look of the model before anything is drawn."""
+
+    @functools.cached_property
+    def contract(self) -> Contract:
+        """The robot contract of this world."""
+        return Contract.load(self.contract_path())
+
+    @property
+    @abc.abstractmethod
+    def probes(self) -> dict[str, np.ndarray]:
+        """What the contract's probes measure now, float32 [k] by name."""
+
+    @property
+    @abc.abstractmethod
+    def rewards(self) -> np.ndarray:
+        """Reward of every task that arrives with the current frame, float32 [K]."""
+
+    @abc.abstractmethod
+    def success(self) -> bool:
+        """Whether the current state counts as success of the current task."""
+
+    @abc.abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Privileged state for scripted drivers and tests."""
+
+    @abc.abstractmethod
+    def driver(self, kind: str, rng: np.random.Generator) -> Driver:
+        """A scripted driver of this robot for one episode (see `d4_sim.driver`)."""
+
+    @abc.abstractmethod
+    def _place(self, rng: np.random.Generator) -> None:
+        """Draws a layout and puts the freshly reset model there."""
+
+    def _is_over(self) -> bool:
+        """Whether the state that has just been reached ends the episode for good."""
+        return False
+
+    def _vectors(self) -> dict[str, np.ndarray]:
+        """Proprioception that the models see, float32 [k] by name."""
+        return {}
+
+    def reset(self, seed: int, task: int) -> Observation:
+        """Places everything for `seed` and returns frame 0; `task` is the one that `success` asks for."""
+        if not 0 <= task < len(self.tasks):
+            raise ValueError(f"task {task} is not in 0..{len(self.tasks) - 1}")
+        self._task, self._tick, self._over = task, 0, False
+        self._command = np.zeros_like(self.action_low)
+        self._mj.mj_resetData(self._camera.model, self._data)
+        self._place(np.random.default_rng(seed))
+        return self._observe()
+
+    def step(self, action: np.ndarray) -> tuple[Observation, np.ndarray, bool, bool]:
+        """Holds the previous command for 40 ms, then `action` (float32 [A], clipped) until the next tick."""
+        for substep in range(self._substeps):
+            if substep == self._late:
+                self._command = np.clip(action, self.action_low, self.action_high).astype(np.float32)
+            if self._over:
+                break
+            self._data.ctrl[:] = self._command
+            self._mj.mj_step(self._camera.model, self._data)
+            self._over = self._is_over()
+        self._tick += 1
+        return self._observe(), self.rewards, self._over, self._tick >= HORIZON
+
+    def _observe(self) -> Observation:
+        # Positions are fresh after a reset or a step only once the kinematics have run again.
+        self._mj.mj_kinematics(self._camera.model, self._data)
+        self._mj.mj_camlight(self._camera.model, self._data)
+        return Observation(self._camera.render(self._data), self._vectors())
