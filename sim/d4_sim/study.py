@@ -279,7 +279,8 @@ class Lane:
         """Let the command save and leave, and wait for that."""
         self._left.clear()
         if self._child is not None:
-            self._child.send_signal(signal.SIGINT)
+            # not SIGINT, which shells let background jobs ignore, and their children with them
+            self._child.terminate()
             self._child.wait()
 
 

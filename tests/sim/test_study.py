@@ -31,7 +31,7 @@ if (folder / f"wait_{what}").exists():
     def leave(number, frame):
         print("saved", flush=True)
         sys.exit(128 + number)
-    signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGTERM, leave)
     (folder / "waiting").touch()
     time.sleep(30)
 """
@@ -161,8 +161,10 @@ def test_stages_run_side_by_side(fakes: Fakes) -> None:
 
 
 def test_an_interruption_reaches_the_commands_and_the_study_goes_on_there(fakes: Fakes) -> None:
+    """Also in the background of a script, where SIGINT is ignored."""
     (fakes.folder / "wait_agent").touch()
     program = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
         "import sys, pathlib; from d4_sim import stages, study; "
         f"stages.MODULES = {fakes.modules!r}; "
         f"study.Study(study.Args(out=pathlib.Path({str(fakes.args.out)!r}), jobs=2, only=('yard-0',))).run()"
