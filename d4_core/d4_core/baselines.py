@@ -54,14 +54,13 @@ class InverseTraining:
     Attributes:
         lags: frames t + lag that tell what a_t was. A command takes force after frame t and the robot lags
             behind it, so that its effect is complete only at t + 2.
-        bins: finer than a policy's, because the most likely bin becomes the label.
     """
 
     steps: int = 1500
     batch: int = 64
     lags: tuple[int, ...] = (-1, 0, 1, 2)
     shift: int = 2
-    bins: int = 41
+    bins: int = 15
 
 
 # ---- networks
@@ -74,34 +73,42 @@ class FrameStack(nn.Module):
         size: height and width of the pictures.
         frames: F.
         vectors: proprioceptive inputs; standardised, see `set_statistics`.
+        motion: look at the first frame and at what changes from each to the next, not at all frames alike: a
+            shift by a third of a pixel is hard to see in two pictures full of other things.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, size: tuple[int, int], frames: int, vectors: tuple[Vector, ...] = ()) -> None:
+    def __init__(
+        self, size: tuple[int, int], frames: int, vectors: tuple[Vector, ...] = (), motion: bool = False
+    ) -> None:
         super().__init__()
-        self.frames, self.vectors = frames, vectors
+        self.frames, self.vectors, self.motion = frames, vectors, motion
         layers: list[nn.Module] = []
         for a, b in itertools.pairwise((3 * frames, 32, 64, 96, 128)):
             layers += [nn.Conv2d(a, b, 4, 2, 1), nn.GroupNorm(8, b), nn.SiLU()]
         self.trunk = nn.Sequential(*layers, nn.Flatten())
         numbers = sum(v.size for v in vectors)
-        self.register_buffer("mean", torch.zeros(numbers))
-        self.register_buffer("std", torch.ones(numbers))
+        self.register_buffer("mean", torch.zeros(frames, numbers))
+        self.register_buffer("std", torch.ones(frames, numbers))
         self.features = 128 * (size[0] // 16) * (size[1] // 16) + frames * numbers
 
-    def set_statistics(self, logs: Logs, frames: np.ndarray) -> None:
-        """Mean and spread of the proprioception at these frames of the logs."""
+    def set_statistics(self, vectors_NFV: np.ndarray) -> None:
+        """Standardise proprioception by these examples of it."""
         if self.vectors:
-            x = torch.from_numpy(join_vectors(logs.vectors, self.vectors, frames))
+            x = self._contrast(torch.from_numpy(vectors_NFV))
             self.mean.copy_(x.mean(0))
-            self.std.copy_(x.std(0).clamp_min(1e-6))
+            self.std.copy_(x.std(0, correction=0).clamp_min(1e-6))
+
+    def _contrast(self, x_BF: Tensor) -> Tensor:
+        return torch.cat([x_BF[:, :1], x_BF.diff(dim=1)], 1) if self.motion else x_BF
 
     def forward(self, stack_BFHWC: Tensor, vectors_BFV: Tensor) -> Tensor:
         """uint8 pictures and proprioception, oldest first, to features (B, features)."""
-        x = stack_BFHWC.permute(0, 1, 4, 2, 3).flatten(1, 2).float() / 255 - 0.5
-        return torch.cat([self.trunk(x), ((vectors_BFV - self.mean) / self.std).flatten(1)], 1)
+        x = self._contrast(stack_BFHWC.permute(0, 1, 4, 2, 3).float() / 255 - 0.5)
+        numbers = (self._contrast(vectors_BFV) - self.mean) / self.std
+        return torch.cat([self.trunk(x.flatten(1, 2)), numbers.flatten(1)], 1)
 
 
 class ScratchPolicy(nn.Module):
@@ -132,12 +139,23 @@ class InverseDynamics(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.space, self.lags = ActionSpace(parts, bins), lags
-        self.look = FrameStack(size, len(lags), vectors)
+        self.look = FrameStack(size, len(lags), vectors, motion=True)
         self.head = _head(self.look.features, self.space)
 
     def forward(self, stack_BFHWC: Tensor, vectors_BFV: Tensor) -> Tensor:
         """Frames t + lags to parameters (B, P) of the action at t."""
         return self.head(self.look(stack_BFHWC, vectors_BFV))
+
+    def label(self, params: Tensor) -> Tensor:
+        """Actions (.., A): expected values of continuous entries, the most likely ones of others."""
+        out, a, space = self.space.mode(params), 0, self.space
+        for part, logits, _ in space._split(params.float(), None):
+            if part.kind == "continuous":
+                low, high = space.low[a : a + part.size], space.high[a : a + part.size]
+                unit = (logits.softmax(-1) * space.centres).sum(-1)
+                out[..., a : a + part.size] = low + (unit + 1) / 2 * (high - low)
+            a += part.size
+        return out
 
 
 def _head(features: int, space: ActionSpace) -> nn.Module:
@@ -164,9 +182,14 @@ class Stacks:
 
     def __call__(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (B, F, H, W, 3) and float32 (B, F, V) around the frames t (B,)."""
-        index = np.clip(t[:, None] + self._lags, self._first[t][:, None], self._last[t][:, None])
-        vectors = join_vectors(self._logs.vectors, self._vectors, index)
-        return self._logs.images[self._camera][index], vectors
+        return self._logs.images[self._camera][self._index(t)], self.proprioception(t)
+
+    def proprioception(self, t: np.ndarray) -> np.ndarray:
+        """float32 (B, F, V) around the frames t (B,)."""
+        return join_vectors(self._logs.vectors, self._vectors, self._index(t))
+
+    def _index(self, t: np.ndarray) -> np.ndarray:
+        return np.clip(t[:, None] + self._lags, self._first[t][:, None], self._last[t][:, None])
 
 
 def shift(stack: np.ndarray, offset: np.ndarray) -> np.ndarray:
@@ -217,7 +240,7 @@ class ScratchPhase(StackPhase):
             self._frames.append(np.flatnonzero(np.isin(logs.episode_index, relevant) & logs.action_mask))
         if not any(map(len, self._frames)):
             raise UserError("no labelled episode accomplishes a task: there is nothing to clone from scratch")
-        policy.look.set_statistics(logs, np.concatenate(self._frames))
+        policy.look.set_statistics(self.stacks.proprioception(np.concatenate(self._frames)))
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
         """`examples` with their tasks (B,): every task that was accomplished equally often."""
@@ -249,7 +272,7 @@ class InversePhase(StackPhase):
         self._frames = np.flatnonzero(answered(logs, episodes) & logs.action_mask)
         if not len(self._frames):
             raise UserError("no training frame has a known action: there is no inverse dynamics to learn")
-        inverse.look.set_statistics(logs, self._frames)
+        inverse.look.set_statistics(self.stacks.proprioception(self._frames))
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
         """`examples` drawn uniformly."""
@@ -318,7 +341,7 @@ def inverse_error(inverse: InverseDynamics, logs: Logs, episodes: np.ndarray) ->
     if not len(frames):
         return {"frames": 0}
     params, action = infer(inverse, logs, frames), logs.action[frames].astype(np.float32)
-    mae = np.abs(inverse.space.mode(params).numpy() - action).mean(0)
+    mae = np.abs(inverse.label(params).numpy() - action).mean(0)
     spread = action.std(0)
     return {
         "frames": len(frames),
@@ -384,12 +407,12 @@ class BaselineTrainer:
         train(phase, self.run, seed=self.seed, optim=_OPTIM, contract=self.contract, config=config)
 
     def _labels(self, inverse: InverseDynamics, tag: str) -> np.ndarray:
-        """Most likely actions (N, A), zeros where none is needed; kept under the labelling weights' hash."""
+        """Pseudo-labels (N, A), zeros where none is needed; kept under the labelling weights' hash."""
         path = self.run / "vpt_labels" / f"labels-{tag}.npy"
         if not path.exists():
             frames = np.flatnonzero(answered(self.logs, self.episodes) & ~self.logs.action_mask)
             labels = np.zeros(self.logs.action.shape, np.float32)
-            labels[frames] = inverse.space.mode(infer(inverse, self.logs, frames)).numpy()
+            labels[frames] = inverse.label(infer(inverse, self.logs, frames)).numpy()
             path.parent.mkdir(parents=True, exist_ok=True)
             aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
             np.save(aside, labels)

@@ -5,23 +5,30 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
+import yaml
 
 from d4_core import threads
 from d4_datasets.errors import UserError, run_cli
 
 if TYPE_CHECKING:
+    from d4_core.baselines import BaselineTrainer
     from d4_core.models import Models
     from d4_datasets.windows import Windows
     from d4_sim.vector import EpisodeBatch
 
-PolicyName = Literal["random", "data", "bc_scratch", "wm_bc", "imagination", "expert"]
+PolicyName = Literal["random", "data", "bc_scratch", "vpt", "wm_bc", "planner", "imagination", "expert"]
 POLICIES: tuple[PolicyName, ...] = ("random", "data", "bc_scratch", "wm_bc", "imagination", "expert")
+# the checkpoint that each learned policy acts with
+FOLDERS = {
+    "bc_scratch": "bc_scratch", "vpt": "vpt", "wm_bc": "agent", "planner": "agent",
+    "imagination": "imagination", "wm_bc_argmax": "agent", "imagination_argmax": "imagination",
+}  # fmt: skip
 EVAL_SEED = 1_000_000  # recorded episodes have hashed 63-bit seeds, so these starts are new
 
 
@@ -32,21 +39,21 @@ class EvalArgs:
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of d4-train."""
     dataset: Path
-    """Dataset that the run was trained on (data mean, training of the from-scratch baseline)."""
+    """Dataset that the run was trained on (data mean, training of bc_scratch and vpt)."""
     policies: tuple[PolicyName, ...] = POLICIES
-    """What to evaluate; results of other policies in eval.json are kept."""
+    """What to evaluate; results of other policies in eval.json are kept while their weights are in force."""
     episodes: int = 100
     """Episodes per policy."""
     seed: int = 0
     """Decides the start states and all sampling."""
     scratch_steps: int = 1500
-    """Training steps of the from-scratch baseline."""
+    """Training steps of a policy without a world model, and of vpt's inverse dynamics model."""
     scale: float = 1.0
-    """Multiplies the baseline's training steps."""
+    """Multiplies these training steps."""
     device: str = "auto"
     """auto, cpu or cuda."""
     argmax: bool = False
-    """Take the most likely action instead of sampling."""
+    """wm_bc and imagination take their most likely action; kept beside the samples, as <policy>_argmax."""
     force: bool = False
     """Go on although a gate failed."""
 
@@ -82,39 +89,57 @@ class Evaluation:
 
         self.args = args
         self.logs: Windows = Windows(args.dataset)
+        self.train, self.held_out = self.logs.split()
+        self.logs.keep_labels(self.train, *_labels(args.run))
         self.world = self.logs.contract.name
         world = make_world(self.world)
         self.horizon, self.success_reward = world.horizon, world.success_reward
         self.seeds = EVAL_SEED + 10_000 * args.seed + np.arange(args.episodes)
         num_tasks = max(1, len(self.logs.contract.task_names))
         self.tasks = np.arange(args.episodes) % num_tasks
-        path = args.run / "eval.json"
-        self.result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        self._own: dict[str, dict[str, Any]] = {}  # rows measured by this process
+        self._imagined: dict[str, list[float]] | None = None
+        self.result = self._open()
+
+    def _open(self) -> dict[str, Any]:
+        """The eval.json as it is now, without what other start states or other weights gave."""
+        path, contract = self.args.run / "eval.json", self.logs.contract
+        result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         shared = {
             "world": self.world,
-            "episodes": args.episodes,
+            "episodes": self.args.episodes,
             "seeds": [int(self.seeds[0]), int(self.seeds[-1])],
         }
-        if {k: self.result.get(k) for k in shared} != shared:
-            self.result = {
-                **shared,
-                "tasks": self.tasks.tolist(),
-                "task_names": list(self.logs.contract.task_names),
-                "policies": {},
-            }
-        self.checks: dict[str, list] = {}
+        if {k: result.get(k) for k in shared} != shared:
+            names = list(contract.task_names)
+            return {**shared, "tasks": self.tasks.tolist(), "task_names": names, "policies": {}}
+        rows = result["policies"].items()
+        result["policies"] = {k: row for k, row in rows if row.get("weights") == self._weights(k)}
+        if "imagination" not in result["policies"]:
+            result.pop("imagined", None)
+        return result
+
+    def _weights(self, name: str) -> str | None:
+        """Hash of the checkpoint that a policy acts with; None for one that was not learned, or not yet."""
+        from d4_core import checkpoint
+        from d4_core.models import weights_hash
+
+        folder = self.args.run / FOLDERS.get(name, "")
+        return weights_hash(folder) if name in FOLDERS and checkpoint.exists(folder) else None
 
     # -- policies --------------------------------------------------------------------------------------------
 
-    def policy(self, name: str) -> None:
+    def policy(self, policy: str) -> None:
         """Evaluate one policy and keep its episodes."""
-        began = time.perf_counter()
+        began, name = time.perf_counter(), policy
+        if self.args.argmax and policy in ("wm_bc", "imagination"):
+            name += "_argmax"
         if name == "data":
             row = self._data()
         else:
             row = self._episodes(name)
-        row["seconds"] = time.perf_counter() - began
-        self.result["policies"][name] = row
+        row |= {"weights": self._weights(name), "seconds": time.perf_counter() - began}
+        self.result["policies"][name] = self._own[name] = row
         returns, success = np.array(row["return"]), np.array(row["success"])
         cost = f"({len(returns)} episodes, {row['seconds']:.0f} s)"
         print(f"  {name:12} return {returns.mean():6.2f}  success {success.mean():.2f}  {cost}", flush=True)
@@ -134,11 +159,12 @@ class Evaluation:
         }
 
     def _episodes(self, name: str) -> dict[str, Any]:
+        from d4_sim.calibration import Recorder, calibrate
         from d4_sim.vector import run_episodes
 
-        session = self._session(name)
+        session, extra = self._session(name)
         recorder = Recorder(session)
-        keep = name in ("wm_bc", "imagination", "expert", "bc_scratch")
+        keep = name in FOLDERS or name == "expert"
         batch = run_episodes(
             self.world, self.seeds.tolist(), self.tasks.tolist(), recorder, self.horizon, keep_frames=keep
         )
@@ -149,24 +175,35 @@ class Evaluation:
             "success": batch.success.astype(int).tolist(),
             "fallen": batch.terminal.any(1).astype(int).tolist(),
             "task": self.tasks.tolist(),
+            **extra,
         }
-        if recorder.rewards:
-            row |= self._calibration(recorder, batch)
+        if recorder.features:
+            row |= calibrate(session, recorder.features, batch)
         return row
 
-    def _session(self, name: str) -> Any:
+    def _session(self, name: str) -> tuple[Any, dict[str, Any]]:
+        """The policy as a session, and what else its row of eval.json says."""
+        from d4_core.planner import PlannerSession
         from d4_core.session import PolicySession, RandomSession, ScratchSession
         from d4_sim.driver import ScriptedPolicy
 
         contract, seed, n = self.logs.contract, self.args.seed, self.args.episodes
         if name == "random":
-            return RandomSession(contract.action_low, contract.action_high, seed)
+            return RandomSession(contract.action_low, contract.action_high, seed), {}
         if name == "expert":
-            return ScriptedPolicy("expert", seed)
+            return ScriptedPolicy("expert", seed), {}
         if name == "bc_scratch":
-            return ScratchSession(self._scratch(), seed)
-        phase = "agent" if name == "wm_bc" else "imagination"
-        return PolicySession(self._models(phase), n, seed, argmax=self.args.argmax)
+            return ScratchSession(self._trainer().clone(), seed), {}
+        if name == "vpt":
+            from d4_core.baselines import inverse_error
+
+            policy, inverse = self._trainer().vpt()
+            return ScratchSession(policy, seed), {"idm": inverse_error(inverse, self.logs, self.held_out)}
+        if name == "planner":
+            session = PlannerSession(self._models("agent"), n, seed)
+            return session, {"planner": asdict(session.cfg)}
+        models, argmax = self._models(FOLDERS[name]), name.endswith("_argmax")
+        return PolicySession(models, n, seed, argmax=argmax), {}
 
     def _models(self, phase: str) -> Models:
         from d4_core.models import load
@@ -174,44 +211,29 @@ class Evaluation:
 
         return load(self.args.run / phase, self.logs.contract, pick_device(self.args.device))
 
-    def _scratch(self) -> Any:
-        """Train the from-scratch baseline, or load it."""
-        from d4_core.baselines import ScratchPhase, ScratchPolicy, ScratchTraining
-        from d4_core.config import action_parts
-        from d4_core.loop import train
-        from d4_core.optim import OptimConfig
-        from d4_core.phase import freeze
+    def _trainer(self) -> BaselineTrainer:
+        """Trains or loads the baselines without a world model, from the labels that the run was given."""
+        from d4_core.baselines import BaselineTrainer, InverseTraining, ScratchTraining
+        from d4_core.pipeline import data_identity
 
-        contract = self.logs.contract
-        size, num_tasks = contract.images[0].size, max(1, len(contract.task_names))
-        assert size is not None
-        cfg = ScratchTraining(steps=max(1, round(self.args.scratch_steps * self.args.scale)))
-        policy = ScratchPolicy(action_parts(contract), 15, num_tasks, size, cfg.frames)
-        phase = ScratchPhase(cfg, policy, self.logs, self.logs.split()[0])
-        optim = OptimConfig(lr=1e-3, weight_decay=0.05)
-        train(phase, self.args.run, seed=self.args.seed, optim=optim, contract=contract,
-              config={"phase": "bc_scratch", "steps": cfg.steps})  # fmt: skip
-        return freeze(policy)
+        steps = max(1, round(self.args.scratch_steps * self.args.scale))
+        return BaselineTrainer(
+            run=self.args.run, contract=self.logs.contract, logs=self.logs, episodes=self.train,
+            data=data_identity(self.args.dataset, self.logs), seed=self.args.seed,
+            scratch=ScratchTraining(steps=steps), inverse=InverseTraining(steps=steps),
+        )  # fmt: skip
 
-    # -- calibration and gates -------------------------------------------------------------------------------
-
-    def _calibration(self, recorder: Recorder, batch: EpisodeBatch) -> dict[str, Any]:
-        """Reward head against the real rewards of the same frames."""
-        predicted = np.stack(recorder.rewards, 1)  # (N, T): at frames 0..T-1
-        own = np.take_along_axis(batch.reward, self.tasks[:, None, None], 2)[..., 0][:, : predicted.shape[1]]
-        alive = np.arange(predicted.shape[1]) < batch.length[:, None]
-        alive[:, 0] = False
-        x, y = predicted[alive], own[alive]
-        is_defined = len(x) > 2 and min(x.std(), y.std()) > 1e-6
-        correlation = float(np.corrcoef(x, y)[0, 1]) if is_defined else float("nan")
-        return {"reward_correlation": correlation, "reward_bias": float((x - y).mean())}
+    # -- gates -----------------------------------------------------------------------------------------------
 
     def gates(self) -> list[str]:
-        """Measure and record the gates that need the simulator; returns what those that failed say."""
+        """Measure and record the gates that need the simulator; returns what those that failed say.
+
+        They are about the sampling policies.
+        """
         from d4_core.gates import Gate, record
 
         rows, done = self.result["policies"], []
-        fresh = set(self.args.policies)
+        fresh = set(self._own)
         if "wm_bc" in fresh:
             correlation = rows["wm_bc"]["reward_correlation"]
             gates = [Gate("reward correlation on real episodes", correlation, ">=", 0.8,
@@ -241,7 +263,7 @@ class Evaluation:
         imagined, real = imagined_and_real(
             self._models("imagination"), self.world, self.seeds, self.tasks, self.args.seed
         )
-        self.result["imagined"] = {"imagined": imagined.tolist(), "real": real.tolist()}
+        self._imagined = {"imagined": imagined.tolist(), "real": real.tolist()}
         gap = abs(imagined.mean() - real.mean()) / max(abs(real.mean()), 1e-6)
         return [
             Gate("KL to the cloned policy (nats)", float(metrics["kl"]), "<=", 3.0,
@@ -262,32 +284,22 @@ class Evaluation:
         write_film(self.args.run / "media", name, batch)
 
     def write(self) -> None:
-        """eval.json, aside and renamed."""
+        """eval.json, aside and renamed, with what others have added to it meanwhile."""
+        self.result = self._open()
+        self.result["policies"] |= self._own
+        if self._imagined is not None:
+            self.result["imagined"] = self._imagined
         path = self.args.run / "eval.json"
         aside = path.with_name(f".tmp-{os.getpid()}-eval.json")
         aside.write_text(json.dumps(self.result))
         os.replace(aside, path)
 
 
-class Recorder:
-    """Passes a session through and keeps the rewards that it predicted."""
-
-    def __init__(self, session: Any) -> None:
-        self.session = session
-        self.rewards: list[np.ndarray] = []
-        if hasattr(session, "bind"):
-            self.bind = session.bind
-
-    def reset(self, n: int, tasks: np.ndarray) -> None:
-        """Start n episodes."""
-        self.session.reset(n, tasks)
-
-    def act(self, images: np.ndarray, vectors: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray:
-        """The session's actions."""
-        action = self.session.act(images, vectors, alive)
-        if hasattr(self.session, "predicted_reward"):
-            self.rewards.append(self.session.predicted_reward.cpu().numpy().copy())
-        return action
+def _labels(run: Path) -> tuple[float, str]:
+    """Which labels the run was trained with, as `Windows.keep_labels` takes it: a share, and of whom."""
+    path = run / "config.yaml"
+    about = yaml.safe_load(path.read_text()) if path.exists() else {}
+    return float(about.get("labels", 1.0)), str(about.get("labels_from", "*"))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,35 @@
-"""Behaviour cloning from scratch: what it is shown, and that it learns what a picture tells."""
+"""Cloning from scratch and from pseudo-labels: what is shown, and that what a picture tells is learned."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+import toy_run
 
 from d4_core.actions import ActionPart
-from d4_core.baselines import ScratchPhase, ScratchPolicy, ScratchTraining, shift
+from d4_core.baselines import (
+    BaselineTrainer,
+    InverseDynamics,
+    InversePhase,
+    InverseTraining,
+    ScratchPhase,
+    ScratchPolicy,
+    ScratchTraining,
+    Stacks,
+    answered,
+    inverse_error,
+    relabel,
+    shift,
+)
+from d4_core.checkpoint import load_config
+from d4_core.tokenizer import Vector
 from d4_datasets.errors import UserError
 
 PARTS = (ActionPart(kind="continuous", size=1, low=(-1.0,), high=(1.0,)),)
 LENGTHS = (6, 9, 5)
+VECTORS = (Vector(name="joints", size=2), Vector(name="speed", size=1))
+EVERY = np.arange(3)
 
 
 def bars(places: np.ndarray) -> np.ndarray:
@@ -38,7 +56,7 @@ def logs(make_logs):
 def phase_of(logs, size=(16, 16), **changes) -> ScratchPhase:
     torch.manual_seed(0)
     cfg = ScratchTraining(**({"steps": 10, "batch": 256, "shift": 0} | changes))
-    policy = ScratchPolicy(PARTS, 9, num_tasks=2, size=size, frames=cfg.frames)
+    policy = ScratchPolicy(PARTS, 9, 2, size, cfg.frames, VECTORS if logs.vectors else ())
     return ScratchPhase(cfg, policy, logs, np.arange(len(logs.episode_length)))
 
 
@@ -106,8 +124,8 @@ def test_it_learns_what_the_picture_says_and_what_the_task_asks(run, make_logs) 
     assert first == pytest.approx(np.log(9), rel=0.1)  # untrained: uniform over the bins
     assert last < 0.6 * first
     with torch.no_grad():
-        stack = torch.from_numpy(bars(np.array([-0.7, 0.7])))[:, None]
-        at, away = (phase.policy.space.mode(phase.policy(stack, torch.full((2,), q)))[:, 0] for q in (0, 1))
+        seen = torch.from_numpy(bars(np.array([-0.7, 0.7])))[:, None], torch.zeros(2, 1, 0)
+        at, away = (phase.policy.space.mode(phase.policy(*seen, torch.full((2,), q)))[:, 0] for q in (0, 1))
     assert at[0] < -0.3 < 0.3 < at[1]
     assert away[1] < -0.3 < 0.3 < away[0]
 
@@ -117,3 +135,148 @@ def test_nothing_to_clone_is_one_sentence(make_logs) -> None:
     unlabelled = make_logs(LENGTHS, images=images, action_mask=np.zeros(20, bool))
     with pytest.raises(UserError, match="nothing to clone"):
         phase_of(unlabelled)
+
+
+# ---- proprioception
+
+
+def test_proprioception_is_stacked_standardised_and_told_from_probes(logs) -> None:
+    frame = np.arange(20, dtype=np.float32)
+    joints, speed = np.stack([frame, -frame], 1), 100 * frame[:, None]
+    logs.vectors.update(joints=joints, speed=speed, probe=np.full((20, 1), np.nan, np.float32))
+    phase = phase_of(logs)
+    batch = phase.sample(np.random.default_rng(0), 0)
+    grey = batch["stack"][..., 0, 0, 0].float()
+    torch.testing.assert_close(batch["vectors"], torch.stack([grey, -grey, 100 * grey], -1))
+    look = phase.policy.look
+    x = (batch["vectors"] - look.mean) / look.std
+    assert x.mean(0).abs().max() < 0.5
+    assert x.std(0).sub(1).abs().max() < 0.2
+    with torch.no_grad():
+        other = batch["vectors"] + torch.tensor([3.0, 0.0, 0.0])
+        a, b = (phase.policy(batch["stack"], v, batch["task"]) for v in (batch["vectors"], other))
+    assert (a - b).abs().max() > 1e-3
+
+
+# ---- inverse dynamics and pseudo-labels
+
+
+def inverse_of(**changes) -> InverseDynamics:
+    torch.manual_seed(0)
+    settings = {"parts": PARTS, "bins": 9, "size": (16, 32), "lags": (-1, 0, 1, 2)}
+    return InverseDynamics(**(settings | changes))
+
+
+def test_frames_around_are_clamped_at_both_ends_of_the_episode(logs) -> None:
+    stack, _ = Stacks(logs, (-1, 0, 1, 2), ())(np.array([0, 4, 5, 6, 13]))
+    expected = [[0, 0, 1, 2], [3, 4, 5, 5], [4, 5, 5, 5], [6, 6, 7, 8], [12, 13, 14, 14]]
+    assert stack[..., 0, 0, 0].tolist() == expected
+
+
+def test_the_last_frame_of_an_episode_answers_no_action(logs) -> None:
+    assert np.flatnonzero(~answered(logs, EVERY)).tolist() == [5, 14, 19]
+    assert np.flatnonzero(answered(logs, EVERY[:1])).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_inverse_dynamics_learns_from_all_known_actions_that_show(logs) -> None:
+    phase = InversePhase(InverseTraining(batch=256, shift=0), inverse_of(size=(16, 16)), logs, EVERY[:2])
+    batch = phase.sample(np.random.default_rng(0), 0)
+    assert set((batch["action"][:, 0] - 0.25).long().tolist()) == set(range(14)) - {5, 7}
+
+
+def moving_bars(steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures of a bar and the moves (N, 1) that take it from frame to frame."""
+    rng, place, places, moves = np.random.default_rng(seed), 0.0, [], []
+    for _ in range(steps):
+        move = float(np.clip(rng.uniform(-0.4, 0.4), -1 - place, 1 - place))
+        places.append(place)
+        moves.append(move)
+        place += move
+    return bars(np.array(places)), np.array(moves, np.float32)[:, None]
+
+
+def test_inverse_dynamics_sees_an_action_in_what_followed(run, make_logs) -> None:
+    images, moves = moving_bars(200, 0)
+    logs = make_logs((200,), images={"cam": images}, action=2.5 * moves)
+    inverse = inverse_of()
+    phase = InversePhase(InverseTraining(batch=32, shift=0), inverse, logs, np.arange(1))
+    before = inverse_error(inverse, logs, np.arange(1))
+    run(phase, 80, lr=5e-3)
+    after = inverse_error(inverse.eval(), logs, np.arange(1))
+    assert after["frames"] == 199
+    assert after["relative_mae"] < 0.5 * before["relative_mae"]
+    assert after["nats"] < before["nats"] - 0.3
+    assert after["relative_mae"] == pytest.approx(after["mae"][0] / after["spread"][0])
+
+
+def test_a_label_is_the_expected_continuous_and_the_most_likely_other_value() -> None:
+    keys = ActionPart(kind="binary", size=1)
+    inverse = inverse_of(parts=(keys, ActionPart(kind="continuous", size=1, low=(0.0,), high=(4.0,))), bins=3)
+    params = torch.tensor([[0.1, 0.0, 0.0, -1e9], [-0.1, -1e9, 0.0, np.log(3.0)]])
+    torch.testing.assert_close(inverse.label(params), torch.tensor([[1.0, 1.0], [0.0, 3.5]]))
+
+
+def test_inverse_dynamics_looks_at_what_changes() -> None:
+    look = inverse_of(size=(16, 16)).look
+    still, moving = (look._contrast(torch.tensor([[3.0, 3.0, x]])) for x in (3.0, 3.5))
+    assert still.tolist() == [[3.0, 0.0, 0.0]]
+    assert moving.tolist() == [[3.0, 0.0, 0.5]]
+
+
+def test_without_held_out_labels_there_is_no_error_to_tell(make_logs) -> None:
+    images = {"cam": np.zeros((20, 16, 32, 3), np.uint8)}
+    unlabelled = make_logs(LENGTHS, images=images, action_mask=np.zeros(20, bool))
+    assert inverse_error(inverse_of(), unlabelled, EVERY) == {"frames": 0}
+    with pytest.raises(UserError, match="no inverse dynamics to learn"):
+        InversePhase(InverseTraining(), inverse_of(), unlabelled, EVERY)
+
+
+def test_pseudo_labels_fill_the_gaps_and_true_labels_stay(logs) -> None:
+    logs.action_mask[15:] = False
+    labels = np.full((20, 1), -7.0, np.float32)
+    new = relabel(logs, labels, EVERY)
+    assert np.flatnonzero(new.action[:, 0] == -7.0).tolist() == [7, 15, 16, 17, 18]
+    assert np.flatnonzero(~new.action_mask).tolist() == [19]
+    known = logs.action_mask
+    assert np.array_equal(new.action[known], logs.action[known])
+    assert logs.labelled.tolist() == [True, True, False]
+    assert new.labelled.tolist() == [True, True, True]
+    assert new.reward is logs.reward
+    held_out = relabel(logs, labels, EVERY[:2])
+    assert held_out.labelled.tolist() == [True, True, False]
+
+
+# ---- training into a run folder
+
+
+def test_both_baselines_are_trained_once_per_data_and_labels(tmp_path, make_logs, capsys) -> None:
+    robot, images = toy_run.contract(), np.random.default_rng(0).integers(0, 256, (20, 16, 24, 3), np.uint8)
+    action = np.tile(np.array([[0.5, 2.0]], np.float32), (20, 1))
+    logs = make_logs(LENGTHS, images={"cam": images}, action=action, reward=np.ones((20, 2), np.float32))
+    logs.action_mask[6:] = False
+
+    def trainer(data: str = "a", seed: int = 0) -> BaselineTrainer:
+        return BaselineTrainer(
+            run=tmp_path, contract=robot, logs=logs, data=data, episodes=EVERY, seed=seed,
+            scratch=ScratchTraining(steps=2, batch=4), inverse=InverseTraining(steps=2, batch=4, bins=5),
+        )  # fmt: skip
+
+    first, inverse = trainer().vpt()
+    trainer().clone()
+    configs = {name: load_config(tmp_path / name)["config"] for name in ("bc_scratch", "vpt", "vpt_idm")}
+    assert {c["data"] for c in configs.values()} == {"a"}
+    assert {c["training"]["steps"] for c in configs.values()} == {2}
+    (labels,) = (tmp_path / "vpt_labels").iterdir()
+    assert labels.name == f"labels-{configs['vpt']['training']['labels']}.npy"
+    expected = np.zeros((20, 2), bool)
+    expected[np.flatnonzero(answered(logs, EVERY) & ~logs.action_mask)] = True
+    assert np.array_equal(np.load(labels) != 0, expected & (np.load(labels) != 0))
+    assert not inverse.training
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    again, _ = trainer().vpt()
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")} == stamps
+    for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    capsys.readouterr()
+    trainer(data="b").vpt()
+    assert "starting afresh" in capsys.readouterr().out

@@ -11,10 +11,12 @@ import toy_run
 
 from d4_core.actions import ActionSpace
 from d4_core.agent import Agent, Head
+from d4_core.baselines import FrameStack
 from d4_core.config import action_parts
 from d4_core.models import Models, load
 from d4_core.session import PolicySession, RandomSession, ScratchSession
 from d4_core.shortcut import corrupt
+from d4_core.tokenizer import Vector
 
 FRAMES, WORLDS = 10, 2  # more frames than the context window of 4
 TASKS = np.array([1, 0])
@@ -209,11 +211,12 @@ def test_the_scratch_session_stacks_the_newest_frames_last() -> None:
     class Spy:
         """A policy that notes its input and has no opinion."""
 
-        frames = 3
+        look = FrameStack((16, 16), 3, (Vector(name="x", size=1),))
         space = ActionSpace(action_parts(toy_run.contract()), 5)
 
-        def __call__(self, stack: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        def __call__(self, stack: torch.Tensor, vectors: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
             seen.append((stack[:, :, 0, 0, 0].tolist(), task.tolist()))
+            assert torch.equal(vectors[..., 0], 2.0 * stack[:, :, 0, 0, 0])
             return torch.zeros(len(stack), self.space.num_params)
 
     seen: list = []
@@ -223,7 +226,7 @@ def test_the_scratch_session_stacks_the_newest_frames_last() -> None:
         for t in range(4):
             images = np.full((2, 4, 4, 3), t, np.uint8)
             images[1] += 100
-            action = session.act(images, {}, ALIVE)
+            action = session.act(images, {"x": 2.0 * images[:, 0, 0, :1], "probe": images}, ALIVE)
     steps = [[0, 0, 0], [0, 0, 1], [0, 1, 2], [1, 2, 3]]
     assert [stack[0] for stack, _ in seen] == steps * 2  # the first frame fills the stack, also after a reset
     assert [stack[1] for stack, _ in seen] == [[x + 100 for x in s] for s in steps] * 2

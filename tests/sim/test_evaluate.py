@@ -1,0 +1,152 @@
+"""d4-eval on a toy world: every policy drives, and results follow the weights that they came from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import yaml
+
+from d4_datasets.windows import Windows
+from d4_sim import vector, world
+from d4_sim.evaluate import EvalArgs, Evaluation
+from d4_sim.world import Observation
+
+sys.path.append(str(Path(__file__).parents[1] / "core"))
+import toy_run
+
+LEARNED = ("bc_scratch", "vpt", "wm_bc", "planner", "imagination")
+EPISODES = 3
+
+
+class Toy:
+    """Four ticks of noise; the reward of each task is how far the command is to its side."""
+
+    tasks = ("left", "right")
+    action_low, action_high = np.array([-1.0, 0.0], np.float32), np.array([1.0, 3.0], np.float32)
+    horizon, success_reward = 4, 0.5
+    probes: ClassVar = {}
+    rewards = np.zeros(2, np.float32)
+
+    def reset(self, seed: int, task: int) -> Observation:
+        self._rng, self._tick = np.random.default_rng([seed, task]), 0
+        return self._look()
+
+    def step(self, action: np.ndarray) -> tuple[Observation, np.ndarray, bool, bool]:
+        self._tick += 1
+        reward = np.array([-action[0], action[0]], np.float32)
+        return self._look(), reward, False, self._tick == self.horizon
+
+    def success(self) -> bool:
+        return True
+
+    def _look(self) -> Observation:
+        return Observation(self._rng.integers(0, 256, (16, 24, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "dataset"
+    toy_run.write_dataset(root, (6,) * 8)
+    return root
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path, dataset: Path, monkeypatch):
+    """Factory of evaluations of one run folder with untrained networks."""
+    for module in (world, vector):
+        monkeypatch.setattr(module, "make_world", lambda name: Toy())
+    monkeypatch.setattr(Evaluation, "_film", lambda self, name, batch: None)
+    for phase in ("agent", "imagination"):
+        toy_run.write_checkpoint(tmp_path, phase, toy_run.contract())
+
+    def make(**changes) -> Evaluation:
+        settings = {"episodes": EPISODES, "scratch_steps": 2, "device": "cpu"}
+        return Evaluation(EvalArgs(run=tmp_path, dataset=dataset, **(settings | changes)))
+
+    return make
+
+
+def test_every_policy_leaves_its_episodes_and_what_is_known_about_its_heads(evaluation) -> None:
+    first = evaluation()
+    for name in ("random", "data", *LEARNED):
+        first.policy(name)
+        first.write()
+    rows = json.loads((first.args.run / "eval.json").read_text())["policies"]
+    for name in LEARNED:
+        assert len(rows[name]["return"]) == EPISODES
+        assert len(rows[name]["weights"]) == 12
+        assert rows[name]["seconds"] > 0
+    assert rows["random"]["weights"] is None
+    assert rows["wm_bc"]["weights"] == rows["planner"]["weights"] != rows["imagination"]["weights"]
+    assert len({rows[name]["weights"] for name in LEARNED}) == 4
+    for name in ("wm_bc", "imagination"):
+        assert sum(r["count"] for r in rows[name]["reward_calibration"]) == EPISODES * 3
+        assert rows[name]["reward_bias"] == pytest.approx(
+            np.mean([r["predicted"] - r["real"] for r in rows[name]["reward_calibration"]]), abs=1e-4
+        )
+    assert rows["wm_bc"]["kl_to_cloned"] == 0.0
+    assert rows["imagination"]["kl_to_cloned"] > 0.0
+    assert "value_bias" not in rows["wm_bc"]
+    assert rows["imagination"]["value_calibration"]
+    assert rows["vpt"]["idm"]["frames"] == 5
+    assert rows["planner"]["planner"]["candidates"] > 1
+
+
+def test_results_of_other_weights_are_dropped_when_eval_json_is_opened(evaluation, dataset) -> None:
+    first = evaluation()
+    names = ("random", "wm_bc", "planner", "imagination")
+    for name in names:
+        first.policy(name)
+    first._imagined = {"imagined": [1.0], "real": [1.0]}
+    first.write()
+    kept = evaluation().result
+    assert tuple(kept["policies"]) == names
+    assert "imagined" in kept
+    weights = first.args.run / "agent" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes() + b"\0")
+    assert tuple(evaluation().result["policies"]) == ("random", "imagination")
+    (first.args.run / "imagination" / "config.json").unlink()
+    left = evaluation().result
+    assert tuple(left["policies"]) == ("random",)
+    assert "imagined" not in left
+
+
+def test_evaluations_side_by_side_keep_each_others_rows(evaluation) -> None:
+    one, other = evaluation(), evaluation(argmax=True)
+    for each in (one, other):
+        each.policy("wm_bc")
+        each.write()
+    kept = evaluation().result["policies"]
+    assert set(kept) == {"wm_bc", "wm_bc_argmax"}
+    assert kept["wm_bc"]["return"] != kept["wm_bc_argmax"]["return"]
+    assert kept["wm_bc"]["weights"] == kept["wm_bc_argmax"]["weights"]
+    assert other.gates() == []  # they are about samples
+
+
+def test_a_row_of_a_time_before_hashes_is_not_trusted(evaluation) -> None:
+    first = evaluation()
+    for name in ("random", "wm_bc"):
+        first.policy(name)
+        del first._own[name]["weights"]
+    first.write()
+    assert tuple(evaluation().result["policies"]) == ("random",)
+    assert evaluation(episodes=2).result["policies"] == {}
+
+
+def test_baselines_get_the_labels_that_the_run_got(evaluation, dataset) -> None:
+    full = evaluation()
+    all_labels = int(Windows(dataset).action_mask.sum())
+    assert int(full.logs.action_mask.sum()) == all_labels
+    (full.args.run / "config.yaml").write_text(yaml.safe_dump({"labels": 0.34}))
+    few = evaluation()
+    held = int(full.logs.action_mask[np.isin(full.logs.episode_index, full.held_out)].sum())
+    assert int(few.logs.action_mask.sum()) == held + 6 * round(
+        0.34 * int(full.logs.labelled[full.train].sum())
+    )
+    assert few._trainer().data != full._trainer().data
+    assert np.array_equal(few._trainer().episodes, full.train)
