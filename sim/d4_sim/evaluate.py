@@ -45,7 +45,7 @@ class EvalArgs:
     episodes: int = 100
     """Episodes per policy."""
     seed: int = 0
-    """Decides the start states and all sampling."""
+    """Decides the start states and all sampling; baselines are trained with the seed of the run."""
     scratch_steps: int = 1500
     """Training steps of a policy without a world model, and of vpt's inverse dynamics model."""
     scale: float = 1.0
@@ -90,7 +90,10 @@ class Evaluation:
         self.args = args
         self.logs: Windows = Windows(args.dataset)
         self.train, self.held_out = self.logs.split()
-        self.logs.keep_labels(self.train, *_labels(args.run))
+        about = _config(args.run)
+        self.logs.keep_labels(self.train, about.get("labels", 1.0), about.get("labels_from", "*"))
+        # baselines are trained from the run's own seed: starts are shared between runs, training is not
+        self.training_seed = int(about.get("seed", args.seed))
         self.world = self.logs.contract.name
         world = make_world(self.world)
         self.horizon, self.success_reward = world.horizon, world.success_reward
@@ -219,7 +222,7 @@ class Evaluation:
         steps = max(1, round(self.args.scratch_steps * self.args.scale))
         return BaselineTrainer(
             run=self.args.run, contract=self.logs.contract, logs=self.logs, episodes=self.train,
-            data=data_identity(self.args.dataset, self.logs), seed=self.args.seed,
+            data=data_identity(self.args.dataset, self.logs), seed=self.training_seed,
             scratch=ScratchTraining(steps=steps), inverse=InverseTraining(steps=steps),
         )  # fmt: skip
 
@@ -295,11 +298,10 @@ class Evaluation:
         os.replace(aside, path)
 
 
-def _labels(run: Path) -> tuple[float, str]:
-    """Which labels the run was trained with, as `Windows.keep_labels` takes it: a share, and of whom."""
+def _config(run: Path) -> dict[str, Any]:
+    """What d4-train noted about the run; empty for a folder that it did not make."""
     path = run / "config.yaml"
-    about = yaml.safe_load(path.read_text()) if path.exists() else {}
-    return float(about.get("labels", 1.0)), str(about.get("labels_from", "*"))
+    return yaml.safe_load(path.read_text()) if path.exists() else {}
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class Stage:
         typical_s: seconds it takes on two idle cores at this size.
         gated: a gate may fail in it, so that a result made with --force is not one made without.
         keeps: what it makes holds training time, and is set aside instead of cleared away.
+        recipe: what shapes its result besides the commands, such as the settings of a preset.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Stage:
     typical_s: float
     gated: bool = True
     keeps: bool = False
+    recipe: str = ""
 
 
 def command(name: str, *positional: Path | str, **options: Any) -> Command:
@@ -81,7 +83,7 @@ def keys(stages: Sequence[Stage]) -> dict[str, str]:
     """
     out: dict[str, str] = {}
     for stage in stages:
-        text = json.dumps([stage.commands, [out[name] for name in stage.needs]])
+        text = json.dumps([stage.commands, [out[name] for name in stage.needs]]) + stage.recipe
         out[stage.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return out
 

@@ -8,6 +8,7 @@ nothing here: the page shows it.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -105,11 +106,13 @@ class Plan:
         typical_s: float,
         *commands: Command,
         makes: tuple[Path, ...] = (),
+        recipe: str = "",
     ) -> str:
         """Add a stage; returns its name."""
         keeps = any(path.name == "run" for path in makes)
         title = " then ".join(words[0] for words in commands)
-        self.stages.append(Stage(name, title, commands, tuple(needs), makes, typical_s, True, keeps))
+        stage = Stage(name, title, commands, tuple(needs), makes, typical_s, True, keeps, recipe)
+        self.stages.append(stage)
         return name
 
     def train(self, run: Path, dataset: Path, phase: str, seed: int, scale: float, **options: Any) -> Command:
@@ -118,6 +121,12 @@ class Plan:
             "d4-train", dataset, run=run, phases=phase, seed=seed, preset=self.args.preset,
             scale=self.args.scale * scale, procs=1, force=True, **options,
         )  # fmt: skip
+
+    def recipe(self, phase: str) -> str:
+        """The preset's settings as far as they shape a phase: other ones give other results."""
+        from d4_core.config import preset
+
+        return json.dumps(preset(self.args.preset).up_to(phase), sort_keys=True)
 
     def drive(self, run: Path, dataset: Path, *policies: str, **options: Any) -> Command:
         """Policies in the simulator, always on the same starts."""
@@ -150,7 +159,10 @@ class Plan:
         for phase, typical_s in PHASES.items():
             makes = (run,) if phase == "tokenizer" else ()
             work = self.train(run, dataset, phase, seed, 1.0)
-            latest = self.add(f"{name}/{phase}", [latest], typical_s * args.scale, work, makes=makes)
+            recipe = self.recipe(phase)
+            latest = self.add(
+                f"{name}/{phase}", [latest], typical_s * args.scale, work, makes=makes, recipe=recipe
+            )
         drive = partial(self.drive, run, dataset)
         latest = self.add(f"{name}/policies", [latest], 330, drive(*POLICIES))
         self.add(f"{name}/argmax", [latest], 40, drive("wm_bc", "imagination", argmax=True))
@@ -173,14 +185,21 @@ class Plan:
         trained = [self.train(run, dataset, phase, seed, scale, **options) for phase in phases]
         typical_s = sum(PHASES[phase] for phase in phases) * scale * self.args.scale + 60
         work = [command("measure", "fork", source / "run", run, phase=kept), *trained]
-        self.add(name, [f"{of}/{kept}"], typical_s, *work, *(m(run, dataset) for m in measured), makes=(run,))
+        work += [measure(run, dataset) for measure in measured]
+        recipe = self.recipe(phases[-1])
+        self.add(name, [f"{of}/{kept}"], typical_s, *work, makes=(run,), recipe=recipe)
+
+    def tokenizer(self, place: Path, data: str) -> None:
+        """The tokenizer that variants of a place share."""
+        work = self.train(place / "run", place / "dataset", "tokenizer", 0, 1.0)
+        typical_s, recipe = PHASES["tokenizer"] * self.args.scale, self.recipe("tokenizer")
+        self.add(f"{place.name}/tokenizer", [data], typical_s, work, makes=(place / "run",), recipe=recipe)
 
     def labels(self) -> None:
         """What commands are worth: the same drives, with the commands of a share of them."""
         args, place = self.args, self.args.out / "labels"
         latest = self.data(place, [(WORLDS[0], SEEDS[0], 1.0, args.episodes)])
-        work = self.train(place / "run", place / "dataset", "tokenizer", 0, 1.0)
-        self.add("labels/tokenizer", [latest], PHASES["tokenizer"] * args.scale, work, makes=(place / "run",))
+        self.tokenizer(place, latest)
         for share in LABELS:
             name = f"labels-{share:g}"
             options: dict[str, Any] = {"labels": share, "scale": ABLATION_SCALE}
@@ -198,8 +217,7 @@ class Plan:
         count = args.episodes // len(LOOKS)
         # a seed of its own for each look: the same drives twice would show one look's answers in the other
         latest = self.data(place, [(look, seed, 1.0, count) for seed, look in enumerate(LOOKS)])
-        work = self.train(place / "run", place / "dataset", "tokenizer", 0, 1.0)
-        self.add("looks/tokenizer", [latest], PHASES["tokenizer"] * args.scale, work, makes=(place / "run",))
+        self.tokenizer(place, latest)
         arms: dict[str, dict[str, Any]] = {
             "none": {"labels": 0.0},
             "first": {"labels_from": f"{LOOKS[0]}-*"},

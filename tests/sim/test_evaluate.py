@@ -150,3 +150,11 @@ def test_baselines_get_the_labels_that_the_run_got(evaluation, dataset) -> None:
     )
     assert few._trainer().data != full._trainer().data
     assert np.array_equal(few._trainer().episodes, full.train)
+
+
+def test_starts_are_shared_between_runs_and_the_training_of_baselines_is_not(evaluation) -> None:
+    plain = evaluation()
+    (plain.args.run / "config.yaml").write_text(yaml.safe_dump({"seed": 7}))
+    other = evaluation()
+    assert other.seeds.tolist() == plain.seeds.tolist()
+    assert (plain._trainer().seed, other._trainer().seed) == (0, 7)

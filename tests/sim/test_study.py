@@ -116,6 +116,19 @@ def test_keys_do_not_depend_on_the_place_or_the_lanes(tmp_path: Path) -> None:
     assert a.state._keys != keys(plan(Args(out=Path("out"), episodes=7)))
 
 
+def test_a_stage_is_done_again_when_the_settings_that_shaped_it_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = keys(plan(Args(out=Path("out"))))
+    changed = override(PRESETS["nano"], ["imagination_training.settings.beta=0.77"])
+    monkeypatch.setitem(PRESETS, "nano", changed)
+    after = keys(plan(Args(out=Path("out"))))
+    assert before["yard-0/agent"] == after["yard-0/agent"]
+    assert before["labels-0"] == after["labels-0"]
+    for name in ("yard-0/imagination", "yard-0/policies", "labels-0.1", "improve-seed_1"):
+        assert before[name] != after[name], name
+
+
 # ---- running
 
 
