@@ -22,6 +22,7 @@ class AgentConfig:
 
     Attributes:
         num_tasks: rows of the task embedding.
+        world_tokens: spatial tokens of a frame that the heads read besides the agent tokens (paper: 0).
         leads: length of multi-token prediction, lead 0 included (paper: 8).
         hidden: width of the heads' two hidden layers.
         reward_bins, reward_range: bins of the two-hot reward head and their limits in symlog space.
@@ -29,6 +30,7 @@ class AgentConfig:
     """
 
     num_tasks: int
+    world_tokens: int = 0
     leads: int = 8
     hidden: int = 256
     reward_bins: int = 41
@@ -112,7 +114,7 @@ class Agent(nn.Module):
         self.cfg, self.num_tokens = cfg, num_tokens
         self.space = space
         self.task = nn.Parameter(0.5 * torch.randn(cfg.num_tasks, num_tokens, dim))
-        inputs = dim * num_tokens
+        inputs = dim * (num_tokens + cfg.world_tokens)
         self.reward_dist = TwoHot(cfg.reward_bins, cfg.reward_range)
         self.policy = Head(inputs, cfg.hidden, space.num_params, cfg.leads)
         self.reward = Head(inputs, cfg.hidden, cfg.reward_bins, cfg.leads)

@@ -53,6 +53,7 @@ class Preset:
     dynamics: TransformerConfig = TransformerConfig()
     grid: Grid = Grid()
     predict_velocity: bool = False
+    heads_read_world: bool = False
     action_bins: int = 15
     action_tokens: int = 1
     registers: int = 4
@@ -113,13 +114,15 @@ class Preset:
             num_tokens=self.num_tokens, token_dim=self.num_latents * self.latent_dim // self.num_tokens,
             actions=action_parts(contract), action_bins=self.action_bins, action_tokens=self.action_tokens,
             registers=self.registers, agent_tokens=self.agent_tokens, grid=self.grid,
-            predict_velocity=self.predict_velocity, transformer=self.dynamics,
+            heads_read_world=self.heads_read_world, predict_velocity=self.predict_velocity,
+            transformer=self.dynamics,
         )  # fmt: skip
 
     def agent_config(self, contract: Contract) -> AgentConfig:
         """Head shapes for a contract; a contract without tasks has one."""
         return AgentConfig(
             num_tasks=max(1, len(contract.task_names)), leads=self.leads, hidden=self.hidden,
+            world_tokens=self.num_tokens if self.heads_read_world else 0,
             reward_bins=self.reward_bins, reward_range=self.reward_range, value_bins=self.value_bins,
             value_range=self.value_range,
         )  # fmt: skip
@@ -209,21 +212,22 @@ PRESETS: dict[str, Preset] = {
             dim=128, depth=4, heads=4, kv_heads=2, mlp_ratio=2.0, time_every=2, context=16
         ),
         grid=Grid(levels=16, context_signal=0.9375), registers=2, agent_tokens=4, hidden=256,
+        heads_read_world=True,
         reward_bins=41, reward_range=(-1.0, 1.0), value_bins=81, value_range=(-1.0, 4.0),
         tokenizer_training=TokenizerTraining(steps=1500, batch=64, length=8, clip_share=0.2),
         dynamics_training=_NANO_DYNAMICS,
         agent_training=AgentTraining(
-            steps=2500, batch=64, length=4, long_length=24,
+            steps=2500, batch=64, length=4, long_length=16,
             dynamics=replace(_NANO_DYNAMICS, bootstrap_warmup=0.0, bootstrap_rows=0.1),
         ),
         imagination_training=ImaginationTraining(
-            steps=800, batch=64, reuse=4,
-            settings=ImaginationConfig(horizon=12, discount=0.95, trace=0.8, beta=0.05, warmup=0.1),
+            steps=1600, batch=64, reuse=4,
+            settings=ImaginationConfig(horizon=12, steps=1, discount=0.95, trace=0.8, beta=0.05, warmup=0.1),
         ),
         optim=Optimisers(
             tokenizer=OptimConfig(), dynamics=OptimConfig(),
             agent=OptimConfig(lr_muon=0.01, ema=0.99),
-            imagination=OptimConfig(lr=4e-3, lr_heads=1e-3, decay_fraction=0.0, ema=0.98),
+            imagination=OptimConfig(lr=4e-3, lr_heads=3e-4, decay_fraction=0.0, ema=0.98),
         ),
     ),
     "small": Preset(

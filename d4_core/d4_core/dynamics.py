@@ -33,6 +33,7 @@ class DynamicsConfig:
         registers: learned tokens without input; they improve temporal consistency.
         agent_tokens: tokens that carry the task and whose outputs the heads read (G).
         grid: signal levels.
+        heads_read_world: the heads read a frame's spatial tokens, too, not its agent tokens alone (paper).
         predict_velocity: the flow head predicts the velocity, clean - noise, instead of clean tokens (paper).
         transformer: shape of the stack; its `context` is the paper's C.
     """
@@ -45,6 +46,7 @@ class DynamicsConfig:
     registers: int = 4
     agent_tokens: int = 4
     grid: Grid = Grid()
+    heads_read_world: bool = False
     predict_velocity: bool = False
     transformer: TransformerConfig = TransformerConfig()
 
@@ -56,7 +58,7 @@ class DynamicsConfig:
 
 @dataclass
 class Block:
-    """Predicted clean tokens (B, T, N, L), and agent outputs (B, T, G, D) if asked for."""
+    """Predicted clean tokens (B, T, N, L), and what the heads read, (B, T, G, D) or (.., G + N, D)."""
 
     clean: Tensor
     agent: Tensor | None
@@ -109,6 +111,9 @@ class Dynamics(nn.Module):
 
     def _read(self, x_BTSD: Tensor, noisy_BTNL: Tensor, tau_index: Tensor) -> Block:
         agent = x_BTSD[:, :, self.cfg.world_slots :]
+        if self.cfg.heads_read_world and agent.shape[2]:
+            # detached: what the world is like is learned by predicting it, not from the heads
+            agent = torch.cat([agent, x_BTSD[:, :, : self.cfg.num_tokens].detach()], 2)
         # the flow head works in float32: bfloat16 rounding shows in rollouts
         with torch.autocast(x_BTSD.device.type, enabled=False):
             clean = self.flow(x_BTSD[:, :, : self.cfg.num_tokens].float())

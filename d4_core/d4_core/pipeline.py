@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,9 @@ class Pipeline:
             assert fresh.agent is not None
             self._require_labels()
             before.dynamics.requires_grad_(True)
+            # what the heads read is a matter of this phase; a world model trained otherwise serves as well
+            reads = self.preset.heads_read_world
+            before.dynamics.cfg = replace(before.dynamics.cfg, heads_read_world=reads)
             return AgentPhase(self.preset.agent_training, fresh.agent, *inputs)
         self._require_rewards(before)
         assert before.agent is not None

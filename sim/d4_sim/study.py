@@ -65,8 +65,9 @@ IMPROVEMENT: dict[str, tuple[str, ...]] = {
     "beta_1": (f"{_SETTINGS}.beta=1.0",),
     "horizon_6": (f"{_SETTINGS}.horizon=6",),
     "horizon_18": (f"{_SETTINGS}.horizon=18",),
-    "quarter": ("imagination_training.steps=200",),
-    "double": ("imagination_training.steps=1600",),
+    "four_steps": (f"{_SETTINGS}.steps=4",),
+    "quarter": ("imagination_training.steps=400",),
+    "double": ("imagination_training.steps=3200",),
 }
 
 
@@ -236,6 +237,9 @@ class Plan:
             self.variant(f"improve-seed_{seed}", first, "agent", ("imagination",), drive, seed=seed)
         for name, settings in IMPROVEMENT.items():
             self.variant(f"improve-{name}", first, "agent", ("imagination",), drive, set=settings)
+        both = self.driving("wm_bc", "imagination")
+        self.variant("heads-agent_only", first, "dynamics", ("agent", "imagination"), both,
+                     set=("heads_read_world=false",))  # fmt: skip
         for name, settings in SHORTCUT.items():
             measure = world_model(steps=(1, 2, 4, 16, 64), finest=name == "without")
             self.variant(f"shortcut-{name}", first, "tokenizer", ("dynamics",), measure, set=settings)

@@ -166,6 +166,13 @@ def improvement(results: Mapping[str, Any]) -> Iterator[str]:
         yield "## Imagination training on one agent: seeds and settings (yard, chain 0)\n"
         header = ["run", "return", "paired difference to the clone", "KL to the clone, nats", "falls"]
         yield table(header, rows)
+    narrow = results["runs"].get("heads-agent_only", {}).get("policies")
+    if narrow and clone:
+        yield "Heads that read the agent tokens alone, on the same world model:\n"
+        kinds = ("wm_bc", "imagination")
+        pairs = [(NAMES[k], narrow[k]["return"], first["policies"][k]["return"]) for k in kinds]
+        means = [[name, f"{np.mean(a):.2f}", f"{np.mean(b):.2f}"] for name, a, b in pairs]
+        yield table(["policy", "agent tokens alone", "and the frame's own tokens"], means)
 
 
 def open_loop_rows(runs: Mapping[str, Any], names: Mapping[str, str]) -> list[list[str]]:

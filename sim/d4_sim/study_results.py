@@ -26,7 +26,11 @@ def collect(out: Path) -> dict[str, Any]:
     policies, imagined, open_loop, gates and training.
     """
     variants = [f"improve-{name}" for name in (*(f"seed_{s}" for s in SEEDS[1:]), *IMPROVEMENT)]
-    variants += [f"shortcut-{name}" for name in SHORTCUT] + [f"cascade-{name}" for name in CASCADE]
+    variants += (
+        ["heads-agent_only"]
+        + [f"shortcut-{name}" for name in SHORTCUT]
+        + [f"cascade-{name}" for name in CASCADE]
+    )
     variants += [f"labels-{share:g}" for share in LABELS] + [f"looks-{k}" for k in ("none", "first", "both")]
     chains = {w: {str(s): _run(out / f"{w}-{s}" / "run") for s in SEEDS} for w in WORLDS}
     done = _read(out / "stages.json") or {}

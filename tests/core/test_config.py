@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 import toy_run
 
 from d4_core.config import PHASES, PRESETS, Preset, action_parts, from_dict, override, preset, to_dict
-from d4_core.imagination import ImaginationConfig
+from d4_core.imagination import Dream, ImaginationConfig
+from d4_core.models import build
 from d4_core.phases import ImaginationTraining
 from d4_core.shortcut import Grid
 from d4_datasets.errors import UserError
@@ -195,3 +197,16 @@ def test_action_parts_follow_the_order_of_the_contract() -> None:
 def test_a_grid_refuses_a_context_level_that_was_never_trained() -> None:
     with pytest.raises(ValueError, match="must round below 1"):
         Grid(levels=8, context_signal=0.99)
+
+
+def test_heads_are_as_wide_as_what_they_read() -> None:
+    for reads in (False, True):
+        cfg = dataclasses.replace(toy_run.PRESET, heads_read_world=reads)
+        models = build(cfg, toy_run.contract(), "imagination")
+        read = cfg.agent_tokens + (cfg.num_tokens if reads else 0)
+        assert models.critic.head.inputs == models.agent.policy.inputs == cfg.dynamics.dim * read
+        dream = Dream(models.dynamics.eval(), models.agent, 3)
+        task, known = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.bool)
+        tokens = torch.zeros(3, cfg.num_tokens, models.dynamics.cfg.token_dim)
+        h = dream.observe(tokens, torch.zeros(3, 2), known, task)
+        assert h.shape == (3, models.agent.policy.inputs)

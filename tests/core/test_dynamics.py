@@ -90,6 +90,24 @@ def test_gate_01_firewall_holds_in_cached_dreams(make_dynamics, make_agent) -> N
     assert not torch.equal(*features)
 
 
+def test_gate_01_firewall_holds_where_heads_read_the_world(make_dynamics) -> None:
+    """They see the frame's own tokens as it is predicted from, change nothing in it, and teach it nothing."""
+    plain, model, tokens = make_dynamics(), make_dynamics(), agent_tokens().requires_grad_()
+    model.cfg = replace(model.cfg, heads_read_world=True)
+    before, block = plain(**clip(plain), agent_BTGD=tokens), model(**clip(model), agent_BTGD=tokens)
+    assert block.agent.shape[2] == before.agent.shape[2] + model.cfg.num_tokens
+    assert torch.equal(block.clean, before.clean)
+    assert torch.equal(block.agent[:, :, :2], before.agent)
+    world = block.agent[:, :, 2:]
+    assert torch.equal(model.flow(world), block.clean)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    taught = torch.autograd.grad(world.square().sum(), parameters, retain_graph=True, allow_unused=True)
+    assert not any(g is not None and g.any() for g in taught)
+    assert model(**clip(model)).agent is None
+    other = model(**clip(model), agent_BTGD=tokens + 1)
+    assert torch.equal(other.agent[:, :, 2:], world)  # the task is not in them
+
+
 def test_agent_tokens_read_everything_in_their_block(make_dynamics) -> None:
     """An isolated agent token is blind to state and actions: no signal for any head."""
     model = make_dynamics()
