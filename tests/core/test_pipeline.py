@@ -444,3 +444,13 @@ def test_scale_multiplies_steps_and_keeps_whole_rollouts() -> None:
         assert abs(parts[1].steps - parts[0].steps / 2) <= reuse
         assert parts[2].steps == reuse
         assert all(part.steps % reuse == 0 for part in parts)
+
+
+def test_what_the_heads_read_is_decided_in_the_agent_phase(copy, dataset) -> None:
+    before = hashes(copy)
+    train.run(args(dataset, copy, "heads_read_world=false", phases=("agent", "imagination")))
+    after, models = hashes(copy), load(copy / "imagination")
+    assert after["dynamics"] == before["dynamics"]
+    assert models.policy.inputs == models.critic.head.inputs == 2 * 16
+    assert load(copy / "dynamics").dynamics.cfg.heads_read_world
+    assert not models.dynamics.cfg.heads_read_world
