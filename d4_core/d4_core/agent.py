@@ -7,6 +7,7 @@ reward that arrived with frame t); the continuation head says whether frame t is
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -150,7 +151,8 @@ class Critic(nn.Module):
 
     def expect(self, value: float) -> None:
         """Begin with about this value everywhere: until the level is right, advantages say nothing."""
-        self.dist.concentrate(self.head.out.bias.view(1, -1), float(symlog(torch.tensor(value))))
+        level = math.copysign(math.log1p(abs(value)), value)  # symlog
+        self.dist.concentrate(self.head.out.bias.view(1, -1), level)
 
     def forward(self, h: Tensor) -> Tensor:
         """Value estimate (..) of h (.., inputs)."""

@@ -126,7 +126,8 @@ class Eye:
         return {"cam": z}
 
     def to_pixels(self, name: str, tokens: Tensor) -> Tensor:
-        return tokens[..., :2, :] / 20 + 0.5
+        values = (tokens[..., :2, :] / 20 + 0.5).flatten(-2)
+        return values.repeat_interleave(12 * 12 * 3 // values.shape[-1], -1).unflatten(-1, (12, 12, 3))
 
 
 class Mind:
