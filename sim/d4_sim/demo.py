@@ -58,7 +58,7 @@ class Args:
     """Stages of a study whose names begin like this; without it all that are not done yet."""
     out: Path = Path("runs/demo")
     """Folder for everything that is made: bags, dataset, run."""
-    episodes: int = 3000
+    episodes: int = 6000
     """Episodes to record."""
     labelled: float = 0.2
     """Share of the bags that keep the commands; the others are video with rewards."""

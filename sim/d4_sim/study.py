@@ -84,7 +84,7 @@ class Args:
     """
 
     out: Path
-    episodes: int = 3000
+    episodes: int = 6000
     labelled: float = 0.2
     scale: float = 1.0
     eval_episodes: int = 200
