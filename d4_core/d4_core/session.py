@@ -92,6 +92,23 @@ class PolicySession:
         self.predicted_reward.copy_(self.models.agent.predict_reward(self.features))
         return self._action.cpu().numpy()
 
+    def correct(self, action: np.ndarray, known: np.ndarray) -> None:
+        """Say what was really done since the last frame, where that is not what `act` chose.
+
+        Args:
+            action: float32 (n, A) commands in force, in contract units.
+            known: bool (n,) whether that is known; an unknown action is left out as unlabelled video is.
+        """
+        self._action.copy_(torch.from_numpy(action))
+        self._known.copy_(torch.from_numpy(known))
+
+    @torch.no_grad()
+    def plan(self) -> np.ndarray:
+        """float32 (n, L, A): the action that `act` chose, then the likeliest ones of the frames after it."""
+        plan = self.models.dynamics.space.mode(self.head(self.features))
+        plan[:, 0] = self._action
+        return plan.cpu().numpy()
+
     def _choose(self, h: torch.Tensor, alive: np.ndarray) -> torch.Tensor:
         """Actions (n, A) at features h (n, F)."""
         params, space = self.head.first(h), self.models.dynamics.space

@@ -1,0 +1,467 @@
+"""The fixed-latency loop: frames in, guarded commands out, each at capture time plus `latency_ms`.
+
+One thread. A frame that serves a tick is prepared and handed to the inference server at once; the command
+goes out when its moment has come and not before. If the answer is not there by then, the plan of the last
+good tick has a command for this very moment (lead n); it is sent, and the miss is counted. Too many misses in
+a row, and every reason the guard may have, turn the command into the safety action; it takes a number of good
+ticks in a row to come back. Deadlines are absolute; nothing is ever caught up.
+
+Knows no ROS: `send` is whatever moves the robot, `Clock` whatever dates its frames.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+
+from d4_datasets.contract import Contract
+from d4_datasets.errors import UserError
+from d4_datasets.messages import decode, resize
+from d4_nodes.guard import Guard, Verdict
+from d4_nodes.inbox import Inbox, Sample
+from d4_nodes.link import Link, Reply
+from d4_nodes.report import Report
+from d4_nodes.ticks import Tick, Ticker
+from d4_nodes.wire import WireError
+
+_EARLY_NS = 300_000  # wake so long before a deadline and spin: the scheduler is not that precise
+_LONGEST_WAIT_S = 0.02  # between looks at heartbeat and clock
+_JUMP_NS = 100_000_000  # clock against monotonic time: more in one look is a jump
+
+
+class Clock(Protocol):
+    """The clock that dates frames; ns."""
+
+    def __call__(self) -> int:
+        """Now."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How the loop behaves.
+
+    Attributes: max_misses: so many misses in a row end in the safety action. recover_after: so many answers
+        in a row must be in time before commands flow again. commands_per_tick: commands sent per tick,
+        interpolated between this tick's and the next one's. forget_after: ticks without a request after which
+        the server must forget the past: its frames no longer follow each other.
+    """
+
+    max_misses: int = 2
+    recover_after: int = 5
+    commands_per_tick: int = 1
+    forget_after: int = 4
+
+
+@dataclass
+class _Due:
+    """A command to be sent at `time_ns`; `tick` None is one between two ticks."""
+
+    time_ns: int
+    tick: Tick | None
+    values: np.ndarray | None = None
+
+
+class Loop:
+    """Runs ticks until `stop`.
+
+    Args:
+        contract: the robot.
+        guard: asked about every command; shared with other threads under `lock`.
+        inbox: where samples come in; streams by their names in the contract.
+        send: moves the robot: (verdict, time of the loop's clock). Called under `lock`.
+        connect: opens a link to the server; raises WireError.
+        clock: dates the frames.
+        report: collects measurements.
+        log: told in one line what changed.
+    """
+
+    def __init__(
+        self,
+        contract: Contract,
+        guard: Guard,
+        inbox: Inbox,
+        send: Callable[[Verdict, int], None],
+        connect: Callable[[], Link],
+        clock: Clock,
+        report: Report,
+        config: LoopConfig = LoopConfig(),
+        log: Callable[[str], None] = print,
+    ) -> None:
+        if contract.latency_ns >= contract.period_ns:
+            raise UserError(
+                f"latency_ms {contract.latency_ms:g} must be below one period, {contract.period_ns / 1e6:g} ms: "
+                "a frame's command has to be in force when the next frame comes"
+            )
+        self.contract, self.guard, self.inbox, self.report, self.config = (
+            contract,
+            guard,
+            inbox,
+            report,
+            config,
+        )
+        self.lock = threading.RLock()
+        self.task = 0
+        self.state = "waiting"
+        self._send, self._connect, self._clock, self._log = send, connect, clock, log
+        self._camera = contract.images[0].name
+        self._ticker = Ticker(contract.period_ns, contract.period_ns // 10)
+        self._blend = np.repeat(
+            [c.kind == "continuous" for c in contract.actions], [c.dim for c in contract.actions]
+        )
+        self._link: Link | None = None
+        self._knock: threading.Thread | None = None
+        self._due: deque[_Due] = deque()
+        self._stop, self._restart = threading.Event(), ""
+        self._beat_ns = time.monotonic_ns()
+        self._raw: dict[str, Any] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """Back to the beginning of an episode."""
+        self._due.clear()
+        self._asked: tuple[Tick, int] | None = None  # at the server, and when it was handed over (monotonic)
+        self._good: tuple[Tick, np.ndarray] | None = None  # last answer: its tick and plan
+        self._last_asked = -(10**9)
+        self._command: np.ndarray | None = None  # in force; None: unknown
+        self._misses, self._recovered = 0, 0
+        self._is_safe = False
+        self._raw.clear()
+
+    # -- from other threads --
+
+    def put(self, stream: str, stamp_ns: int, message: Any) -> None:
+        """A message of a stream has come."""
+        self.inbox.put(stream, Sample(stamp_ns, self._clock(), message))
+
+    def begin(self, start_ns: int | None, task: int | None = None) -> None:
+        """Begin an episode: the past is forgotten; tick 0 is at `start_ns`, or follows the next frame."""
+        with self.lock:
+            self.task = self.task if task is None else task
+            self._start_ns, self._restart = start_ns, "a new episode begins"
+        self.inbox.wake()
+
+    def jumped(self, reason: str) -> None:
+        """The clock has jumped: nothing of before can be compared with anything of now."""
+        with self.lock:
+            self._start_ns, self._restart = None, reason
+        self.inbox.wake()
+
+    def beat_age_s(self) -> float:
+        """Seconds since the loop last went round; `Watchdog` looks at it."""
+        return (time.monotonic_ns() - self._beat_ns) / 1e9
+
+    def rest_from_outside(self, timeout_s: float) -> bool:
+        """Send the safety action in place of a loop that stands still; False if it holds the lock."""
+        if not self.lock.acquire(timeout=timeout_s):
+            return False
+        try:
+            self.guard.fault(f"the loop stood still for {self.beat_age_s():.3f} s")
+            self._rest()
+        finally:
+            self.lock.release()
+        return True
+
+    def stop(self) -> None:
+        """Make `run` return."""
+        self._stop.set()
+        self.inbox.wake()
+
+    # -- the loop's own thread --
+
+    def run(self) -> None:
+        """Go round until `stop`; then send the safety action, last of all."""
+        self._start_ns = None
+        self._drift = self._clock() - time.monotonic_ns()
+        with self.lock:
+            self.guard.begin(self._clock())
+        try:
+            while not self._stop.is_set():
+                self._beat_ns = time.monotonic_ns()
+                try:
+                    self._round()
+                except Exception as error:
+                    self._log(f"the loop failed: {error!r}")
+                    self.report.reasons["the loop failed"] += 1
+                    self._forget()
+                    self._rest()
+        finally:
+            self._rest()
+            if self._link is not None:
+                self._link.close()
+                self._link = None
+
+    def _round(self) -> None:
+        self._look_at_clock()
+        self._receive()
+        self._tend_link()
+        now = self._clock()
+        while len(self._due) > 1 and now >= self._due[1].time_ns:  # we were held up: never catch up
+            self.report.counts["commands left out"] += 1
+            self._due.popleft()
+        if self._due and now >= self._due[0].time_ns - _EARLY_NS:
+            self._publish(self._due.popleft())
+            return
+        tick = self._ticker.next(now)
+        if tick is not None:
+            self._begin_tick(tick)
+            return
+        self._wait(now)
+
+    def _look_at_clock(self) -> None:
+        drift = self._clock() - time.monotonic_ns()
+        jump, self._drift = drift - self._drift, drift
+        if abs(jump) > _JUMP_NS and not self._restart:
+            self.jumped(f"the clock jumped by {jump / 1e9:.3f} s")
+        with self.lock:
+            reason, self._restart = self._restart, ""
+            if not reason:
+                return
+            self.guard.begin(self._clock())
+        self._log(reason)
+        self.report.reasons[reason.split(" by ")[0]] += 1
+        if "clock" in reason:
+            self.inbox.clear()
+            self._rest()
+        self._forget_keeping_request()
+        self._ticker.begin(self._start_ns)
+
+    def _forget_keeping_request(self) -> None:
+        """Forget, but a request at the server is still there: its answer must be taken and ignored."""
+        busy = self._link is not None and self._link.is_busy
+        asked = self._asked
+        self._forget()
+        self._asked = asked if busy else None
+        self._ignore = busy
+
+    _ignore = False
+
+    def _receive(self) -> None:
+        for name, sample in self.inbox.drain():
+            with self.lock:
+                if not self.guard.see(name, sample.stamp_ns, sample.arrival_ns):
+                    self.report.counts["wrong stamps"] += 1
+                    continue
+            self.inbox.keep(name, sample)
+            if name == self._camera:
+                self._ticker.frame(sample.stamp_ns)
+                self.report.counts["frames"] += 1
+                self.report.add("transport", sample.arrival_ns - sample.stamp_ns)
+
+    # -- the server --
+
+    def _tend_link(self) -> None:
+        if self._link is None:
+            if self._knock is None or not self._knock.is_alive():
+                self._knock = threading.Thread(target=self._open, name="connect", daemon=True)
+                self._knock.start()
+            return
+        try:
+            if self._link.is_busy and (reply := self._link.poll()) is not None:
+                self._answer(reply)
+            with self.lock:
+                age_ns = int(1e9 * self._link.heartbeat_age_s())
+                self.guard.alive("inference server", self._clock() - age_ns)
+        except WireError as error:
+            self._lose(str(error))
+
+    def _open(self) -> None:
+        """Knock at the server's door, off the loop's thread."""
+        try:
+            link = self._connect()
+        except WireError as error:
+            with self.lock:
+                self.guard.fault(str(error))
+            time.sleep(0.2)
+            return
+        with self.lock:
+            if self._stop.is_set():
+                link.close()
+                return
+            self.guard.alive("inference server", self._clock())
+            self._recovered = 0
+            self._link = link
+            self._last_asked = -(10**9)
+        self.inbox.wake()
+
+    def _lose(self, reason: str) -> None:
+        assert self._link is not None
+        self._link.close()
+        self._link, self._asked, self._ignore = None, None, False
+        self._fail(reason, "the server was lost")
+
+    def _answer(self, reply: Reply) -> None:
+        if self._ignore or self._asked is None:
+            self._ignore, self._asked = False, None
+            return
+        (tick, began), self._asked = self._asked, None
+        self.report.add("answer", time.monotonic_ns() - began)
+        if reply.failure:
+            self._fail(f"the inference server failed: {reply.failure}", "the server failed")
+            return
+        self.report.add("encode", reply.spans[0])
+        self.report.add("plan", reply.spans[1])
+        self.report.add("age", self._clock() - tick.stamp_ns)
+        self._good = (tick, reply.plan)
+
+    # -- a tick --
+
+    def _begin_tick(self, tick: Tick) -> None:
+        self.report.counts["ticks"] += 1
+        if not tick.is_fresh:
+            self.report.counts["ticks without a frame of their own"] += 1
+        self._due.append(_Due(tick.anchor_ns + self.contract.latency_ns, tick))
+        if self._link is None or self._asked is not None or self._link.is_busy:
+            self.report.counts["ticks the server was not free for"] += self._link is not None
+            return
+        began = time.monotonic_ns()
+        if not self._prepare(tick):
+            return
+        self.report.add("prepare", time.monotonic_ns() - began)
+        gap = tick.number - self._last_asked
+        try:
+            self._link.submit(self.task, gap > self.config.forget_after, self._command)
+        except WireError as error:
+            self._lose(str(error))
+            return
+        self._asked, self._last_asked = (tick, began), tick.number
+
+    def _prepare(self, tick: Tick) -> bool:
+        """Put the observation of a tick into shared memory; False if a stream has none that can be used."""
+        assert self._link is not None
+        targets = self._link.cameras | self._link.vectors
+        for name, target in targets.items():
+            sample = self.inbox.at(name, tick.stamp_ns)
+            if sample is None:
+                return False  # the guard says that the stream is stale
+            try:
+                if name in self._link.cameras:
+                    self._look(name, sample)
+                    target[...] = resize(decode(sample.message), target.shape[:2])
+                elif np.isfinite(sample.message).all():
+                    target[...] = sample.message
+                else:
+                    raise ValueError("it holds NaN or infinity")
+            except (UserError, ValueError, TypeError, AttributeError, cv2.error) as error:
+                self._fail(f"{name} cannot be used: {error}", "an observation could not be used")
+                return False
+        return True
+
+    def _fail(self, reason: str, kind: str) -> None:
+        """Safety actions from now on, until enough answers in a row have come in time."""
+        self.report.reasons[kind] += 1
+        with self.lock:
+            self.guard.fault(reason)
+        self._is_safe, self._recovered = True, 0
+
+    def _look(self, camera: str, sample: Sample) -> None:
+        """Compare a picture with the one before, byte by byte."""
+        data = np.frombuffer(sample.message.data, np.uint8)
+        before = self._raw.get(camera)
+        if before is None or before[0] != sample.stamp_ns:
+            is_same = before is not None and np.array_equal(before[1], data)
+            self._raw[camera] = (sample.stamp_ns, data)
+            with self.lock:
+                self.guard.look(camera, is_same)
+
+    # -- a command --
+
+    def _publish(self, due: _Due) -> None:
+        values = due.values if due.tick is None else self._decide(due)
+        began = time.monotonic_ns()
+        with self.lock:
+            verdict = self.guard.check(values, max(due.time_ns, self._clock()))
+            self.report.add("guard", time.monotonic_ns() - began)
+            while (now := self._clock()) < due.time_ns:
+                if self._restart:
+                    return
+            began = time.monotonic_ns()
+            self._send(verdict, now)
+            self.report.add("publish", time.monotonic_ns() - began)
+        self._after(due, verdict, now)
+
+    def _after(self, due: _Due, verdict: Verdict, now: int) -> None:
+        # what was not sent, or not sent whole, leaves open what the robot does
+        self._command = verdict.values if verdict.send.all() else None
+        if due.tick is None:
+            return
+        self.report.command(now)
+        self.report.add("lateness", now - due.time_ns)
+        self.report.add("latency", now - due.tick.stamp_ns)
+        self.report.counts["safe"] += verdict.is_safe
+        state = verdict.rules[0] if verdict.is_safe else "driving"
+        if state != self.state:
+            self._log(f"safety action ({state}): {verdict.reason}" if verdict.is_safe else state)
+        self.state = state
+
+    def _decide(self, due: _Due) -> np.ndarray | None:
+        """The command for a tick: its own answer, or the plan of the last good one for this moment."""
+        assert due.tick is not None
+        if self._link is not None and self._link.is_busy:
+            self._tend_link()  # it may have come just now
+        lead = self._lead(due.tick)
+        if lead == 0:
+            self._misses = 0
+            self._recover()
+        else:
+            self._misses += 1
+            self._recovered = 0
+            self.report.counts["missed"] += 1
+            if self._misses >= self.config.max_misses and not self._is_safe:
+                self._fail(f"{self._misses} answers in a row were not there in time", "answers too late")
+        if lead is None or self._good is None:
+            return None
+        plan = self._good[1]
+        self._between(due, plan[lead:])
+        return plan[lead]
+
+    def _lead(self, tick: Tick) -> int | None:
+        """Which entry of the last plan is for this tick; None if there is none."""
+        if self._good is None:
+            return None
+        lead = tick.number - self._good[0].number
+        return lead if 0 <= lead < len(self._good[1]) else None
+
+    def _recover(self) -> None:
+        self._recovered += 1
+        if self._is_safe and self._recovered < self.config.recover_after:
+            return
+        self._is_safe = False
+        with self.lock:
+            self.guard.fault("")
+
+    def _between(self, due: _Due, plan: np.ndarray) -> None:
+        """Queue the commands between this tick's and the next one's."""
+        count = self.config.commands_per_tick
+        if count < 2 or len(plan) < 2:
+            return
+        for j in range(1, count):
+            share = np.where(self._blend, j / count, 0.0)
+            values = plan[0] + share * (plan[1] - plan[0])
+            self._due.append(_Due(due.time_ns + j * self.contract.period_ns // count, None, values))
+        self._due = deque(sorted(self._due, key=lambda d: d.time_ns))
+
+    # -- waiting and resting --
+
+    def _wait(self, now: int) -> None:
+        times = [d.time_ns - _EARLY_NS for d in list(self._due)[:1]]
+        deadline = self._ticker.deadline()
+        times += [] if deadline is None else [deadline]
+        left_s = min([(t - now) / 1e9 for t in times], default=_LONGEST_WAIT_S)
+        files: list[Any] = [self.inbox]
+        if self._link is not None and self._link.is_busy:
+            files.append(self._link)
+        select.select(files, [], [], min(max(left_s, 0.0), _LONGEST_WAIT_S))
+
+    def _rest(self) -> None:
+        """Send the safety action now."""
+        with self.lock:
+            now = self._clock()
+            self._send(self.guard.check(None, now), now)

@@ -1,0 +1,283 @@
+"""``d4-serve``: the inference server, which holds the policy and answers one robot.
+
+It never listens beyond this host: a Unix socket that only this user can reach carries control messages
+(`d4_nodes.wire`), shared memory without a name carries frames and actions (`d4_nodes.memory`). Shapes are
+fixed and caches allocated once; a reset only forgets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+import tyro
+
+from d4_core import threads
+from d4_datasets.contract import Contract
+from d4_datasets.errors import UserError, run_cli
+from d4_nodes import memory, wire
+from d4_nodes.memory import CAMERA, VECTOR, Memory
+from d4_nodes.wire import Kind, Message, WireError
+
+HEARTBEAT_S = 0.01
+
+
+@dataclass(kw_only=True)
+class ServeArgs:
+    """Serve a policy to one robot on this host until SIGTERM."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """Folder of an agent or imagination checkpoint, or a run folder: its latest of the two."""
+    socket: Path | None = None
+    """Where to listen; default: d4-<contract name>.sock in the user's runtime folder."""
+    seed: int = 0
+    """Decides context noise and action samples, anew in every episode."""
+    argmax: bool = False
+    """Take the likeliest action instead of a sample."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    threads: int | None = None
+    """Compute threads; default: the free cores."""
+
+
+class Brain(Protocol):
+    """What a server serves: a policy over shared memory.
+
+    Attributes:
+        contract: the robot it was trained for.
+        leads: number of frames L that a plan covers.
+        card: what the robot's process is told about it (JSON values).
+    """
+
+    contract: Contract
+    leads: int
+    card: dict[str, Any]
+
+    def decide(self, shared: Memory) -> None:
+        """Answer the request in shared memory: fill plan, reward and spans."""
+
+
+class PolicyBrain:
+    """The world-model policy of a checkpoint folder as a brain."""
+
+    def __init__(self, folder: Path, seed: int = 0, argmax: bool = False, device: str = "auto") -> None:
+        from d4_core import checkpoint
+        from d4_core.models import load, weights_hash
+        from d4_core.pipeline import pick_device
+        from d4_core.session import PolicySession
+
+        folder = _acting(folder)
+        models = load(folder, device=pick_device(device))
+        self.contract = models.contract
+        self.session = PolicySession(models, 1, seed, argmax=argmax)
+        self.leads = models.acting.leads
+        origin = checkpoint.load_config(folder).get("origin", {})
+        self.card = {
+            "checkpoint": str(folder.resolve()), "weights": weights_hash(folder), "origin": origin,
+            "seed": seed, "argmax": argmax, "device": str(self.session.device),
+        }  # fmt: skip
+        self._begin(0)
+
+    def _begin(self, task: int) -> None:
+        self._task = np.array([task])
+        self._alive = np.ones(1, bool)
+        self.session.reset(1, self._task)
+
+    def decide(self, shared: Memory) -> None:
+        """One frame through the session."""
+        task = int(shared["task"])
+        if shared["reset"] or task != self._task[0]:
+            self._begin(task)
+        else:
+            self.session.correct(shared["previous"][None], shared["previous_known"][None] != 0)
+        began = time.perf_counter_ns()
+        images = {name: image[None] for name, image in shared.observation(CAMERA).items()}
+        vectors = {name: vector[None] for name, vector in shared.observation(VECTOR).items()}
+        self.session.act(images, vectors, self._alive)
+        middle = time.perf_counter_ns()
+        shared["plan"][:] = self.session.plan()[0]
+        shared["reward"][...] = self.session.predicted_reward[0].item()
+        shared["spans"][:] = middle - began, time.perf_counter_ns() - middle
+
+
+def _acting(folder: Path) -> Path:
+    """The checkpoint to act with: `folder` itself, or the latest phase of a run folder that has a policy."""
+    for phase in ("imagination", "agent"):
+        if (folder / phase / "config.json").exists():
+            return folder / phase
+    if (folder / "config.json").exists():
+        phase = json.loads((folder / "config.json").read_text()).get("phase")
+        if phase not in ("imagination", "agent"):
+            raise UserError(f"{folder} is a checkpoint of phase {phase}, which has no policy: train on")
+        return folder
+    raise UserError(f"{folder} holds no agent or imagination checkpoint: train one with d4-train")
+
+
+class Server:
+    """Serves a brain on a socket, one client at a time.
+
+    Raises:
+        UserError: another server listens there, or the socket cannot be made.
+    """
+
+    def __init__(self, brain: Brain, path: Path) -> None:
+        self.brain, self.path = brain, path
+        self.shared = Memory(memory.layout(brain.contract, brain.leads))
+        try:
+            self._listener = wire.listen(path)
+        except OSError as error:
+            raise UserError(f"cannot listen on {path}: {error.strerror or error}") from error
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._client: socket.socket | None = None
+        self._wake, self._stop = os.pipe()
+        self._selector.register(self._wake, selectors.EVENT_READ)
+        self._ended = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def stop(self) -> None:
+        """Make `run` return after the request at hand; may be called from a signal handler."""
+        os.write(self._stop, b"x")
+
+    def run(self) -> None:
+        """Answer until `stop`."""
+        self._heart.start()
+        try:
+            while True:
+                for key, _ in self._selector.select():
+                    if key.fileobj == self._wake:
+                        return
+                    if key.fileobj is self._listener:
+                        self._accept()
+                    else:
+                        self._serve(key.fileobj)  # type: ignore[arg-type]
+        finally:
+            self._close()
+
+    def warm_up(self, count: int = 20) -> list[float]:
+        """Seconds that each of `count` frames took after one that is not counted: first calls are slow."""
+        seconds = []
+        self.shared["reset"][...] = 1
+        for _ in range(count + 1):
+            began = time.perf_counter()
+            self.brain.decide(self.shared)
+            seconds.append(time.perf_counter() - began)
+            self.shared["reset"][...] = 0
+        return seconds[1:]
+
+    def _beat(self) -> None:
+        beat = self.shared["heartbeat"]
+        while not self._ended.wait(HEARTBEAT_S):
+            beat[...] = time.monotonic_ns()
+
+    def _accept(self) -> None:
+        sock, _ = self._listener.accept()
+        sock.setblocking(False)  # whoever does not read or write must not hold up the others
+        self._selector.register(sock, selectors.EVENT_READ)
+
+    def _serve(self, sock: socket.socket) -> None:
+        """Handle one message; a client that sends nonsense is told why and cut off."""
+        try:
+            message, descriptor = wire.receive(sock)
+            if descriptor is not None:
+                os.close(descriptor)
+            if message.kind is Kind.HELLO:
+                self._welcome(sock, message)
+            elif message.kind is Kind.STEP and sock is self._client:
+                wire.send(sock, self._step(message.sequence))
+            elif message.kind is Kind.BYE:
+                self._drop(sock)
+            else:
+                raise WireError(f"{message.kind.name} was not expected")
+        except BlockingIOError:
+            return
+        except WireError as error:
+            self._refuse(sock, str(error))
+
+    def _welcome(self, sock: socket.socket, message: Message) -> None:
+        theirs, ours = message.json().get("contract"), self.brain.contract.hash
+        if self._client is not None:
+            self._refuse(sock, "another robot is connected to this server; start one server for each")
+        elif theirs != ours:
+            name = self.brain.contract.name
+            self._refuse(sock, f"the checkpoint was trained on another contract ({name}, {ours[:12]})")
+        else:
+            card = self.brain.card | {"pid": os.getpid(), "leads": self.brain.leads}
+            told = json.dumps({**card, "fields": self.shared.fields}).encode()
+            wire.send(sock, Message(Kind.WELCOME, payload=told), self.shared.descriptor)
+            self._client = sock
+
+    def _step(self, sequence: int) -> Message:
+        try:
+            self.brain.decide(self.shared)
+        except Exception as error:
+            print(f"d4-serve: request {sequence} failed: {error!r}", file=sys.stderr, flush=True)
+            return Message(
+                Kind.FAILED, sequence, f"{type(error).__name__}: {error}".encode()[: wire.MAX_PAYLOAD]
+            )
+        return Message(Kind.DONE, sequence)
+
+    def _refuse(self, sock: socket.socket, why: str) -> None:
+        with contextlib.suppress(WireError):  # gone already
+            wire.send(sock, Message(Kind.REFUSED, payload=why.encode()[: wire.MAX_PAYLOAD]))
+        self._drop(sock)
+
+    def _drop(self, sock: socket.socket) -> None:
+        self._selector.unregister(sock)
+        if sock is self._client:
+            self._client = None
+        sock.close()
+
+    def _close(self) -> None:
+        self._ended.set()
+        self._heart.join()
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.fileobj, socket.socket):
+                key.fileobj.close()
+        self.path.unlink(missing_ok=True)
+        self.shared.close()
+
+
+def serve(brain: Brain, path: Path) -> None:
+    """Warm up, say so on standard output, and answer until SIGTERM or SIGINT."""
+    server = Server(brain, path)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop())
+    seconds = sorted(server.warm_up())
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a collection in a tick is a pause; nothing here makes cycles
+    sys.setswitchinterval(0.0005)  # the heartbeat needs the interpreter soon, and briefly
+    ready = {"ready": str(path), "median_ms": round(1e3 * seconds[len(seconds) // 2], 2),
+             "slowest_ms": round(1e3 * seconds[-1], 2), **brain.card}  # fmt: skip
+    print(json.dumps(ready), flush=True)
+    server.run()
+
+
+def main() -> None:
+    """Entry point of ``d4-serve``."""
+    run_cli(_main)
+
+
+def _main() -> int:
+    args = tyro.cli(ServeArgs, prog="d4-serve")
+    threads.configure(args.threads)
+    brain = PolicyBrain(args.checkpoint, args.seed, args.argmax, args.device)
+    serve(brain, args.socket or wire.default_socket(brain.contract.name))
+    return 0
+
+
+if __name__ == "__main__":
+    main()

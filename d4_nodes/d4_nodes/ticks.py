@@ -1,0 +1,115 @@
+"""Which frame belongs to which tick, live: the rules of `d4_datasets.align` applied as frames come in.
+
+Offline, tick k is served by the newest frame captured at or before it. Live, nobody knows yet whether a newer
+one will come; but a camera is periodic, so the frame after which the next would come too late for the tick is
+taken to be the newest, and work begins the moment it arrives. A tick without a frame of its own is served,
+when its time has passed, by the last one, as the contract's tolerance allows.
+
+Pure logic on nanoseconds; no clock, no thread.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_TRUST = 5  # intervals between frames until the camera's period counts as known
+
+
+class Tick(NamedTuple):
+    """A tick that can be worked on.
+
+    number: k. time_ns: nominal time. anchor_ns: capture time of its frame, from which latency counts; a tick
+    without a frame of its own is one period after the anchor before it. stamp_ns: of the frame that serves
+    it.
+    """
+
+    number: int
+    time_ns: int
+    anchor_ns: int
+    stamp_ns: int
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the tick has a frame of its own."""
+        return self.anchor_ns == self.stamp_ns
+
+
+class Ticker:
+    """Turns capture times of the first camera into ticks, each once, in order.
+
+    Args:
+        period_ns: between ticks.
+        grace_ns: how long after its time a tick still waits for a frame of its own.
+    """
+
+    def __init__(self, period_ns: int, grace_ns: int = 0) -> None:
+        self.period_ns, self.grace_ns = period_ns, grace_ns
+        self.skipped = 0  # ticks that went by without being handed out
+        self.late = 0  # frames that came when their tick had been handed out
+        self.begin(None)
+
+    def begin(self, start_ns: int | None) -> None:
+        """Begin at tick 0: at `start_ns`, or half a period after the next frame."""
+        self._zero = start_ns
+        self._next = 0
+        self._frame: int | None = None  # newest frame
+        self._anchor: int | None = None
+        self._stamps: list[int] = []
+
+    def time_of(self, number: int) -> int:
+        """Nominal time of a tick."""
+        assert self._zero is not None
+        return self._zero + number * self.period_ns
+
+    def frame(self, stamp_ns: int) -> None:
+        """A frame captured at `stamp_ns` has arrived; stamps must not go back."""
+        if self._zero is None:
+            self._zero = stamp_ns + self.period_ns // 2
+        self._stamps = [*self._stamps[-_TRUST:], stamp_ns]
+        if self._index(stamp_ns) < self._next:
+            self.late += 1
+        self._frame = stamp_ns
+
+    def next(self, now_ns: int) -> Tick | None:
+        """The next tick if it can be worked on now."""
+        if self._zero is None or self._frame is None:
+            return None
+        newest = self._index(self._frame)
+        if newest > self._next:  # its own frame never came, or came too late to be told apart
+            self.skipped += newest - self._next
+            self._next = newest
+        due = self.time_of(self._next)
+        if newest == self._next and self._frame + self._interval() > due:
+            return self._take(self._frame)
+        if now_ns > due + self.grace_ns:
+            late = (now_ns - due - self.grace_ns) // self.period_ns
+            self.skipped += late
+            self._next += late
+            return self._take(self._frame if newest >= self._next else None)
+        return None
+
+    def deadline(self) -> int | None:
+        """When the next tick can be worked on at the latest, without further frames."""
+        return None if self._zero is None else self.time_of(self._next) + self.grace_ns + 1
+
+    def _take(self, own: int | None) -> Tick:
+        assert self._frame is not None
+        number, self._next = self._next, self._next + 1
+        time_ns = self.time_of(number)
+        if own is not None:
+            self._anchor = own
+        else:
+            expected = time_ns - self.period_ns if self._anchor is None else self._anchor + self.period_ns
+            self._anchor = max(expected, time_ns - self.period_ns)
+        return Tick(number, time_ns, self._anchor, self._frame)
+
+    def _index(self, stamp_ns: int) -> int:
+        """The tick that a frame belongs to: the first at or after it."""
+        assert self._zero is not None
+        return max(0, -((self._zero - stamp_ns) // self.period_ns))
+
+    def _interval(self) -> int:
+        """Time between frames, ns: the shortest of the last ones; one period until enough have been seen."""
+        if len(self._stamps) <= _TRUST:
+            return self.period_ns
+        return min(b - a for a, b in zip(self._stamps, self._stamps[1:], strict=False))

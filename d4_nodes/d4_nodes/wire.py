@@ -1,0 +1,201 @@
+"""Control messages between the robot's process and the inference server: a fixed header, then a bounded
+payload.
+
+They travel over a Unix socket of type SEQPACKET, which keeps message boundaries: a message is read whole or
+not at all, and a damaged one can never shift the reading of the next. Frames and actions do not travel here
+but lie in shared memory (`d4_nodes.memory`). Nothing is ever unpickled; payloads are UTF-8 text or JSON.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAGIC = b"d4"
+VERSION = 1
+MAX_PAYLOAD = 1 << 16
+_HEADER = struct.Struct("<2sBBIQ")  # magic, version, kind, bytes of payload, sequence number
+
+
+class WireError(Exception):
+    """A message that is not one of ours, or the other side has gone."""
+
+
+class Kind(enum.IntEnum):
+    """What a message says. Client to server: HELLO, STEP, BYE; server to client: the others."""
+
+    HELLO = 1  # JSON: hash of the contract
+    WELCOME = 2  # JSON: what the server runs; carries the descriptor of the shared memory
+    REFUSED = 3  # text: why
+    STEP = 4  # a request lies in shared memory
+    DONE = 5  # the reply lies in shared memory
+    FAILED = 6  # text: why there is no reply
+    BYE = 7
+
+
+@dataclass(frozen=True)
+class Message:
+    """One control message; `sequence` numbers requests and their replies."""
+
+    kind: Kind
+    sequence: int = 0
+    payload: bytes = b""
+
+    @property
+    def text(self) -> str:
+        """The payload as text; damaged characters are replaced."""
+        return self.payload.decode("utf-8", "replace")
+
+    def json(self) -> dict[str, Any]:
+        """The payload as a JSON object.
+
+        Raises:
+            WireError: it is none.
+        """
+        try:
+            value = json.loads(self.payload)
+        except (ValueError, RecursionError) as error:
+            raise WireError(f"the payload of {self.kind.name} is not JSON") from error
+        if not isinstance(value, dict):
+            raise WireError(f"the payload of {self.kind.name} is no JSON object")
+        return value
+
+
+def pack(message: Message) -> bytes:
+    """Bytes of a message.
+
+    Raises:
+        WireError: the payload is too long.
+    """
+    if len(message.payload) > MAX_PAYLOAD:
+        raise WireError(f"a payload of {len(message.payload)} bytes is longer than {MAX_PAYLOAD}")
+    header = _HEADER.pack(MAGIC, VERSION, message.kind, len(message.payload), message.sequence)
+    return header + message.payload
+
+
+def parse(data: bytes) -> Message:
+    """The message in `data`.
+
+    Raises: WireError: too short, of another program or version, of unknown kind, or of another length than it
+        says.
+    """
+    if len(data) < _HEADER.size:
+        raise WireError(f"a message of {len(data)} bytes is shorter than its header")
+    magic, version, kind, length, sequence = _HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise WireError("a message of another program")
+    if version != VERSION:
+        raise WireError(f"a message of protocol version {version}, this is version {VERSION}")
+    if length != len(data) - _HEADER.size:
+        raise WireError(f"a message announces {length} bytes and has {len(data) - _HEADER.size}")
+    try:
+        return Message(Kind(kind), sequence, data[_HEADER.size :])
+    except ValueError:
+        raise WireError(f"a message of unknown kind {kind}") from None
+
+
+def send(sock: socket.socket, message: Message, descriptor: int | None = None) -> None:
+    """Send a message, with an open file if given.
+
+    Raises:
+        WireError: the other side has gone or does not read.
+    """
+    try:
+        socket.send_fds(
+            sock, [pack(message)], [] if descriptor is None else [descriptor], socket.MSG_NOSIGNAL
+        )
+    except OSError as error:
+        raise WireError(f"the other side of the socket has gone ({error.strerror})") from error
+
+
+def receive(sock: socket.socket) -> tuple[Message, int | None]:
+    """The next message and the open file that came with it, if any; the caller closes it.
+
+    Raises:
+        WireError: the other side has gone, or sent something else than one message.
+        BlockingIOError: the socket does not block and nothing has come.
+        TimeoutError: the socket has a time limit and nothing has come.
+    """
+    try:
+        data, descriptors, flags, _ = socket.recv_fds(sock, _HEADER.size + MAX_PAYLOAD, 4)
+    except (BlockingIOError, TimeoutError, InterruptedError):
+        raise
+    except OSError as error:
+        raise WireError(f"the other side of the socket has gone ({error.strerror})") from error
+    descriptor = descriptors[0] if len(descriptors) == 1 else None
+    try:
+        if not data:
+            raise WireError("the other side closed the socket")
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(descriptors) > 1:
+            raise WireError("a message is longer than any of ours")
+        return parse(data), descriptor
+    except WireError:
+        for number in descriptors:
+            os.close(number)
+        raise
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening socket that only this user can reach; takes the place of one whose server is dead.
+
+    Raises:
+        OSError: a server listens there already, or the folder cannot be written.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        _clear(path)
+        mask = os.umask(0o177)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(mask)
+        sock.listen(4)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _clear(path: Path) -> None:
+    """Remove a socket file that nobody listens on."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+    raise OSError(98, f"a server listens on {path} already")
+
+
+def connect(path: Path, timeout_s: float) -> socket.socket:
+    """A socket connected to a server.
+
+    Raises:
+        WireError: nobody listens there.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.settimeout(timeout_s)
+    try:
+        sock.connect(str(path))
+    except OSError as error:
+        sock.close()
+        raise WireError(f"no inference server listens on {path} ({error.strerror or error})") from error
+    return sock
+
+
+def default_socket(name: str) -> Path:
+    """Where a server of this name listens: the user's own runtime folder, which nobody else can enter."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    folder = Path(runtime) if runtime and Path(runtime).is_dir() else Path(f"/tmp/d4-{os.getuid()}")
+    return folder / f"d4-{name}.sock"
