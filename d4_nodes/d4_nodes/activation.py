@@ -20,7 +20,7 @@ _PATIENCE_S = 10.0
 
 
 class Measured(NamedTuple):
-    """What a decision takes here and now, in ms: from a received frame to an answer, and what is left for it."""
+    """What a decision takes, from a received frame to an answer, and what is left for it; ms."""
 
     p50: float
     p99: float

@@ -161,7 +161,7 @@ class Camera:
         for vector in contract.vectors("input"):
             self.loop.put(vector.name, stamp, np.zeros(len(vector.select), np.float32))
         for camera in reversed(contract.images):  # the first one last: it is the one that starts a tick
-            self.loop.put(camera.name, stamp, self._pictures[number % _NUM_PICTURES])
+            self.loop.put(camera.name, stamp, self._pictures[number % len(self._pictures)])
 
 
 class Motors:
@@ -194,7 +194,7 @@ def with_times(contract: Contract, rate_hz: float | None, latency_ms: float | No
 
 
 def reference_lateness(period_s: float, count: int = 100) -> Histogram:
-    """How late a bare sleep to absolute deadlines wakes on this machine now: nothing can be better than that."""
+    """How late a bare sleep to absolute deadlines wakes on this machine now."""
     lateness = Histogram()
     due = time.monotonic_ns()
     for _ in range(count):

@@ -124,7 +124,7 @@ class Guard:
     # -- what it is told --
 
     def begin(self, now_ns: int) -> None:
-        """Begin watching: streams count as fresh now, the last command is forgotten, a latched stop is not."""
+        """Begin watching: streams count as fresh now, the last command is forgotten, a stop is not."""
         self._streams = {name: _Stream(now_ns) for name in self._tolerance}
         self._last, self._fault = None, ""
         self._life = dict.fromkeys(self._life, now_ns)
@@ -223,7 +223,9 @@ class Guard:
         if (np.abs(bounded - values) > 1e-6 * (self._high - self._low)).any():
             rules.append("limit")
         if self._last is not None:
-            step = self._rate * max(0, now_ns - self._last_ns) / 1e9
+            step = np.full_like(self._rate, np.inf)  # not rate times time: infinity times no time is NaN
+            limited = np.isfinite(self._rate)
+            step[limited] = self._rate[limited] * max(0, now_ns - self._last_ns) / 1e9
             slewed = np.clip(bounded, self._last - step, self._last + step)
             if (np.abs(slewed - bounded) > 1e-6 * (self._high - self._low)).any():
                 rules.append("slew")
@@ -231,7 +233,7 @@ class Guard:
         return bounded, rules
 
     def _safety(self, rule: str, reason: str, now_ns: int) -> Verdict:
-        """Each channel's safety action. It is not slewed: a stop is a stop, below us the robot decides how."""
+        """Each channel's safety action, not slewed: a stop is a stop, how to brake is the robot's."""
         last = np.zeros_like(self._low) if self._last is None else self._last
         values = np.clip(np.where(self._holds, last, 0.0), self._low, self._high)
         send = ~self._silent & ~(self._holds & (self._last is None))

@@ -97,8 +97,8 @@ class Loop:
     ) -> None:
         if contract.latency_ns >= contract.period_ns:
             raise UserError(
-                f"latency_ms {contract.latency_ms:g} must be below one period, {contract.period_ns / 1e6:g} ms: "
-                "a frame's command has to be in force when the next frame comes"
+                f"latency_ms {contract.latency_ms:g} must be below the period, {contract.period_ns / 1e6:g} ms: "
+                "the next frame finds a frame's command in force"
             )
         self.contract, self.guard, self.inbox, self.report, self.config = (
             contract,
@@ -112,14 +112,14 @@ class Loop:
         self.state = "waiting"
         self._send, self._connect, self._clock, self._log = send, connect, clock, log
         self._camera = contract.images[0].name
-        self._ticker = Ticker(contract.period_ns, contract.period_ns // 10)
+        self._ticker = Ticker(contract.period_ns, contract.latency_ns // 2)
         self._blend = np.repeat(
             [c.kind == "continuous" for c in contract.actions], [c.dim for c in contract.actions]
         )
         self._link: Link | None = None
         self._knock: threading.Thread | None = None
         self._due: deque[_Due] = deque()
-        self._stop, self._restart = threading.Event(), ""
+        self._stop, self._is_over, self._restart = threading.Event(), False, ""
         self._beat_ns = time.monotonic_ns()
         self._raw: dict[str, Any] = {}
         self._forget()
@@ -155,7 +155,9 @@ class Loop:
         self.inbox.wake()
 
     def beat_age_s(self) -> float:
-        """Seconds since the loop last went round; `Watchdog` looks at it."""
+        """Seconds since the loop last went round, 0 once it has ended as it was asked to."""
+        if self._is_over:
+            return 0.0
         return (time.monotonic_ns() - self._beat_ns) / 1e9
 
     def rest_from_outside(self, timeout_s: float) -> bool:
@@ -194,6 +196,7 @@ class Loop:
                     self._rest()
         finally:
             self._rest()
+            self._is_over = self._stop.is_set()
             if self._link is not None:
                 self._link.close()
                 self._link = None

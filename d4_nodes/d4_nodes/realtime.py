@@ -37,9 +37,9 @@ def prepare_thread(priority: int = 0, cores: tuple[int, ...] = (), lock_memory: 
             os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
         except (OSError, ValueError) as error:
             refused.append(
-                f"no SCHED_FIFO priority {priority} ({getattr(error, 'strerror', error)}): add your user to a "
-                "group with `rtprio 99` in /etc/security/limits.d, or start a container with --cap-add=sys_nice "
-                "--ulimit rtprio=99"
+                f"no SCHED_FIFO priority {priority} ({getattr(error, 'strerror', error)}): add your user to "
+                "a group with `rtprio 99` in /etc/security/limits.d, or start a container with "
+                "--cap-add=sys_nice --ulimit rtprio=99"
             )
     if lock_memory and libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
         refused.append(

@@ -39,7 +39,7 @@ class Ticker:
 
     Args:
         period_ns: between ticks.
-        grace_ns: how long after its time a tick still waits for a frame of its own.
+        grace_ns: how much longer than expected a tick waits for a frame of its own.
     """
 
     def __init__(self, period_ns: int, grace_ns: int = 0) -> None:
@@ -81,16 +81,25 @@ class Ticker:
         due = self.time_of(self._next)
         if newest == self._next and self._frame + self._interval() > due:
             return self._take(self._frame)
-        if now_ns > due + self.grace_ns:
-            late = (now_ns - due - self.grace_ns) // self.period_ns
-            self.skipped += late
-            self._next += late
+        waited = now_ns - self._patience()
+        if waited > 0:
+            self.skipped += waited // self.period_ns
+            self._next += waited // self.period_ns
             return self._take(self._frame if newest >= self._next else None)
         return None
 
     def deadline(self) -> int | None:
         """When the next tick can be worked on at the latest, without further frames."""
-        return None if self._zero is None else self.time_of(self._next) + self.grace_ns + 1
+        return None if self._zero is None else self._patience() + 1
+
+    def _patience(self) -> int:
+        """Until when the next tick waits: for a better frame than its own until its time; for one at all
+        until its time or, if that is sooner, one period after the frame before; and a little longer.
+        """
+        due = self.time_of(self._next)
+        has_own = self._frame is not None and self._index(self._frame) >= self._next
+        soon = due if has_own or self._anchor is None else min(due, self._anchor + self.period_ns)
+        return soon + self.grace_ns
 
     def _take(self, own: int | None) -> Tick:
         assert self._frame is not None

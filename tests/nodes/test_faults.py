@@ -1,0 +1,208 @@
+"""Every fault ends in the safety action within two periods, for a named reason, and in recovery if it can."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from d4_nodes.bench import ServerProcess, image
+from d4_nodes.link import Link
+from d4_nodes.wire import WireError
+
+PERIOD_S = 0.05
+TWO_PERIODS_S = 2 * PERIOD_S
+SLACK_S = 0.035  # of a machine that is busy with other tests
+
+
+def test_it_drives_at_its_rate_and_latency(rig) -> None:
+    time.sleep(1.0)
+    assert not any(is_safe for _, is_safe, _ in rig.motors.commands[-10:])
+    assert rig.report.achieved_hz == pytest.approx(20, rel=0.1)
+    latency = rig.report.stages["latency"]
+    assert latency.smallest >= 30e6
+    assert latency.quantile_ms(0.5) < 33
+
+
+def test_a_frame_in_time_is_answered_by_its_own_plan(rig) -> None:
+    time.sleep(0.5)
+    assert rig.report.counts["missed"] <= 2
+    assert rig.motors.commands[-1][2] == ()
+
+
+def fault_is_safe(rig, since: int) -> str:
+    rule = rig.until_safe()
+    assert rig.safe_after_s(since) < TWO_PERIODS_S + SLACK_S
+    return rule
+
+
+def test_server_killed_and_started_again(rig) -> None:
+    since = time.time_ns()
+    os.kill(rig.server.process.pid, signal.SIGKILL)
+    assert fault_is_safe(rig, since) == "fault"
+    rig.server.process.wait()
+    rig.server = ServerProcess(rig.command)  # its socket file was left by the crash
+    rig.until_driving()
+
+
+def test_server_stopped_and_continued(rig) -> None:
+    since = time.time_ns()
+    os.kill(rig.server.process.pid, signal.SIGSTOP)
+    try:
+        assert fault_is_safe(rig, since) in ("watchdog", "fault")
+    finally:
+        os.kill(rig.server.process.pid, signal.SIGCONT)
+    rig.until_driving()
+
+
+def test_camera_stops_and_comes_back(rig) -> None:
+    since = time.time_ns()
+    rig.camera.pause = True
+    assert fault_is_safe(rig, since) in ("stale", "fault")
+    rig.until(lambda: rig.motors.commands[-1][2] == ("stale",), 2)
+    rig.camera.pause = False
+    rig.until_driving()
+
+
+def test_camera_freezes_and_thaws(rig) -> None:
+    rig.camera.freeze = True
+    since = time.time_ns()
+    assert rig.until_safe() == "frozen"
+    assert (
+        rig.safe_after_s(since) < 3 * TWO_PERIODS_S / 2 + 0.05 + SLACK_S
+    )  # two repeats after the first picture
+    rig.camera.freeze = False
+    rig.until_driving()
+
+
+@pytest.mark.parametrize("shift_s", [-5, 5])
+def test_stamps_jump_and_come_back(rig, shift_s) -> None:
+    since = time.time_ns()
+    rig.camera.shift_ns = shift_s * 10**9
+    assert fault_is_safe(rig, since) in ("stale", "fault")
+    rig.until(lambda: rig.motors.commands[-1][2] == ("stale",), 2)
+    rig.camera.shift_ns = 0
+    rig.until_driving()
+    assert rig.report.counts["wrong stamps"]
+
+
+@pytest.mark.parametrize(("fault", "rule"), [("nan", "not_finite"), ("raise", "fault")])
+def test_a_failing_model(rig, fault, rule) -> None:
+    since = time.time_ns()
+    rig.faults.write_text(fault)
+    assert fault_is_safe(rig, since) == rule
+    rig.faults.unlink()
+    rig.until_driving()
+
+
+def test_a_model_that_asks_for_too_much_is_cut(rig) -> None:
+    rig.faults.write_text("huge")
+    rig.until(lambda: rig.guard.tally["limit"].count > 3, 3)
+    assert rig.loop.state == "driving"
+
+
+def test_a_slow_model_is_bridged_then_stopped_then_trusted_again(rig) -> None:
+    since = time.time_ns()
+    before = rig.report.counts["missed"]
+    rig.faults.write_text("sleep 0.3")
+    assert fault_is_safe(rig, since) == "fault"
+    assert rig.report.counts["missed"] - before >= 2  # the first was bridged by the plan
+    rig.faults.unlink()
+    rig.until_driving()
+    good = [not is_safe for _, is_safe, _ in rig.motors.commands]
+    assert good[-1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"encoding": "what8"}, {"data": b"too short"}, {"step": 1}, {"height": 0}, {"data": None}],
+    ids=["encoding", "data", "step", "height", "none"],
+)
+def test_pictures_that_are_none(rig, change) -> None:
+    broken = image(np.zeros((8, 12, 3), np.uint8))
+    for name, value in change.items():
+        setattr(broken, name, value)
+    good, rig.camera._pictures = rig.camera._pictures, [broken]
+    since = time.time_ns()
+    assert fault_is_safe(rig, since) in ("fault", "frozen")
+    rig.camera._pictures = good
+    rig.until_driving()
+
+
+def test_emergency_stop_during_motion(rig) -> None:
+    since = time.time_ns()
+    with rig.loop.lock:
+        rig.guard.stop("button")
+    assert fault_is_safe(rig, since) == "emergency_stop"
+    time.sleep(0.3)
+    assert rig.motors.commands[-1][1]
+    with rig.loop.lock:
+        rig.guard.reset_stop()
+    rig.until_driving()
+
+
+def test_the_clock_jumps(rig, monkeypatch) -> None:
+    """In simulation: everything is dated an hour later from one moment to the next."""
+    shift = 3600 * 10**9
+    rig.camera.shift_ns = shift
+    rig.loop._clock = lambda: time.time_ns() + shift
+    rig.until(lambda: any("clock jumped" in line for line in rig.said), 2)
+    rig.until(lambda: rig.motors.commands[-1][0] > time.time_ns() + shift // 2, 2)
+    rig.until_driving()
+
+
+def test_stopping_during_a_tick_sends_the_safety_action_last(rig) -> None:
+    rig.loop.stop()
+    rig.until(lambda: not rig._thread.is_alive(), 2)
+    assert rig.motors.commands[-1][1]
+    count = len(rig.motors.commands)
+    time.sleep(0.15)
+    assert len(rig.motors.commands) == count
+
+
+def test_a_loop_that_stands_still_is_replaced_by_the_watchdog(rig) -> None:
+    real, since = rig.loop._round, time.time_ns()
+
+    def stuck() -> None:
+        rig.loop._round = real
+        time.sleep(0.5)
+
+    rig.loop._round = stuck
+    rig.until(lambda: rig.watchdog.count > 0, 2)
+    assert rig.safe_after_s(since) < TWO_PERIODS_S + 0.05 + SLACK_S  # noticed after two periods
+    rig.until_driving()
+
+
+def test_an_error_in_the_loop_is_no_end(rig) -> None:
+    real = rig.loop._round
+
+    def broken() -> None:
+        rig.loop._round = real
+        raise ZeroDivisionError
+
+    rig.loop._round = broken
+    rig.until(lambda: rig.report.reasons["the loop failed"] == 1, 2)
+    rig.until_driving()
+
+
+def test_a_second_robot_is_refused_with_the_reason(rig) -> None:
+    with pytest.raises(WireError, match="another robot is connected"):
+        Link(rig.socket, rig.contract)
+
+
+def test_another_contract_is_refused(rig, contract) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(WireError, match="another"):
+        Link(rig.socket, replace(contract, rate_hz=21.0))
+
+
+def test_commands_never_pause_longer_than_two_periods(rig) -> None:
+    rng = np.random.default_rng(0)
+    for fault in rng.permutation(["nan", "raise", "sleep 0.2", "huge"]):
+        rig.faults.write_text(fault)
+        time.sleep(0.3)
+        rig.faults.unlink()
+        time.sleep(0.3)
+    assert rig.motors.gaps.largest < 1e9 * (TWO_PERIODS_S + SLACK_S)
