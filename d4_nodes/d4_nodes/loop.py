@@ -97,8 +97,8 @@ class Loop:
     ) -> None:
         if contract.latency_ns >= contract.period_ns:
             raise UserError(
-                f"latency_ms {contract.latency_ms:g} must be below the period, {contract.period_ns / 1e6:g} ms: "
-                "the next frame finds a frame's command in force"
+                f"latency_ms {contract.latency_ms:g} must be below the period, "
+                f"{contract.period_ns / 1e6:g} ms: the next frame finds a frame's command in force"
             )
         self.contract, self.guard, self.inbox, self.report, self.config = (
             contract,
@@ -341,7 +341,7 @@ class Loop:
         assert self._link is not None
         targets = self._link.cameras | self._link.vectors
         for name, target in targets.items():
-            sample = self.inbox.at(name, tick.stamp_ns)
+            sample = self.inbox.at(name, tick.stamp_ns if name == self._camera else tick.anchor_ns)
             if sample is None:
                 return False  # the guard says that the stream is stale
             try:

@@ -53,7 +53,7 @@ class Ticker:
         self._zero = start_ns
         self._next = 0
         self._frame: int | None = None  # newest frame
-        self._anchor: int | None = None
+        self._own: tuple[int, int] | None = None  # last tick with a frame of its own, and that frame
         self._stamps: list[int] = []
 
     def time_of(self, number: int) -> int:
@@ -98,19 +98,18 @@ class Ticker:
         """
         due = self.time_of(self._next)
         has_own = self._frame is not None and self._index(self._frame) >= self._next
-        soon = due if has_own or self._anchor is None else min(due, self._anchor + self.period_ns)
-        return soon + self.grace_ns
+        if not has_own and self._own is not None:
+            number, stamp = self._own
+            due = min(due, stamp + (self._next - number) * self.period_ns)
+        return due + self.grace_ns
 
     def _take(self, own: int | None) -> Tick:
         assert self._frame is not None
         number, self._next = self._next, self._next + 1
-        time_ns = self.time_of(number)
-        if own is not None:
-            self._anchor = own
-        else:
-            expected = time_ns - self.period_ns if self._anchor is None else self._anchor + self.period_ns
-            self._anchor = max(expected, time_ns - self.period_ns)
-        return Tick(number, time_ns, self._anchor, self._frame)
+        if own is not None or self._own is None:
+            self._own = (number, self._frame)
+        anchor = self._own[1] + (number - self._own[0]) * self.period_ns
+        return Tick(number, self.time_of(number), anchor, self._frame)
 
     def _index(self, stamp_ns: int) -> int:
         """The tick that a frame belongs to: the first at or after it."""

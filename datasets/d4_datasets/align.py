@@ -2,8 +2,13 @@
 
     tick k          t0 + k * period; t0 is the start event, or else the first frame plus half a period, so
                     that a frame that jitters by less than that still falls to its own tick
-    observation k   the newest sample at or before tick k, if it is not older than the stream's tolerance
-    action k        the command in force at tick k + latency: what is learned contains the delay of deployment
+    frame k         the first camera's newest frame at or before tick k, if it is not older than its tolerance
+    anchor k        when that frame was captured; a tick without a frame of its own is one period after the
+                    anchor before it
+    observation k   of every other stream the newest sample at or before anchor k: when a robot acts on a
+                    frame as soon as it has it, nothing newer is there
+    action k        the command in force at anchor k + latency: what is learned contains the delay of
+                    deployment
     reward k        messages in (tick k - 1, tick k]: they arrive with frame k; terminal likewise
     episode         from a start event to its terminal tick, the next start event or the end of the data; a
                     tick that lacks an observation splits it, and so does the contract's `episode.max_s`
@@ -64,6 +69,20 @@ def sample(stamps: np.ndarray, times: np.ndarray, align: Align, period: int) -> 
     if align.strategy == "drop":
         good &= age < period
     return np.where(good, index, -1)
+
+
+def anchors(stamps: np.ndarray, index: np.ndarray, ticks: Grid, period: int) -> np.ndarray:
+    """When each tick's frame was captured, int64 [N], for frames at `stamps` that serve the ticks by `index`.
+
+    A tick that repeats the frame of the one before is taken to have lacked one that was due a period later. A
+    tick without any frame is its own anchor.
+    """
+    if len(stamps) == 0 or len(index) == 0:
+        return ticks.time
+    is_own = ticks.first | (np.diff(index, prepend=-1) != 0)
+    place = np.arange(len(index))
+    repeats = place - np.maximum.accumulate(np.where(is_own, place, 0))
+    return np.where(index >= 0, stamps[np.maximum(index, 0)] + repeats * period, ticks.time)
 
 
 def arrivals(stamps: np.ndarray, ticks: Grid, period: int, *, after_start: bool) -> np.ndarray:

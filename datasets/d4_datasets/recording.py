@@ -240,10 +240,13 @@ class Recording:
         starts = self.tracks["signal.start"].stamps if "signal.start" in self.tracks else None
         self.ticks = align.grid(int(frames[0]), int(frames[-1]), period, starts)
         size = len(self.ticks.time)
+        first = contract.images[0]
+        index = align.sample(frames, self.ticks.time, first.align, period)
+        self.anchors = align.anchors(frames, index, self.ticks, period)
         self.samples = {
-            stream.name: align.sample(self.tracks[stream.name].stamps, self.ticks.time, stream.align, period)
+            stream.name: align.sample(self.tracks[stream.name].stamps, self.anchors, stream.align, period)
             for stream in contract.observations
-        }
+        } | {first.name: index}
         valid = np.ones(size, bool)
         for index in self.samples.values():
             valid &= index >= 0
@@ -265,7 +268,7 @@ class Recording:
         for channel in contract.actions:
             stamps = self.tracks[f"action.{channel.name}"].stamps
             index = align.sample(
-                stamps, self.ticks.time + contract.latency_ns, channel.align, contract.period_ns
+                stamps, self.anchors + contract.latency_ns, channel.align, contract.period_ns
             )
             if len(stamps):
                 self.action[:, column : column + channel.dim] = self.commands[channel.name][index]

@@ -149,11 +149,12 @@ class SessionLog:
     def _tick(self, episode: Episode, k: int, tick: int, dropped: bool) -> list[Event]:
         jitter = np.clip(self._rng.normal(0.0, _JITTER_NS), -4 * _JITTER_NS, 4 * _JITTER_NS)
         captured = tick - _CAPTURE_LEAD_NS + int(jitter)
+        steady = tick - _CAPTURE_LEAD_NS - 4 * _JITTER_NS  # clocks that do not wait for the camera
         delay = int((2.0 + min(self._rng.exponential(1.5), 20.0)) * _MS)
         # What arrives with tick 0 must not come before the start message, or it belongs to no episode.
         early = 3 * _MS if k > 0 else 0
         events = [
-            _event(captured + _MS, source, _vector(source, episode.vectors[source.name][k], captured))
+            _event(steady + _MS, source, _vector(source, episode.vectors[source.name][k], steady))
             for source in self._contract.vectors()
         ]
         events.append(_event(tick - early, self._reward, float64_array(episode.reward[k])))
@@ -161,8 +162,8 @@ class SessionLog:
             picture = compressed_image(episode.frames[k], captured)
             events.append(_event(captured + delay, self._camera, picture))
         if self._labelled:
-            # In force from tick + latency, so it leaves the driver a moment earlier. The last one is a stop.
-            sent = tick + self._contract.latency_ns - int(self._rng.uniform(0, 2) * _MS)
+            # In force at capture + latency, so it leaves the driver a moment earlier. The last one is a stop.
+            sent = steady + self._contract.latency_ns - int(self._rng.uniform(0, 2) * _MS)
             events.append(_event(sent, self._action, _vector(self._action, episode.action[k], sent)))
         return events
 

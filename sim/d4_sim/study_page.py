@@ -259,7 +259,7 @@ def ladder(results: Mapping[str, Any]) -> Iterator[str]:
         keys = ("start", "after", "optimum", "closed", "seconds")
         yield table(header, [
             [row["rung"], row["seed"], *(f"{row[k]:.2f}" for k in keys), "ok" if row["passed"] else "FAILED"]
-            for row in found["rows"]
+            for row in found
         ])  # fmt: skip
 
 

@@ -194,3 +194,24 @@ def test_a_million_ticks_take_well_under_a_second():
     terminal = align.terminals(frames[49::50], ticks, PERIOD, after_start=True)
     assert len(align.segments(valid, terminal, ticks)) == 20_000
     assert time.process_time() - began < 2
+
+
+def test_anchors_are_captures_and_go_on_at_the_period_where_a_frame_lacks():
+    stamps = np.array([0, 103, 298, 400]) * 1_000_000
+    ticks = align.grid(int(stamps[0]), int(stamps[-1]), 100_000_000)
+    index = align.sample(stamps, ticks.time, Align("hold", "header", 150.0), 100_000_000)
+    assert index.tolist() == [0, 1, 1, 2, 3]
+    anchors = align.anchors(stamps, index, ticks, 100_000_000)
+    assert (anchors // 1_000_000).tolist() == [0, 103, 203, 298, 400]
+
+
+def test_a_new_episode_begins_with_an_anchor_of_its_own():
+    ticks = align.Grid(np.array([0, 100, 130, 230]), np.array([0, 0, 1, 1]))
+    anchors = align.anchors(np.array([-5, 228]), np.array([0, 0, 0, 1]), ticks, 100)
+    assert anchors.tolist() == [-5, 95, -5, 228]
+
+
+def test_a_tick_without_any_frame_is_its_own_anchor():
+    ticks = align.Grid(np.array([0, 100]), np.array([0, 0]))
+    assert align.anchors(np.array([50]), np.array([-1, 0]), ticks, 100).tolist() == [0, 50]
+    assert align.anchors(np.zeros(0, np.int64), np.array([-1, -1]), ticks, 100).tolist() == [0, 100]

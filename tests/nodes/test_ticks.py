@@ -43,6 +43,8 @@ def test_live_equals_the_importer_for_a_jittering_camera(seed, jitter, transport
     for _, tick in live:
         assert tick.time_ns == grid.time[tick.number]
         assert tick.stamp_ns == stamps[index[tick.number]]
+    anchors = align.anchors(stamps, index, grid, PERIOD)
+    assert [tick.anchor_ns for _, tick in live] == anchors[: len(live)].tolist()
     assert [tick.number for _, tick in live] == list(range(len(live)))
     assert len(live) >= 29
 
@@ -76,6 +78,10 @@ def test_a_faster_camera_serves_each_tick_with_its_newest_frame() -> None:
 def test_a_missing_frame_makes_a_tick_with_the_last_one() -> None:
     stamps = [k * PERIOD for k in range(1, 10) if k != 5]
     ticker, live = play(stamps, [MS] * len(stamps))
+    grid = align.grid(stamps[0], stamps[-1], PERIOD)
+    index = align.sample(np.array(stamps), grid.time, Align("hold", "header", 150.0), PERIOD)
+    anchors = align.anchors(np.array(stamps), index, grid, PERIOD)
+    assert [tick.anchor_ns for _, tick in live] == anchors[: len(live)].tolist()
     stale = [tick for _, tick in live if not tick.is_fresh]
     assert [t.number for t in stale] == [4]
     assert stale[0].stamp_ns == 4 * PERIOD
