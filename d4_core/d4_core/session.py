@@ -90,7 +90,7 @@ class PolicySession:
         self._action.copy_(self._choose(self.features, alive))
         self._known.fill_(True)
         self.predicted_reward.copy_(self.models.agent.predict_reward(self.features))
-        return self._action.cpu().numpy()
+        return self._action.cpu().numpy().copy()  # the next frame overwrites the buffer
 
     def correct(self, action: np.ndarray, known: np.ndarray) -> None:
         """Say what was really done since the last frame, where that is not what `act` chose.

@@ -15,6 +15,7 @@ import tyro
 from d4_datasets.errors import UserError, run_cli
 from d4_sim.stages import clock
 from d4_sim.study import CASCADE, IMPROVEMENT, LABELS, SEEDS
+from d4_sim.study_figures import figures
 from d4_sim.study_results import (
     PAIRS,
     Interval,
@@ -303,7 +304,7 @@ def _main() -> None:
     args = tyro.cli(Args, prog="python -m d4_sim.study_page")
     text, results = write(args.out, args.notes.read_text() if args.notes else "")
     folder = args.page.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n".join([text, *figures(args.out, folder, folder.name)])
     for path, content in ((args.page, text), (folder / "results.json", json.dumps(results))):
         aside = path.with_name(f".tmp-{path.name}")
         aside.write_text(content)

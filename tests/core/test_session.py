@@ -232,3 +232,14 @@ def test_the_scratch_session_stacks_the_newest_frames_last() -> None:
     assert [stack[1] for stack, _ in seen] == [[x + 100 for x in s] for s in steps] * 2
     assert all(task == [1, 0] for _, task in seen)
     assert action.shape == (2, 2)
+
+
+def test_actions_stay_what_they_were_when_the_next_frame_comes(models, pictures) -> None:
+    """On the CPU `act` once returned a view of the session's own buffer."""
+    session = PolicySession(models, WORLDS)
+    session.reset(WORLDS, TASKS)
+    first = session.act(pictures[0], {}, ALIVE)
+    kept = first.copy()
+    for frame in pictures[1:]:
+        session.act(frame, {}, ALIVE)
+    np.testing.assert_array_equal(first, kept)

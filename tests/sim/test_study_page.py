@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from d4_datasets.errors import UserError
-from d4_sim import study_page
+from d4_sim import study_figures, study_page
 from d4_sim.study_results import collect, differences, gap_closed, policy_table, recovered, student
 
 LEVEL = {
@@ -98,6 +98,34 @@ def test_the_page_says_what_holds_and_what_does_not(out: Path) -> None:
     assert "planner" not in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.count("|") > 2 and "nan" not in line for line in tables)
+
+
+def test_the_ladder_is_on_the_page(out: Path) -> None:
+    """Its file is a list of rungs, not a table."""
+    rung = {"rung": "bandit", "seed": 0, "start": 2.9, "after": 29.99, "optimum": 30.0, "closed": 1.0,
+            "seconds": 24.0, "passed": True}  # fmt: skip
+    put(out / "ladder.json", [rung, rung | {"rung": "oracle", "passed": False}])
+    text, _ = study_page.write(out, "")
+    assert "| bandit | 0 | 2.90 | 29.99 | 30.00 | 1.00 | 24.00 | ok |" in text
+    assert "FAILED" in text
+
+
+def test_pictures_come_with_the_page(out: Path, tmp_path: Path) -> None:
+    run = out / "yard-1" / "run"
+    rows = [{"phase": "imagination", "step": s, "kl": 0.1 * s, "value_mean": 1.0, "imagined_reward": 2.0}
+            for s in (1, 20)]  # fmt: skip
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    film = out / "yard-0" / "run" / "media" / "real_imagination.png"
+    film.parent.mkdir(parents=True, exist_ok=True)
+    film.write_bytes(b"png")
+    lines = list(study_figures.figures(out, tmp_path / "page", "page"))
+    assert [line for line in lines if line.startswith("!")] == [
+        "![Imagined reward, value and KL over the steps](page/yard-curves.png)\n",
+        "![Real episodes after imagination training](page/yard-imagination.png)\n",
+    ]
+    assert (tmp_path / "page" / "yard-curves.png").stat().st_size > 1000
+    assert (tmp_path / "page" / "yard-imagination.png").read_bytes() == b"png"
 
 
 def test_a_gain_that_is_not_there_is_not_claimed(out: Path) -> None:

@@ -1,0 +1,45 @@
+"""The report: fixed memory, quantiles within two percent, JSON that every reader takes."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d4_nodes.report import Histogram, Report
+
+
+@given(st.lists(st.floats(1e3, 1e11), min_size=1, max_size=300), st.sampled_from([0.5, 0.99, 0.999]))
+def test_quantiles_are_right_to_two_percent(values, q) -> None:
+    histogram = Histogram()
+    for value in values:
+        histogram.add(value)
+    exact = np.quantile(values, q, method="inverted_cdf") / 1e6
+    assert exact * 0.999 <= histogram.quantile_ms(q) <= exact * 1.0201
+    assert histogram.summary_ms()["max"] == pytest.approx(max(values) / 1e6)
+    assert histogram.summary_ms()["mean"] == pytest.approx(np.mean(values) / 1e6)
+
+
+def test_an_empty_report_is_valid_json(tmp_path) -> None:
+    report = Report(20.0, 30.0)
+    report.write(tmp_path / "deep" / "report.json")
+    data = json.loads((tmp_path / "deep" / "report.json").read_text(), parse_constant=pytest.fail)
+    assert data["NUM_MISSED_FRAMES"] == 0
+    assert "0 commands" in report.text()
+
+
+def test_the_report_says_what_happened(tmp_path) -> None:
+    report = Report(20.0, 30.0, {"checkpoint": "x"})
+    for k in range(21):
+        report.command(k * 50_000_000 + 1)
+        report.add("lateness", 1e5)
+    report.counts["missed"] = 3
+    rules = {"stale": {"count": 2, "reason": "eye is old"}, "limit": {"count": 0, "reason": ""}}
+    data = report.to_dict(rules)
+    assert data["MEAN_FRAME_RATE"] == pytest.approx(20)
+    assert data["metadata"]["checkpoint"] == "x"
+    text = report.text(rules)
+    assert "3 missed" in text
+    assert "stale acted 2 times" in text
+    assert "limit" not in text

@@ -1,0 +1,152 @@
+"""The inference server with a real, untrained policy: what it answers is what the session says."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from d4_core import checkpoint
+from d4_core.config import Preset, to_dict
+from d4_core.models import CONTENTS, build, load
+from d4_core.session import PolicySession
+from d4_core.transformer import TransformerConfig
+from d4_datasets.contract import Contract
+from d4_datasets.errors import UserError
+from d4_nodes import activation, memory
+from d4_nodes.bench import ServerProcess
+from d4_nodes.link import Link
+from d4_nodes.memory import Memory
+from d4_nodes.server import PolicyBrain
+
+SHAPE = TransformerConfig(dim=16, depth=2, heads=2, kv_heads=1, mlp_ratio=2.0, time_every=2, context=4)
+PRESET = Preset(
+    patch=4, num_latents=4, latent_dim=4, num_tokens=2, tokenizer=SHAPE, dynamics=SHAPE, registers=1,
+    agent_tokens=2, leads=3, hidden=16, reward_bins=9, value_bins=9,
+)  # fmt: skip
+FRAMES = 9  # more than the attention windows hold
+ROBOT = Path(__file__).with_name("robot.yaml")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A run folder with an untrained policy for the test robot."""
+    run = tmp_path_factory.mktemp("run")
+    contract = Contract.load(ROBOT)
+    checkpoint.save(
+        run / "imagination", modules=build(PRESET, contract).named(CONTENTS["imagination"]),
+        config={"phase": "imagination", "config": {"preset": to_dict(PRESET)}, "step": 1, "status": "done"},
+        contract=contract, metrics={}, train_state={},
+    )  # fmt: skip
+    return run
+
+
+@pytest.fixture
+def pictures(rng) -> np.ndarray:
+    return rng.integers(0, 256, (FRAMES, 8, 12, 3), np.uint8)
+
+
+def through_memory(brain: PolicyBrain, pictures: np.ndarray, previous=None) -> np.ndarray:
+    shared = Memory(memory.layout(brain.contract, brain.leads))
+    plans = []
+    for number, picture in enumerate(pictures):
+        shared["camera.eye"][:], shared["reset"][...] = picture, number == 0
+        if plans:
+            shared["previous"][:], shared["previous_known"][...] = plans[-1][0], 1
+        if previous is not None and plans:
+            shared["previous"][:] = previous
+        brain.decide(shared)
+        plans.append(shared["plan"].copy())
+    shared.close()
+    return np.stack(plans)
+
+
+def test_the_server_answers_what_the_session_says(folder, pictures) -> None:
+    session = PolicySession(load(folder / "imagination"), 1, seed=3)
+    session.reset(1, np.zeros(1, np.int64))
+    vectors = {"joints": np.zeros((1, 2), np.float32)}
+    wanted = np.stack([session.act(p[None], vectors, np.ones(1, bool))[0] for p in pictures])
+    brain = PolicyBrain(folder, seed=3, device="cpu")
+    for _ in range(2):  # the second episode begins where the first one did
+        plans = through_memory(brain, pictures)
+        np.testing.assert_array_equal(plans[:, 0], wanted)
+    assert plans.shape == (FRAMES, 3, 3)
+
+
+def test_what_was_really_done_reaches_the_model(folder, pictures) -> None:
+    brain = PolicyBrain(folder, seed=3, device="cpu")
+    usual = through_memory(brain, pictures)
+    tokens = brain.session.features.clone()
+    other = through_memory(brain, pictures, previous=np.array([0.9, -1.9, 2.9], np.float32))
+    np.testing.assert_array_equal(usual[0], other[0])
+    assert not np.allclose(tokens.numpy(), brain.session.features.numpy())
+
+
+def test_a_reset_allocates_nothing(folder, pictures) -> None:
+    brain = PolicyBrain(folder, device="cpu")
+    places = [t.data_ptr() for t in (brain.session.dream.cache.keys, brain.session.cache.keys)]
+    through_memory(brain, pictures)
+    through_memory(brain, pictures)
+    assert places == [t.data_ptr() for t in (brain.session.dream.cache.keys, brain.session.cache.keys)]
+
+
+def test_the_command_serves_until_it_is_told_to_stop(folder, tmp_path) -> None:
+    path = tmp_path / "d4.sock"
+    command = [sys.executable, "-m", "d4_nodes.server", str(folder), "--socket", str(path), "--threads", "1"]
+    with ServerProcess(command) as server:
+        contract = Contract.load(ROBOT)
+        link = Link(path, contract)
+        assert link.card["leads"] == 3
+        assert link.card["weights"] == server.ready["weights"]
+        measured = activation.measure(link, contract, source=(90, 160), transport_ms=2.0, count=10)
+        assert 0 < measured.p50 <= measured.p99
+        assert measured.budget == contract.latency_ms - 2.0
+        time.sleep(0.05)
+        assert link.heartbeat_age_s() < 0.5
+        link.close()
+        again = Link(path, contract)  # a robot that comes back is welcome
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(10) == 0
+        again.close()
+    assert not path.exists()
+
+
+def test_a_folder_without_a_policy_is_one_sentence(tmp_path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "d4_nodes.server", str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_too_slow_is_refused_with_the_figure(contract) -> None:
+    slow = activation.Measured(20.0, 35.5, 30.0)
+    with pytest.raises(UserError, match=r"35\.5 ms \(p99\).*5\.5 ms too few"):
+        activation.require(slow, contract, allow_slow=False)
+    assert "allow_slow" in activation.require(slow, contract, allow_slow=True)
+    assert "too" not in activation.require(slow._replace(p99=29.0), contract, allow_slow=False)
+
+
+def test_memory_of_another_size_is_refused(contract) -> None:
+    import os
+
+    small = Memory(memory.layout(contract, 1))
+    large = memory.layout(replace(contract, observations=contract.observations), 4000)
+    with pytest.raises(ValueError, match="are needed"):
+        Memory(large, os.dup(small.descriptor))
+    small.close()
+
+
+def test_the_fields_do_not_overlap(contract) -> None:
+    fields = memory.layout(contract, 4)
+    for before, after in pairwise(fields):
+        assert before.offset + before.size <= after.offset
+        assert after.offset % 64 == 0
+    assert json.loads(json.dumps(fields))[0][0] == "heartbeat"
