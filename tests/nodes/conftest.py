@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from d4_datasets.contract import Contract
+from d4_nodes.activation import wait
 from d4_nodes.bench import Camera, LatencyArgs, Motors, ServerProcess
 from d4_nodes.guard import Guard, GuardConfig
 from d4_nodes.inbox import Inbox
@@ -94,6 +95,31 @@ def rig(contract: Contract, tmp_path: Path) -> Iterator[Rig]:
     finally:
         rig.stop()
     assert rig.motors.outside == 0, "a command outside the contract"
+
+
+class ServerOnly:
+    """A scripted server process and links to it."""
+
+    def __init__(self, contract: Contract, folder: Path) -> None:
+        self.contract, self.socket = contract, folder / "d4.sock"
+        script = Path(__file__).with_name("scripted_server.py")
+        self.process = ServerProcess(
+            [sys.executable, str(script), str(ROBOT), str(self.socket), str(folder / "fault")]
+        )
+
+    def link(self) -> Link:
+        return Link(self.socket, self.contract)
+
+    def answer(self, link: Link) -> None:
+        wait(link, 5.0)
+
+
+@pytest.fixture
+def rig_server(contract: Contract, tmp_path: Path) -> Iterator[ServerOnly]:
+    """A server that waits for a robot."""
+    server = ServerOnly(contract, tmp_path)
+    with server.process:
+        yield server
 
 
 @pytest.fixture
