@@ -69,7 +69,7 @@ def test_headers() -> None:
 
 
 def test_a_server_survives_whatever_strangers_send(rig_server) -> None:
-    """Each stranger sends nonsense until it is shown the door; afterwards a robot is served as if nothing had been."""
+    """Each sends nonsense until it is shown the door; afterwards a robot is served as if nothing had been."""
     rng = random.Random(0)
     for _ in range(STRANGERS):
         with contextlib.suppress(WireError, OSError), wire.connect(rig_server.socket, 5.0) as sock:
