@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from typing import Any, NamedTuple
 
 _KEPT = 64  # samples per stream: a fast joint topic at its newest tick lies further back than the last few
@@ -27,6 +27,8 @@ class Inbox:
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.accepted: Counter[str] = Counter()  # samples per stream
         self._samples: dict[str, deque[Sample]] = {name: deque(maxlen=_KEPT) for name in names}
         self._fresh: deque[tuple[str, Sample]] = deque(maxlen=_KEPT * max(1, len(names)))
         self._lock = threading.Lock()
@@ -58,10 +60,20 @@ class Inbox:
     def keep(self, name: str, sample: Sample) -> None:
         """Accept a drained sample as part of the stream."""
         self._samples[name].append(sample)
+        self.accepted[name] += 1
+
+    def newest(self, name: str) -> Sample | None:
+        """The last accepted sample; from any thread."""
+        samples = self._samples[name]
+        return samples[-1] if samples else None
 
     def at(self, name: str, time_ns: int) -> Sample | None:
         """The newest accepted sample captured at or before a time."""
         return next((s for s in reversed(self._samples[name]) if s.stamp_ns <= time_ns), None)
+
+    def since(self, name: str, time_ns: int) -> list[int]:
+        """Capture times of the accepted samples from a time on, in order."""
+        return [s.stamp_ns for s in self._samples[name] if s.stamp_ns >= time_ns]
 
     def clear(self) -> None:
         """Forget everything."""

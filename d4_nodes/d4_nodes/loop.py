@@ -33,8 +33,8 @@ from d4_nodes.ticks import Tick, Ticker
 from d4_nodes.wire import WireError
 
 _EARLY_NS = 300_000  # wake so long before a deadline and spin: the scheduler is not that precise
-_LONGEST_WAIT_S = 0.02  # between looks at heartbeat and clock
 _JUMP_NS = 100_000_000  # clock against monotonic time: more in one look is a jump
+_SILENCE = 1.5  # periods without any command until the safety action is sent
 
 
 class Clock(Protocol):
@@ -58,6 +58,7 @@ class LoopConfig:
     recover_after: int = 5
     commands_per_tick: int = 1
     forget_after: int = 4
+    longest_wait_s: float = 0.02
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Loop:
         clock: dates the frames.
         report: collects measurements.
         log: told in one line what changed.
+        decode: message of a camera to RGB uint8 (H, W, 3).
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Loop:
         report: Report,
         config: LoopConfig = LoopConfig(),
         log: Callable[[str], None] = print,
+        decode: Callable[[Any], np.ndarray] = decode,
     ) -> None:
         if contract.latency_ns >= contract.period_ns:
             raise UserError(
@@ -111,7 +114,9 @@ class Loop:
         self.task = 0
         self.state = "waiting"
         self._send, self._connect, self._clock, self._log = send, connect, clock, log
+        self._decode, self.reward = decode, 0.0
         self._camera = contract.images[0].name
+        self._tolerance_ns = contract.images[0].align.tolerance_ns or contract.period_ns
         self._ticker = Ticker(contract.period_ns, contract.latency_ns // 2)
         self._blend = np.repeat(
             [c.kind == "continuous" for c in contract.actions], [c.dim for c in contract.actions]
@@ -120,7 +125,7 @@ class Loop:
         self._knock: threading.Thread | None = None
         self._due: deque[_Due] = deque()
         self._stop, self._is_over, self._restart = threading.Event(), False, ""
-        self._beat_ns = time.monotonic_ns()
+        self._beat_ns = self._sent_ns = time.monotonic_ns()
         self._raw: dict[str, Any] = {}
         self._forget()
 
@@ -128,6 +133,7 @@ class Loop:
         """Back to the beginning of an episode."""
         self._due.clear()
         self._asked: tuple[Tick, int] | None = None  # at the server, and when it was handed over (monotonic)
+        self._waits: Tick | None = None  # to be handed over once the server is free
         self._good: tuple[Tick, np.ndarray] | None = None  # last answer: its tick and plan
         self._last_asked = -(10**9)
         self._command: np.ndarray | None = None  # in force; None: unknown
@@ -153,6 +159,15 @@ class Loop:
         with self.lock:
             self._start_ns, self._restart = None, reason
         self.inbox.wake()
+
+    def now(self) -> int:
+        """The clock that dates frames, ns."""
+        return self._clock()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a link to a server."""
+        return self._link is not None
 
     def beat_age_s(self) -> float:
         """Seconds since the loop last went round, 0 once it has ended as it was asked to."""
@@ -216,6 +231,8 @@ class Loop:
         if tick is not None:
             self._begin_tick(tick)
             return
+        if not self._due and time.monotonic_ns() - self._sent_ns > _SILENCE * self.contract.period_ns:
+            self._rest()  # no frames, no ticks: the robot still hears from us
         self._wait(now)
 
     def _look_at_clock(self) -> None:
@@ -229,12 +246,16 @@ class Loop:
                 return
             self.guard.begin(self._clock())
         self._log(reason)
+        self.state = "waiting"
         self.report.reasons[reason.split(" by ")[0]] += 1
         if "clock" in reason:
             self.inbox.clear()
             self._rest()
         self._forget_keeping_request()
         self._ticker.begin(self._start_ns)
+        if self._start_ns is not None:  # the frame of tick 0 mostly comes before the message that starts it
+            for stamp_ns in self.inbox.since(self._camera, self._start_ns - self._tolerance_ns):
+                self._ticker.frame(stamp_ns)
 
     def _forget_keeping_request(self) -> None:
         """Forget, but a request at the server is still there: its answer must be taken and ignored."""
@@ -297,12 +318,15 @@ class Loop:
     def _lose(self, reason: str) -> None:
         assert self._link is not None
         self._link.close()
-        self._link, self._asked, self._ignore = None, None, False
+        self._link, self._asked, self._waits, self._ignore = None, None, None, False
         self._fail(reason, "the server was lost")
 
     def _answer(self, reply: Reply) -> None:
+        waits, self._waits = self._waits, None
         if self._ignore or self._asked is None:
             self._ignore, self._asked = False, None
+            if waits is not None and self._clock() < waits.anchor_ns + self.contract.latency_ns:
+                self._ask(waits)
             return
         (tick, began), self._asked = self._asked, None
         self.report.add("answer", time.monotonic_ns() - began)
@@ -312,7 +336,7 @@ class Loop:
         self.report.add("encode", reply.spans[0])
         self.report.add("plan", reply.spans[1])
         self.report.add("age", self._clock() - tick.stamp_ns)
-        self._good = (tick, reply.plan)
+        self._good, self.reward = (tick, reply.plan), reply.reward
 
     # -- a tick --
 
@@ -321,9 +345,16 @@ class Loop:
         if not tick.is_fresh:
             self.report.counts["ticks without a frame of their own"] += 1
         self._due.append(_Due(tick.anchor_ns + self.contract.latency_ns, tick))
-        if self._link is None or self._asked is not None or self._link.is_busy:
+        if self._link is not None and not self._link.is_busy:
+            self._ask(tick)
+        elif self._ignore:
+            self._waits = tick
+        else:
             self.report.counts["ticks the server was not free for"] += self._link is not None
-            return
+
+    def _ask(self, tick: Tick) -> None:
+        """Hand the observation of a tick to the server, which is free."""
+        assert self._link is not None
         began = time.monotonic_ns()
         if not self._prepare(tick):
             return
@@ -347,7 +378,7 @@ class Loop:
             try:
                 if name in self._link.cameras:
                     self._look(name, sample)
-                    target[...] = resize(decode(sample.message), target.shape[:2])
+                    target[...] = resize(self._decode(sample.message), target.shape[:2])
                 elif np.isfinite(sample.message).all():
                     target[...] = sample.message
                 else:
@@ -387,7 +418,8 @@ class Loop:
                     return
             began = time.monotonic_ns()
             self._send(verdict, now)
-            self.report.add("publish", time.monotonic_ns() - began)
+            self._sent_ns = time.monotonic_ns()
+            self.report.add("publish", self._sent_ns - began)
         self._after(due, verdict, now)
 
     def _after(self, due: _Due, verdict: Verdict, now: int) -> None:
@@ -457,14 +489,15 @@ class Loop:
         times = [d.time_ns - _EARLY_NS for d in list(self._due)[:1]]
         deadline = self._ticker.deadline()
         times += [] if deadline is None else [deadline]
-        left_s = min([(t - now) / 1e9 for t in times], default=_LONGEST_WAIT_S)
+        left_s = min([(t - now) / 1e9 for t in times], default=1.0)
         files: list[Any] = [self.inbox]
         if self._link is not None and self._link.is_busy:
             files.append(self._link)
-        select.select(files, [], [], min(max(left_s, 0.0), _LONGEST_WAIT_S))
+        select.select(files, [], [], min(max(left_s, 0.0), self.config.longest_wait_s))
 
     def _rest(self) -> None:
         """Send the safety action now."""
         with self.lock:
             now = self._clock()
             self._send(self.guard.check(None, now), now)
+            self._sent_ns = time.monotonic_ns()

@@ -13,7 +13,7 @@ Only `getattr`, `setattr` and item access are used, so messages of rosbags and o
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -94,12 +94,17 @@ def read(msg: Any, paths: Sequence[str]) -> np.ndarray:
     return values
 
 
-def write(msg: Any, paths: Sequence[str], values: Sequence[float] | np.ndarray) -> None:
+def write(
+    msg: Any,
+    paths: Sequence[str],
+    values: Sequence[float] | np.ndarray,
+    new_element: Callable[[Any, str], Any] | None = None,
+) -> None:
     """Set the numbers at `paths`; the inverse of `read`.
 
     Numbers take the type of what they replace (integers and booleans are rounded). An array of numbers that
     is too short grows, and a name selected by `[name=...]` that is absent is appended, so a fresh message can
-    be filled.
+    be filled. An array of messages grows too, by what `new_element(message, attribute)` makes.
     """
     if len(paths) != len(values):
         raise UserError(f"{len(values)} values cannot be written to {len(paths)} fields")
@@ -113,7 +118,13 @@ def write(msg: Any, paths: Sequence[str], values: Sequence[float] | np.ndarray) 
             if step.has_element:
                 index = _index(parents, step, path)
                 if index >= len(node):
-                    raise UserError(f"{path!r}: {step.attribute} has only {len(node)} elements to write into")
+                    if new_element is None:
+                        raise UserError(
+                            f"{path!r}: {step.attribute} has only {len(node)} elements to write into"
+                        )
+                    missing = range(index + 1 - len(node))
+                    node = [*node, *(new_element(parents[-1], step.attribute) for _ in missing)]
+                    setattr(parents[-1], step.attribute, node)
                 node = node[index]
         parents.append(node)
         old = _attribute(node, last, path)

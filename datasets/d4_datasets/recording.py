@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from d4_datasets import align, fields, messages
+from d4_datasets import align, fields, messages, signals
 from d4_datasets.bags import Bag
 from d4_datasets.contract import Action, Align, Contract, Observation
 from d4_datasets.errors import UserError
@@ -115,13 +116,13 @@ class Recording:
             add(stream.name, stream, stream.align, None if stream.is_image else _reader(stream), True)
         for channel in contract.actions:
             add(f"action.{channel.name}", channel, channel.align, _reader(channel), False)
-        signals: dict[str, tuple[Any, Callable[[Any], Any]]] = {
-            "tasks": (contract.tasks, self._task),
-            "reward": (contract.reward, self._reward),
+        others: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+            "tasks": (contract.tasks, partial(signals.task, contract)),
+            "reward": (contract.reward, partial(signals.reward, contract)),
             "start": (contract.episode.start, lambda _: True),
-            "terminal": (contract.episode.terminal, self._terminal),
+            "terminal": (contract.episode.terminal, partial(signals.terminal, contract)),
         }
-        for key, (signal, read) in signals.items():
+        for key, (signal, read) in others.items():
             if signal is not None:
                 add(f"signal.{key}", signal, _RECEIVE, read, key == "start")
                 if signal.topic not in held:
@@ -129,34 +130,6 @@ class Recording:
                         f"{self.bag.path} has no topic {signal.topic}, which gives the {key}"
                     )
         return tracks
-
-    def _terminal(self, msg: Any) -> bool:
-        terminal = self.contract.episode.terminal
-        assert terminal is not None
-        return bool(fields.get(msg, terminal.select))
-
-    def _task(self, msg: Any) -> int:
-        tasks = self.contract.tasks
-        assert tasks is not None
-        value = fields.get(msg, tasks.select)
-        if isinstance(value, str):
-            if value in tasks.names:
-                return tasks.names.index(value)
-        elif 0 <= int(value) < len(tasks.names):
-            return int(value)
-        raise UserError(f"task {value!r} is not among the tasks {list(tasks.names)} of the contract")
-
-    def _reward(self, msg: Any) -> np.ndarray:
-        reward, count = self.contract.reward, len(self.contract.task_names)
-        assert reward is not None
-        value = np.atleast_1d(np.asarray(fields.get(msg, reward.select), np.float64))
-        if len(value) not in (1, count):
-            raise UserError(
-                f"a reward has {len(value)} entries; expected one per task ({count}) or a single one"
-            )
-        if not np.isfinite(value).all():
-            raise UserError("a reward is NaN or infinite")
-        return np.broadcast_to(value, (count,))
 
     def _collect(self) -> None:
         topics: dict[str, list[_Track]] = {}

@@ -172,14 +172,33 @@ class MujocoWorld(abc.ABC):
 
     def step(self, action: np.ndarray) -> tuple[Observation, np.ndarray, bool, bool]:
         """Holds the previous command for 40 ms, then `action` (float32 [A], clipped) until the next tick."""
-        for substep in range(self._substeps):
-            if substep == self._late:
-                self._command = np.clip(action, self.action_low, self.action_high).astype(np.float32)
+        self.advance(self._late)
+        self.command(action)
+        self.advance(self._substeps - self._late)
+        return self.frame()
+
+    # -- the parts of a step, for worlds that run by the clock --
+
+    @property
+    def timestep_ns(self) -> int:
+        """Nanoseconds of one substep."""
+        return round(1e9 * self._camera.model.opt.timestep)
+
+    def command(self, action: np.ndarray) -> None:
+        """From now on `action` (float32 [A], clipped) is in force."""
+        self._command = np.clip(action, self.action_low, self.action_high).astype(np.float32)
+
+    def advance(self, substeps: int) -> None:
+        """Moves on under the command in force; nothing moves once the episode is over."""
+        for _ in range(substeps):
             if self._over:
-                break
+                return
             self._data.ctrl[:] = self._command
             self._mj.mj_step(self._camera.model, self._data)
             self._over = self._is_over()
+
+    def frame(self) -> tuple[Observation, np.ndarray, bool, bool]:
+        """The next tick's (observation, reward float32 [K], terminal, truncated), as it is now."""
         self._tick += 1
         return self._observe(), self.rewards, self._over, self._tick >= HORIZON
 

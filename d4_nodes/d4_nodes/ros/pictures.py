@@ -1,0 +1,74 @@
+"""Which library decodes pictures: cv_bridge where it works and agrees, else OpenCV alone.
+
+Importer and node must see the same picture, so the importer's decoder decides what is right; cv_bridge is
+taken only after it has given the same pixels for every encoding that it knows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from sensor_msgs.msg import CompressedImage, Image
+
+from d4_datasets import messages
+from d4_datasets.errors import UserError
+
+Decoder = Callable[[Any], np.ndarray]
+
+# what both can turn into RGB, and bytes per pixel
+SHARED = {"rgb8": 3, "bgr8": 3, "rgba8": 4, "bgra8": 4, "mono8": 1}
+
+
+def pick_decoder(which: str) -> tuple[Decoder, str]:
+    """(decoder, its name) for auto, opencv or cv_bridge.
+
+    Raises:
+        UserError: cv_bridge was asked for and does not work here, or another name was given.
+    """
+    if which not in ("auto", "opencv", "cv_bridge"):
+        raise UserError(f"image_decoder {which!r} is none of auto, opencv, cv_bridge")
+    if which == "opencv":
+        return messages.decode, "opencv"
+    why = _why_not()
+    if not why:
+        return _decode, "cv_bridge"
+    if which == "cv_bridge":
+        raise UserError(f"cv_bridge does not work here: {why}; set image_decoder to opencv")
+    return messages.decode, "opencv"
+
+
+def picture(encoding: str, channels: int, seed: int = 0) -> Image:
+    """A small picture of noise with padded rows."""
+    height, width, padding = 6, 8, 5
+    step = width * channels + padding
+    noise = np.random.default_rng(seed).integers(0, 256, height * step, np.uint8)
+    return Image(height=height, width=width, encoding=encoding, step=step, data=noise.tobytes())
+
+
+@functools.cache
+def _bridge() -> Any:
+    from cv_bridge import CvBridge
+
+    return CvBridge()
+
+
+def _decode(msg: Any) -> np.ndarray:
+    """By cv_bridge what it shares with us, the rest as the importer does."""
+    if isinstance(msg, CompressedImage) or msg.encoding not in SHARED:
+        return messages.decode(msg)
+    return np.ascontiguousarray(_bridge().imgmsg_to_cv2(msg, "rgb8"))
+
+
+def _why_not() -> str:
+    """Why cv_bridge cannot be used; empty if it can."""
+    try:
+        for encoding, channels in SHARED.items():
+            image = picture(encoding, channels)
+            if not np.array_equal(_decode(image), messages.decode(image)):
+                return f"it decodes {encoding} differently"
+    except Exception as error:  # missing, or built for another NumPy: all kinds of errors
+        return f"{type(error).__name__}: {error}"
+    return ""

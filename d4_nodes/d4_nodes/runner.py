@@ -1,0 +1,94 @@
+"""Loop, watchdog and report as one thing that starts and stops: what a node activates and deactivates.
+
+Knows no ROS. Starting takes a real-time thread as far as that is permitted; stopping waits for the loop,
+bounded, and whatever happens the safety action is the last thing that is sent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from d4_nodes import realtime
+from d4_nodes.loop import Loop
+from d4_nodes.watchdog import Watchdog
+
+_PATIENCE_S = 2.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Realtime:
+    """What to ask the system for; see `realtime.prepare_thread`."""
+
+    priority: int = 0
+    cores: tuple[int, ...] = ()
+    lock_memory: bool = False
+
+
+class Runner:
+    """Runs a loop in a thread of its own until `stop`; once only.
+
+    Args:
+        loop: to run.
+        settings: real-time treatment of its thread.
+        log: told in one line what could not be had, and the report at the end.
+    """
+
+    def __init__(
+        self, loop: Loop, settings: Realtime = Realtime(), log: Callable[[str], None] = print
+    ) -> None:
+        self.loop, self.settings, self._log = loop, settings, log
+        self._watchdog = Watchdog(loop)
+        self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
+
+    def start(self) -> None:
+        """Begin to drive."""
+        self._watchdog.start()
+        self._thread.start()
+
+    def stop(self) -> bool:
+        """Stop and send the safety action, last of all; False if the loop did not end in time."""
+        self.loop.stop()
+        self._thread.join(_PATIENCE_S)
+        self._watchdog.stop()
+        if self._thread.is_alive():
+            self.loop.rest_from_outside(_PATIENCE_S)
+            return False
+        return True
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the loop's thread lives."""
+        return self._thread.is_alive()
+
+    def rules(self) -> dict[str, Any]:
+        """The guard's tallies by rule."""
+        with self.loop.lock:
+            return {name: dataclasses.asdict(tally) for name, tally in self.loop.guard.tally.items()}
+
+    def conclude(self, folder: Path | None) -> Path | None:
+        """Say the report, and write it as JSON into `folder`; returns the file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        rules = self.rules()
+        self._log(self.loop.report.text(rules))
+        if folder is None:
+            return None
+        name = time.strftime("%Y-%m-%dT%H-%M-%S", time.localtime())
+        path = folder / f"{self.loop.contract.name}-{name}-{os.getpid()}.json"
+        self.loop.report.write(path, rules)
+        return path
+
+    def _run(self) -> None:
+        s = self.settings
+        for line in realtime.prepare_thread(s.priority, s.cores, s.lock_memory):
+            self._log(f"warning: {line}")
+        with realtime.quiet_interpreter():
+            self.loop.run()
