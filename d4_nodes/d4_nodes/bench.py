@@ -1,4 +1,5 @@
-"""``d4-bench latency``: the robot's loop, guard and server process without ROS, under a simulated camera.
+"""``d4-bench``: the robot's loop, guard and server process without ROS, under a simulated camera (`latency`),
+and a policy over recorded frames again (`replay`).
 
 Everything is what a robot runs, but for the camera, which is a thread here, and the motors, which only note
 what comes. Camera and transport can be made to jitter, and the server slow.
@@ -72,6 +73,20 @@ class LatencyArgs:
     """Write the report as JSON here, too."""
     seed: int = 0
     """Decides pictures and jitter."""
+
+
+@dataclass(kw_only=True)
+class ReplayArgs:
+    """Run a policy again over what a robot recorded while it drove, and compare command by command."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """Checkpoint or run folder that drove."""
+    dataset: Annotated[Path, tyro.conf.Positional]
+    """What d4-ingest made of the robot's bags."""
+    seed: int = 0
+    """As the server had it."""
+    argmax: bool = False
+    """As the server had it."""
 
 
 class ServerProcess:
@@ -282,7 +297,8 @@ def main() -> None:
 
 def _main() -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    args = tyro.extras.subcommand_cli_from_dict({"latency": _latency}, prog="d4-bench")
+    commands = {"latency": _latency, "replay": _replay}
+    args = tyro.extras.subcommand_cli_from_dict(commands, prog="d4-bench")
     return int(args)
 
 
@@ -293,6 +309,15 @@ def _latency(args: tyro.conf.OmitArgPrefixes[LatencyArgs]) -> int:
     except WireError as error:
         raise UserError(str(error)) from error
     return 0
+
+
+def _replay(args: tyro.conf.OmitArgPrefixes[ReplayArgs]) -> int:
+    """Run a policy over recorded frames again; exit code 1 if other commands come than were recorded."""
+    from d4_nodes.replay import replay
+
+    result = replay(args.checkpoint, args.dataset, args.seed, args.argmax)
+    print(result)
+    return 0 if result.first is None else 1
 
 
 if __name__ == "__main__":

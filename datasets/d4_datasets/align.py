@@ -8,7 +8,8 @@
     observation k   of every other stream the newest sample at or before anchor k: when a robot acts on a
                     frame as soon as it has it, nothing newer is there
     action k        the command in force at anchor k + latency: what is learned contains the delay of
-                    deployment
+                    deployment. A command sent for that very moment is recorded a little after it, so one
+                    that comes up to `command_slack` later counts
     reward k        messages in (tick k - 1, tick k]: they arrive with frame k; terminal likewise
     episode         from a start event to its terminal tick, the next start event or the end of the data; a
                     tick that lacks an observation splits it, and so does the contract's `episode.max_s`
@@ -25,6 +26,16 @@ import numpy as np
 from d4_datasets.contract import Align
 
 MIN_TICKS = 2  # a single frame has no transition to learn from
+
+
+_COMMAND_SLACK_NS = 5_000_000
+
+
+def command_slack(period: int) -> int:
+    """How much later than its moment a command may be recorded and still count, ns: 5 ms, or a quarter of the
+    period where that is less.
+    """
+    return min(_COMMAND_SLACK_NS, period // 4)
 
 
 class Grid(NamedTuple):

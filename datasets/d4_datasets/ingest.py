@@ -38,7 +38,7 @@ from d4_datasets.lerobot import Episode, LeRobotWriter
 from d4_datasets.recording import Recording, encode_frames
 from d4_datasets.video import Stats, Video
 
-_PART_FORMAT = 1  # raise it when what a worker leaves behind changes, so that old parts are not taken up
+_PART_FORMAT = 2  # raise it when what a worker leaves behind changes, so that old parts are not taken up
 
 
 # ---- parts: what a worker leaves behind ----

@@ -237,12 +237,11 @@ class Recording:
         contract = self.contract
         self.action = np.zeros((len(self.ticks.time), contract.action_dim))
         self.mask = np.ones(len(self.ticks.time), bool)
+        moments = self.anchors + contract.latency_ns + align.command_slack(contract.period_ns)
         column = 0
         for channel in contract.actions:
             stamps = self.tracks[f"action.{channel.name}"].stamps
-            index = align.sample(
-                stamps, self.anchors + contract.latency_ns, channel.align, contract.period_ns
-            )
+            index = align.sample(stamps, moments, channel.align, contract.period_ns)
             if len(stamps):
                 self.action[:, column : column + channel.dim] = self.commands[channel.name][index]
             self.mask &= index >= 0

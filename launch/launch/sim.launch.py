@@ -24,7 +24,7 @@ ARGUMENTS = [
     ("results", "", "write return and success of every episode to this JSON file"),
     ("speed", "1.0", "simulated seconds per second; other than 1 needs publish_clock"),
     ("publish_clock", "false", "be the clock: publish /clock; start other nodes with use_sim_time:=true"),
-    ("wait_for_commands", "true", "begin only when somebody publishes commands"),
+    ("wait_for_commands", "true", "begin only when commands come"),
     (
         "sim_python",
         os.environ.get("D4_PYTHON", "python3"),

@@ -58,6 +58,7 @@ class LiveWorld:
         if not isinstance(world, MujocoWorld):
             raise UserError(f"the world {self.name} runs in lockstep only")
         self.world = world
+        world.reset(0, 0)  # the first picture takes ten times as long as the others
         self.contract = world.contract
         self._commands: deque[tuple[int, np.ndarray]] = deque()
         self._time_ns = self._begin_ns = self._tick = 0

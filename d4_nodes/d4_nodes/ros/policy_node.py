@@ -297,7 +297,7 @@ class PolicyNode(LifecycleNode):
             publisher = self.create_lifecycle_publisher(
                 message_class(topic.type), local(topic.name), qos.command(period_ns),
                 qos_overriding_options=qos.overrides(is_publisher=True),
-                event_callbacks=qos.publisher_events(topic.name, self._complain),
+                event_callbacks=qos.publisher_events(topic.name, self._complain_driving),
             )  # fmt: skip
             self._entities.append((self.destroy_lifecycle_publisher, publisher))
             self._publishers_of[topic.name] = publisher
@@ -449,6 +449,11 @@ class PolicyNode(LifecycleNode):
         if now - self._complaints.get(key, -1e9) > 5.0:
             self._complaints[key] = now
             self.get_logger().warning(text)
+
+    def _complain_driving(self, text: str) -> None:
+        """The promises of a command publisher count while commands are sent, not before the first."""
+        if self.runner is not None and self.runner.loop.report.counts["commands"] > 1:
+            self._complain(text)
 
     @property
     def state(self) -> str:

@@ -39,7 +39,7 @@ PARAMETERS = (
     Parameter("results", "", "write return and success of every episode here, as JSON"),
     Parameter("speed", 1.0, "simulated seconds per second; other than 1 needs publish_clock", (0.05, 20)),
     Parameter("publish_clock", False, "be the clock: publish /clock and stamp with simulated time"),
-    Parameter("wait_for_commands", True, "begin only when somebody publishes commands"),
+    Parameter("wait_for_commands", True, "begin only when commands come"),
 )
 
 _SLICE_S = 0.002
@@ -132,10 +132,7 @@ class SimNode(Node):
         self.ended.set()
 
     def _wait_for_company(self) -> None:
-        commands = [local(channel.topic) for channel in self.contract.actions]
-        while self._get("wait_for_commands") and not self.ended.is_set():
-            if all(self.count_publishers(topic) for topic in commands):
-                return
+        while self._get("wait_for_commands") and not self._arrived and not self.ended.is_set():
             self._tick_clock()
             time.sleep(0.02)
 

@@ -1,0 +1,104 @@
+"""Run a policy again over what a robot recorded while it drove, and compare command by command.
+
+What went wrong on the robot can be looked at on a desk only if the desk computes the same. Frames, joints and
+the commands that were in force come from a dataset that `d4-ingest` made of the robot's bags; with the server's
+seed the answers must be the same, frame for frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d4_datasets.errors import UserError
+from d4_datasets.windows import Windows
+from d4_nodes import memory
+from d4_nodes.memory import CAMERA, VECTOR, Memory
+from d4_nodes.server import PolicyBrain
+
+
+@dataclass
+class Comparison:
+    """How far two runs agree.
+
+    Attributes: compared, equal: ticks with a known command, and those where the same command came again.
+        largest: difference in any component, contract units. first: (episode, tick) of the first difference.
+    """
+
+    compared: int = 0
+    equal: int = 0
+    largest: float = 0.0
+    first: tuple[int, int] | None = None
+    per_episode: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        text = f"{self.equal} of {self.compared} commands are the same"
+        if self.first is None:
+            return text
+        return (
+            f"{text}; the first other one is in episode {self.first[0]} at tick {self.first[1]}, the largest "
+            f"difference {self.largest:.3g}"
+        )
+
+
+def replay(checkpoint: Path, dataset: Path, seed: int = 0, argmax: bool = False) -> Comparison:
+    """Run the policy over every episode of a dataset and compare with the commands that it holds.
+
+    Args: seed, argmax: as the server had them.
+
+    Raises:
+        UserError: the dataset was made with another contract than the policy's.
+    """
+    brain, logs = PolicyBrain(checkpoint, seed, argmax), Windows(dataset)
+    if logs.contract.hash != brain.contract.hash:
+        raise UserError(f"{dataset} was recorded with another contract than the policy was trained with")
+    shared, result = Memory(memory.layout(brain.contract, brain.leads)), Comparison()
+    try:
+        for episode in range(len(logs.episode_start)):
+            _episode(brain, logs, shared, episode, result)
+    finally:
+        shared.close()
+    if not result.compared:
+        raise UserError(f"{dataset} holds no known commands to compare with")
+    return result
+
+
+def _episode(brain: PolicyBrain, logs: Windows, shared: Memory, episode: int, result: Comparison) -> None:
+    begin, count = int(logs.episode_start[episode]), int(logs.episode_length[episode])
+    same = compared = 0
+    for tick in range(count):
+        row = begin + tick
+        _ask(logs, shared, row, tick == 0)
+        brain.decide(shared)
+        if not logs.action_mask[row]:
+            continue
+        difference = float(np.abs(_bounded(brain, shared["plan"][0]) - logs.action[row]).max())
+        compared += 1
+        same += difference == 0.0
+        result.largest = max(result.largest, difference)
+        if difference and result.first is None:
+            result.first = (episode, tick)
+    result.compared += compared
+    result.equal += same
+    result.per_episode.append(same / max(1, compared))
+
+
+def _ask(logs: Windows, shared: Memory, row: int, is_first: bool) -> None:
+    for name, target in shared.observation(CAMERA).items():
+        target[...] = logs.images[name][row]
+    vectors: Any = logs.vectors
+    for name, target in shared.observation(VECTOR).items():
+        target[...] = vectors[name][row]
+    shared["task"][...], shared["reset"][...] = logs.task_index[row], is_first
+    known = not is_first and bool(logs.action_mask[row - 1])
+    shared["previous_known"][...] = known
+    if known:
+        shared["previous"][...] = logs.action[row - 1]
+
+
+def _bounded(brain: PolicyBrain, command: np.ndarray) -> np.ndarray:
+    """What the guard makes of a command that it lets pass."""
+    return np.clip(command, brain.contract.action_low, brain.contract.action_high)
