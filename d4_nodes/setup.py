@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-NODES = ("policy_node", "guard_node", "tokenizer_node", "training_node", "sim_node")
+NODES = ("policy_node", "guard_node", "tokenizer_node", "training_node", "sim_node", "probe_node")
 
 setup(
     name="d4_nodes",

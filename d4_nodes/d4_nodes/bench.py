@@ -297,7 +297,7 @@ def main() -> None:
 
 def _main() -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    commands = {"latency": _latency, "replay": _replay}
+    commands: dict[str, Any] = {"latency": _latency, "replay": _replay}
     args = tyro.extras.subcommand_cli_from_dict(commands, prog="d4-bench")
     return int(args)
 

@@ -1,8 +1,8 @@
 """Run a policy again over what a robot recorded while it drove, and compare command by command.
 
-What went wrong on the robot can be looked at on a desk only if the desk computes the same. Frames, joints and
-the commands that were in force come from a dataset that `d4-ingest` made of the robot's bags; with the server's
-seed the answers must be the same, frame for frame.
+What went wrong on the robot can be looked at on a desk only if the desk computes the same. Frames,
+joints and the commands that were in force come from a dataset that `d4-ingest` made of the robot's bags; with
+the server's seed the answers must be the same, frame for frame.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def test_everything_in_the_bag_is_in_the_dataset_at_its_tick(tmp_path):
 
 @pytest.mark.parametrize(("late_ms", "counts"), [(0, True), (1, True), (5, True), (5.000001, False)])
 def test_the_label_is_what_is_in_force_after_the_latency(tmp_path, late_ms, counts):
-    """A command that is sent for its moment is recorded a little after it, and must not slip to the next tick."""
+    """A command sent for its moment is recorded a little after it, and must not slip to the next tick."""
     log = drive(1)
     for item in log.items:
         if item[0] == "/cmd_vel":
