@@ -2,7 +2,7 @@
 
 The server creates it without a name (memfd) and hands its descriptor over the control socket, so nothing is
 left behind by a crash and nobody else can open it. Where everything lies follows from the contract and the
-number of leads; both sides compute it and compare. Who may write what alternates with STEP and DONE on the
+size of a reply; both sides compute it and compare. Who may write what alternates with STEP and DONE on the
 socket: the request belongs to the robot's process until STEP, the reply to the server until DONE. The
 heartbeat alone is written at any time, as one aligned 8-byte word.
 
@@ -15,7 +15,7 @@ import contextlib
 import fcntl
 import mmap
 import os
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from d4_datasets.contract import Contract
 _ALIGN = 64  # a cache line: the heartbeat shares none with what the other side writes
 
 CAMERA, VECTOR = "camera.", "vector."  # prefixes of the fields of observations
+
+_Wanted: TypeAlias = "list[tuple[str, str, tuple[int, ...]]]"
 
 
 class Field(NamedTuple):
@@ -41,7 +43,7 @@ class Field(NamedTuple):
 
 
 def layout(contract: Contract, leads: int) -> tuple[Field, ...]:
-    """Fields of the shared memory for a contract (L leads, A action components, k fields of a vector).
+    """Fields of the shared memory of a policy (L leads, A action components, k fields of a vector).
 
     ======================  ===========================  =================================================
     heartbeat               int64 ()                     monotonic ns, by the server's own thread
@@ -57,16 +59,39 @@ def layout(contract: Contract, leads: int) -> tuple[Field, ...]:
     ======================  ===========================  =================================================
     """
     num = contract.action_dim
-    wanted: list[tuple[str, str, tuple[int, ...]]] = [("heartbeat", "int64", ())]
+    return _place([
+        *_observations(contract), ("task", "int64", ()), ("reset", "uint8", ()),
+        ("previous", "float32", (num,)), ("previous_known", "uint8", ()), ("plan", "float32", (leads, num)),
+        ("reward", "float32", ()), ("spans", "int64", (2,)),
+    ])  # fmt: skip
+
+
+def latents_layout(contract: Contract, tokens: int, channels: int) -> tuple[Field, ...]:
+    """Fields of the shared memory of a tokenizer: those of a policy up to the vectors, then these.
+
+    ======================  ===========================  =================================================
+    reset                   uint8 ()                     1: a new stream begins, forget the past
+    latents                 float32 (tokens, channels)   of this frame, in (-1, 1)
+    spans                   int64 (1,)                   ns that encoding took
+    ======================  ===========================  =================================================
+    """
+    return _place([
+        *_observations(contract), ("reset", "uint8", ()), ("latents", "float32", (tokens, channels)),
+        ("spans", "int64", (1,)),
+    ])  # fmt: skip
+
+
+def _observations(contract: Contract) -> _Wanted:
+    """What every layout begins with: the heartbeat and what the robot sees."""
+    wanted: _Wanted = [("heartbeat", "int64", ())]
     for camera in contract.images:
         assert camera.size is not None
         wanted.append((CAMERA + camera.name, "uint8", (*camera.size, 3)))
-    wanted += [(VECTOR + v.name, "float32", (len(v.select),)) for v in contract.vectors("input")]
-    wanted += [
-        ("task", "int64", ()), ("reset", "uint8", ()), ("previous", "float32", (num,)),
-        ("previous_known", "uint8", ()), ("plan", "float32", (leads, num)), ("reward", "float32", ()),
-        ("spans", "int64", (2,)),
-    ]  # fmt: skip
+    return wanted + [(VECTOR + v.name, "float32", (len(v.select),)) for v in contract.vectors("input")]
+
+
+def _place(wanted: _Wanted) -> tuple[Field, ...]:
+    """Fields one behind the other, each at the begin of a cache line."""
     fields, offset = [], 0
     for name, dtype, shape in wanted:
         fields.append(Field(name, offset, dtype, shape))

@@ -1,4 +1,4 @@
-"""``d4-serve``: the inference server, which holds the policy and answers one robot.
+"""``d4-serve``: the inference server, which holds the policy or the tokenizer and answers one robot.
 
 It never listens beyond this host: a Unix socket that only this user can reach carries control messages
 (`d4_nodes.wire`), shared memory without a name carries frames and actions (`d4_nodes.memory`). Shapes are
@@ -28,7 +28,7 @@ from d4_core import threads
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
 from d4_nodes import memory, wire
-from d4_nodes.memory import CAMERA, VECTOR, Memory
+from d4_nodes.memory import CAMERA, VECTOR, Field, Memory
 from d4_nodes.wire import Kind, Message, WireError
 
 HEARTBEAT_S = 0.01
@@ -36,12 +36,15 @@ HEARTBEAT_S = 0.01
 
 @dataclass(kw_only=True)
 class ServeArgs:
-    """Serve a policy to one robot on this host until SIGTERM."""
+    """Serve a policy, or a tokenizer alone, to one robot on this host until SIGTERM."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """Folder of an agent or imagination checkpoint, or a run folder: its latest of the two."""
+    tokenizer: bool = False
+    """Serve the tokenizer of a run folder (or of a tokenizer checkpoint): pictures in, latents out."""
     socket: Path | None = None
-    """Where to listen; default: d4-<contract name>.sock in the user's runtime folder."""
+    """Where to listen; default: d4-<contract name>.sock in the user's runtime folder, for a tokenizer
+    d4-<contract name>-tokenizer.sock."""
     seed: int = 0
     """Decides context noise and action samples, anew in every episode."""
     argmax: bool = False
@@ -53,24 +56,32 @@ class ServeArgs:
 
 
 class Brain(Protocol):
-    """What a server serves: a policy over shared memory.
+    """What a server serves over shared memory.
 
     Attributes:
+        kind: "policy" or "tokenizer"; a robot that wants the other is refused.
         contract: the robot it was trained for.
-        leads: number of frames L that a plan covers.
-        card: what the robot's process is told about it (JSON values).
+        fields: where request and reply lie.
+        card: what the robot's process is told about it (JSON values), with the sizes of a reply.
     """
 
+    kind: str
     contract: Contract
-    leads: int
+    fields: tuple[Field, ...]
     card: dict[str, Any]
 
     def decide(self, shared: Memory) -> None:
-        """Answer the request in shared memory: fill plan, reward and spans."""
+        """Answer the request in shared memory: fill the fields of the reply."""
 
 
 class PolicyBrain:
-    """The world-model policy of a checkpoint folder as a brain."""
+    """The world-model policy of a checkpoint folder as a brain.
+
+    Attributes:
+        leads: number of frames L that a plan covers.
+    """
+
+    kind = "policy"
 
     def __init__(self, folder: Path, seed: int = 0, argmax: bool = False, device: str = "auto") -> None:
         from d4_core import checkpoint
@@ -83,10 +94,11 @@ class PolicyBrain:
         self.contract = models.contract
         self.session = PolicySession(models, 1, seed, argmax=argmax)
         self.leads = models.acting.leads
+        self.fields = memory.layout(self.contract, self.leads)
         origin = checkpoint.load_config(folder).get("origin", {})
         self.card = {
             "checkpoint": str(folder.resolve()), "weights": weights_hash(folder), "origin": origin,
-            "seed": seed, "argmax": argmax, "device": str(self.session.device),
+            "seed": seed, "argmax": argmax, "device": str(self.session.device), "leads": self.leads,
         }  # fmt: skip
         self._begin(0)
 
@@ -112,6 +124,64 @@ class PolicyBrain:
         shared["spans"][:] = middle - began, time.perf_counter_ns() - middle
 
 
+class TokenizerBrain:
+    """The tokenizer of a run as a brain: frames of one stream to latents, each in the light of those before.
+
+    The latents are those that `d4_core.data.encode_episodes` computes for the same frames, and that a policy
+    session sees: one cache, forgotten at a reset.
+    """
+
+    kind = "tokenizer"
+
+    def __init__(self, folder: Path, device: str = "auto") -> None:
+        from d4_core import checkpoint
+        from d4_core.models import load, weights_hash
+        from d4_core.pipeline import pick_device
+
+        folder = _encoding(folder)
+        models = load(folder, device=pick_device(device))
+        self.contract, self.tokenizer = models.contract, models.tokenizer
+        self._cache = self.tokenizer.new_cache(1)
+        cfg = self.tokenizer.cfg
+        self.fields = memory.latents_layout(self.contract, cfg.num_latents, cfg.latent_dim)
+        self.card = {
+            "checkpoint": str(folder.resolve()), "weights": weights_hash(folder),
+            "origin": checkpoint.load_config(folder).get("origin", {}),
+            "device": str(self.tokenizer.latents.device),
+            "tokens": cfg.num_latents, "channels": cfg.latent_dim,
+        }  # fmt: skip
+
+    def decide(self, shared: Memory) -> None:
+        """One frame through the encoder."""
+        import torch
+
+        from d4_core.session import observe
+
+        began = time.perf_counter_ns()
+        if shared["reset"]:
+            self._cache.reset()
+        images = {name: image[None] for name, image in shared.observation(CAMERA).items()}
+        vectors = {name: vector[None] for name, vector in shared.observation(VECTOR).items()}
+        with torch.no_grad():
+            seen = observe(self.tokenizer, images, vectors, self.tokenizer.latents.device)
+            shared["latents"][:] = self.tokenizer.encode_step(seen, self._cache)[0].cpu().numpy()
+        shared["spans"][:] = time.perf_counter_ns() - began
+
+
+def _encoding(folder: Path) -> Path:
+    """The tokenizer checkpoint: `folder` itself, or that of a run folder. Those of later phases hold a
+    tokenizer too, but other weights beside it: their hash would not be the tokenizer's.
+    """
+    if (folder / "tokenizer" / "config.json").exists():
+        return folder / "tokenizer"
+    if (folder / "config.json").exists():
+        phase = json.loads((folder / "config.json").read_text()).get("phase")
+        if phase == "tokenizer":
+            return folder
+        raise UserError(f"{folder} is a checkpoint of phase {phase}: give the run folder, or its tokenizer")
+    raise UserError(f"{folder} holds no tokenizer checkpoint: train one with d4-train")
+
+
 def _acting(folder: Path) -> Path:
     """The checkpoint to act with: `folder` itself, or the latest phase of a run folder that has a policy."""
     for phase in ("imagination", "agent"):
@@ -134,7 +204,7 @@ class Server:
 
     def __init__(self, brain: Brain, path: Path) -> None:
         self.brain, self.path = brain, path
-        self.shared = Memory(memory.layout(brain.contract, brain.leads))
+        self.shared = Memory(brain.fields)
         try:
             self._listener = wire.listen(path)
         except OSError as error:
@@ -207,16 +277,19 @@ class Server:
             self._refuse(sock, str(error))
 
     def _welcome(self, sock: socket.socket, message: Message) -> None:
-        theirs, ours = message.json().get("contract"), self.brain.contract.hash
+        told = message.json()
+        theirs, ours = told.get("contract"), self.brain.contract.hash
+        wants = told.get("wants", "policy")
         if self._client is not None:
             self._refuse(sock, "another robot is connected to this server; start one server for each")
+        elif wants != self.brain.kind:
+            self._refuse(sock, f"this server holds a {self.brain.kind}, not a {str(wants)[:40]}")
         elif theirs != ours:
             name = self.brain.contract.name
             self._refuse(sock, f"the checkpoint was trained on another contract ({name}, {ours[:12]})")
         else:
-            card = self.brain.card | {"pid": os.getpid(), "leads": self.brain.leads}
-            told = json.dumps({**card, "fields": self.shared.fields}).encode()
-            wire.send(sock, Message(Kind.WELCOME, payload=told), self.shared.descriptor)
+            card = {**self.brain.card, "pid": os.getpid(), "fields": self.shared.fields}
+            wire.send(sock, Message(Kind.WELCOME, payload=json.dumps(card).encode()), self.shared.descriptor)
             self._client = sock
 
     def _step(self, sequence: int) -> Message:
@@ -274,8 +347,12 @@ def main() -> None:
 def _main() -> int:
     args = tyro.cli(ServeArgs, prog="d4-serve")
     threads.configure(args.threads)
-    brain = PolicyBrain(args.checkpoint, args.seed, args.argmax, args.device)
-    serve(brain, args.socket or wire.default_socket(brain.contract.name))
+    if args.tokenizer:
+        encoder = TokenizerBrain(args.checkpoint, args.device)
+        serve(encoder, args.socket or wire.default_socket(f"{encoder.contract.name}-tokenizer"))
+    else:
+        brain = PolicyBrain(args.checkpoint, args.seed, args.argmax, args.device)
+        serve(brain, args.socket or wire.default_socket(brain.contract.name))
     return 0
 
 

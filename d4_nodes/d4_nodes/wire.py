@@ -32,7 +32,7 @@ class WireError(Exception):
 class Kind(enum.IntEnum):
     """What a message says. Client to server: HELLO, STEP, BYE; server to client: the others."""
 
-    HELLO = 1  # JSON: hash of the contract
+    HELLO = 1  # JSON: hash of the contract, and what is wanted: a policy or a tokenizer
     WELCOME = 2  # JSON: what the server runs; carries the descriptor of the shared memory
     REFUSED = 3  # text: why
     STEP = 4  # a request lies in shared memory

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from d4_datasets.contract import Contract
+from d4_nodes import memory
 from d4_nodes.memory import Memory
 from d4_nodes.server import serve
 
@@ -20,8 +21,9 @@ class Scripted:
     """Plans count up: lead n of request k of an episode is (k + n) / 1000 in every component."""
 
     def __init__(self, contract: Contract, faults: Path) -> None:
-        self.contract, self.leads, self._faults = contract, LEADS, faults
-        self.card = {"checkpoint": "scripted"}
+        self.kind, self.contract, self._faults = "policy", contract, faults
+        self.fields = memory.layout(contract, LEADS)
+        self.card = {"checkpoint": "scripted", "leads": LEADS}
         self._count = 0
 
     def decide(self, shared: Memory) -> None:
