@@ -114,13 +114,13 @@ def _decode_compressed(msg: Any) -> np.ndarray:
     if data[:2].tobytes() == b"\xff\xd8" and b"\xff\xd9" not in data.tobytes():
         # OpenCV would fill the missing rows with grey and say nothing.
         raise UserError(f"a jpeg image of {len(data)} bytes is cut off")
-    # A file's own rotation flag is ignored, as the ROS decoder does.
-    picture = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION) if len(data) else None
-    if picture is None:
+    # A file's own rotation flag is ignored, as the ROS decoder does. To BGR, which every OpenCV can: the
+    # robot's may be years older than the importer's.
+    bgr = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if len(data) else None
+    if bgr is None:
         raise UserError(
             f"an image of format {msg.format!r} ({len(data)} bytes) cannot be decoded; "
             "it is damaged or no still-picture format such as jpeg or png"
         )
-    # The codec takes its input for BGR. Given RGB it stored the colours swapped, and they are swapped back
-    # here.
-    return np.ascontiguousarray(picture[..., ::-1]) if "compressed rgb" in given else picture
+    # The codec takes its input for BGR. Given RGB it stored the colours swapped, so what comes out is RGB.
+    return bgr if "compressed rgb" in given else cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)

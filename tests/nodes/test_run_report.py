@@ -1,6 +1,7 @@
 """The report: fixed memory, quantiles within two percent, JSON that every reader takes."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ def test_quantiles_are_right_to_two_percent(values, q) -> None:
     histogram = Histogram()
     for value in values:
         histogram.add(value)
-    exact = np.quantile(values, q, method="inverted_cdf") / 1e6
+    exact = np.sort(values)[math.ceil(q * len(values)) - 1] / 1e6
     assert exact * 0.999 <= histogram.quantile_ms(q) <= exact * 1.0201
     assert histogram.summary_ms()["max"] == pytest.approx(max(values) / 1e6)
     assert histogram.summary_ms()["mean"] == pytest.approx(np.mean(values) / 1e6)
