@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
-from d4_datasets.contract import Contract
+from d4_datasets.contract import Align, Contract
 from d4_datasets.errors import UserError
 from d4_datasets.messages import decode, resize
 from d4_nodes.guard import Guard, Verdict
@@ -34,6 +34,7 @@ from d4_nodes.wire import WireError
 
 _EARLY_NS = 300_000  # wake so long before a deadline and spin: the scheduler is not that precise
 _JUMP_NS = 100_000_000  # clock against monotonic time: more in one look is a jump
+_NEVER = -(10**9)  # a tick that is long ago
 _SILENCE = 1.5  # periods without any command until the safety action is sent
 
 
@@ -116,7 +117,7 @@ class Loop:
         self._send, self._connect, self._clock, self._log = send, connect, clock, log
         self._decode, self.reward = decode, 0.0
         self._camera = contract.images[0].name
-        self._tolerance_ns = contract.images[0].align.tolerance_ns or contract.period_ns
+        self._longest = {s.name: _longest(s.align, contract.period_ns) for s in contract.observations}
         self._ticker = Ticker(contract.period_ns, contract.latency_ns // 2)
         self._blend = np.repeat(
             [c.kind == "continuous" for c in contract.actions], [c.dim for c in contract.actions]
@@ -135,7 +136,7 @@ class Loop:
         self._asked: tuple[Tick, int] | None = None  # at the server, and when it was handed over (monotonic)
         self._waits: Tick | None = None  # to be handed over once the server is free
         self._good: tuple[Tick, np.ndarray] | None = None  # last answer: its tick and plan
-        self._last_asked = -(10**9)
+        self._last_asked = _NEVER
         self._command: np.ndarray | None = None  # in force; None: unknown
         self._misses, self._recovered = 0, 0
         self._is_safe = False
@@ -254,7 +255,9 @@ class Loop:
         self._forget_keeping_request()
         self._ticker.begin(self._start_ns)
         if self._start_ns is not None:  # the frame of tick 0 mostly comes before the message that starts it
-            for stamp_ns in self.inbox.since(self._camera, self._start_ns - self._tolerance_ns):
+            for stamp_ns in self.inbox.since(
+                self._camera, self._start_ns - (self._longest[self._camera] or 0)
+            ):
                 self._ticker.frame(stamp_ns)
 
     def _forget_keeping_request(self) -> None:
@@ -312,7 +315,7 @@ class Loop:
             self.guard.alive("inference server", self._clock())
             self._recovered = 0
             self._link = link
-            self._last_asked = -(10**9)
+            self._last_asked = _NEVER
         self.inbox.wake()
 
     def _lose(self, reason: str) -> None:
@@ -359,9 +362,10 @@ class Loop:
         if not self._prepare(tick):
             return
         self.report.add("prepare", time.monotonic_ns() - began)
-        gap = tick.number - self._last_asked
+        forget = tick.number - self._last_asked > self.config.forget_after
+        self.report.counts["times the past was forgotten"] += forget
         try:
-            self._link.submit(self.task, gap > self.config.forget_after, self._command)
+            self._link.submit(self.task, forget, self._command)
         except WireError as error:
             self._lose(str(error))
             return
@@ -373,8 +377,9 @@ class Loop:
         targets = self._link.cameras | self._link.vectors
         for name, target in targets.items():
             sample = self.inbox.at(name, tick.stamp_ns if name == self._camera else tick.anchor_ns)
-            if sample is None:
-                return False  # the guard says that the stream is stale
+            if sample is None or self._is_too_old(name, sample, tick):  # the guard says that it is stale
+                self._last_asked = _NEVER  # for the importer too an episode ends here
+                return False
             try:
                 if name in self._link.cameras:
                     self._look(name, sample)
@@ -387,6 +392,12 @@ class Loop:
                 self._fail(f"{name} cannot be used: {error}", "an observation could not be used")
                 return False
         return True
+
+    def _is_too_old(self, name: str, sample: Sample, tick: Tick) -> bool:
+        """Whether a sample does not count for a tick any more, as `align.sample` has it."""
+        longest = self._longest[name]
+        time_ns = tick.time_ns if name == self._camera else tick.anchor_ns
+        return longest is not None and time_ns - sample.stamp_ns > longest
 
     def _fail(self, reason: str, kind: str) -> None:
         """Safety actions from now on, until enough answers in a row have come in time."""
@@ -429,8 +440,9 @@ class Loop:
             return
         self.report.command(now)
         self.report.add("lateness", now - due.time_ns)
-        self.report.add("latency", now - due.tick.stamp_ns)
         self.report.counts["safe"] += verdict.is_safe
+        if not verdict.is_safe:
+            self.report.add("latency", now - due.tick.stamp_ns)
         state = verdict.rules[0] if verdict.is_safe else "driving"
         if state != self.state:
             self._log(f"safety action ({state}): {verdict.reason}" if verdict.is_safe else state)
@@ -501,3 +513,10 @@ class Loop:
             now = self._clock()
             self._send(self.guard.check(None, now), now)
             self._sent_ns = time.monotonic_ns()
+
+
+def _longest(align: Align, period_ns: int) -> int | None:
+    """How old a sample may be at its tick, ns; None: it holds for ever."""
+    if align.strategy == "drop":
+        return min(period_ns - 1, align.tolerance_ns or period_ns)
+    return align.tolerance_ns

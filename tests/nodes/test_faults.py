@@ -61,8 +61,39 @@ def test_camera_stops_and_comes_back(rig) -> None:
     rig.camera.pause = True
     assert fault_is_safe(rig, since) in ("stale", "fault")
     rig.until(lambda: rig.motors.commands[-1][2] == ("stale",), 2)
+    forgotten = rig.report.counts["times the past was forgotten"]
+    time.sleep(0.15)
     rig.camera.pause = False
     rig.until_driving()
+    # for the importer too a gap ends an episode: the model begins anew with what comes after it
+    assert rig.report.counts["times the past was forgotten"] == forgotten + 1
+
+
+def test_begin_of_an_episode_takes_up_the_frame_before_it(rig) -> None:
+    """The message that starts an episode mostly comes after the frame of its first tick."""
+    missed = rig.report.counts["missed"]
+    for _ in range(4):
+        time.sleep(0.1)
+        newest = rig.loop.inbox.newest("eye").stamp_ns
+        rig.until(lambda n=newest: rig.loop.inbox.newest("eye").stamp_ns > n, 1)
+        before, first = rig.report.counts["times the past was forgotten"], len(rig.motors.commands)
+        start = rig.loop.inbox.newest("eye").stamp_ns + 8_000_000
+        rig.loop.begin(start)
+        rig.until(lambda n=first: len(rig.motors.commands) > n + 2, 2)
+        assert rig.report.counts["times the past was forgotten"] == before + 1
+        late = rig.motors.commands[first][0] - (start - 8_000_000) - 30_000_000
+        assert -1_000_000 < late < SLACK_S * 1e9  # the command of tick 0 answers the frame before the start
+    assert rig.report.counts["missed"] <= missed + 1
+
+
+def test_silence_is_filled_with_safety_actions(rig) -> None:
+    """Without frames an episode that has begun has no ticks; the robot must hear from us all the same."""
+    rig.camera.pause = True
+    time.sleep(0.1)
+    rig.loop.begin(None)
+    time.sleep(0.5)
+    assert rig.motors.gaps.largest < 1e9 * (TWO_PERIODS_S + SLACK_S)
+    assert rig.motors.commands[-1][1]
 
 
 def test_camera_freezes_and_thaws(rig) -> None:
