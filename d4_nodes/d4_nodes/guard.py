@@ -191,6 +191,10 @@ class Guard:
             self._note(name, f"the command was {np.array2string(np.asarray(command), precision=3)}", now_ns)
         return self._sent(values, np.ones(len(values), bool), now_ns, False, tuple(rules), "")
 
+    def forbids(self, now_ns: int) -> bool:
+        """Whether no command may pass now, whatever it holds."""
+        return bool(self._forbids(now_ns)[0])
+
     def _forbids(self, now_ns: int) -> tuple[str, str]:
         """The rule that forbids any command now, and why; empty if none does."""
         if self._stop:

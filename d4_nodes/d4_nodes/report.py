@@ -29,6 +29,7 @@ STAGES = {
     "answer": "submit to reply",
     "encode": "of that, the session: tokenizer, dynamics, policy",
     "plan": "of that, the later leads",
+    "relay": "arrival of another policy's command to handing it over",
     "guard": "the verdict",
     "publish": "handing the command over",
     "age": "age of the observation when the decision was there",

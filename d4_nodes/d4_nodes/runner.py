@@ -12,13 +12,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from d4_nodes import realtime
-from d4_nodes.loop import Loop
-from d4_nodes.watchdog import Watchdog
+from d4_nodes.watchdog import Driver, Watchdog
 
 _PATIENCE_S = 2.0
+_Driver = TypeVar("_Driver", bound=Driver)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Realtime:
     lock_memory: bool = False
 
 
-class Runner:
+class Runner(Generic[_Driver]):
     """Runs a loop in a thread of its own until `stop`; once only.
 
     Args:
@@ -40,7 +40,7 @@ class Runner:
     """
 
     def __init__(
-        self, loop: Loop, settings: Realtime = Realtime(), log: Callable[[str], None] = print
+        self, loop: _Driver, settings: Realtime = Realtime(), log: Callable[[str], None] = print
     ) -> None:
         self.loop, self.settings, self._log = loop, settings, log
         self._watchdog = Watchdog(loop)

@@ -5,10 +5,34 @@ same.
 from __future__ import annotations
 
 import threading
+from typing import Protocol
 
-from d4_nodes.loop import Loop
+from d4_datasets.contract import Contract
+from d4_nodes.guard import Guard
+from d4_nodes.report import Report
 
 _PERIODS = 2.0
+
+
+class Driver(Protocol):
+    """What sends commands from a thread of its own: `d4_nodes.loop.Loop`, `d4_nodes.relay.Relay`."""
+
+    contract: Contract
+    guard: Guard
+    report: Report
+    lock: threading.RLock
+
+    def run(self) -> None:
+        """Go round until `stop`; then send the safety action, last of all."""
+
+    def stop(self) -> None:
+        """Make `run` return."""
+
+    def beat_age_s(self) -> float:
+        """Seconds since it last went round, 0 once it has ended as it was asked to."""
+
+    def rest_from_outside(self, timeout_s: float) -> bool:
+        """Send the safety action in place of a loop that stands still; False if it holds the lock."""
 
 
 class Watchdog:
@@ -18,7 +42,7 @@ class Watchdog:
     command timeout must be set.
     """
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Driver) -> None:
         self._loop, self._period_s = loop, loop.contract.period_ns / 1e9
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
