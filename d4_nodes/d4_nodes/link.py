@@ -177,10 +177,11 @@ class TokenizerLink(_Connection):
             return memory.latents_layout(contract, *sizes)
 
         super().__init__(path, contract, "tokenizer", fields_of, timeout_s)
-        self.weights = self.card.get("weights")
-        if not isinstance(self.weights, str) or not 1 <= len(self.weights) <= 64:
+        weights = self.card.get("weights")
+        if not isinstance(weights, str) or not 1 <= len(weights) <= 64:
             self.close()
-            raise WireError(f"the inference server names its weights {str(self.weights)[:80]!r}")
+            raise WireError(f"the inference server names its weights {str(weights)[:80]!r}")
+        self.weights = weights
         self._nothing = np.zeros((0, 0), np.float32)
 
     def submit(self, reset: bool) -> int:
