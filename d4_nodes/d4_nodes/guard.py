@@ -209,7 +209,8 @@ class Guard:
                 return "dead_man", f"the dead-man switch was last seen {(now_ns - seen_ns) / 1e6:.0f} ms ago"
         for process, seen_ns in self._life.items():
             if now_ns - seen_ns > self.config.watchdog_ms * 1e6:
-                return "watchdog", f"the {process} has shown no life for {(now_ns - seen_ns) / 1e6:.0f} ms"
+                text = f"the {process} has shown no life for {(now_ns - seen_ns) / 1e6:.0f} ms"
+                return "watchdog", f"{text}; {self._fault}" if self._fault else text
         for name, seen in self._streams.items():
             tolerance = self._tolerance.get(name)
             if tolerance is not None and now_ns - seen.stamp_ns > tolerance:

@@ -1,6 +1,6 @@
 """An inference server whose answers follow a script: the fault that a file names, in a process of its own.
 
-Usage: scripted_server.py CONTRACT SOCKET FAULT_FILE
+Usage: scripted_server.py CONTRACT SOCKET FAULT_FILE [WEIGHTS]
 """
 
 import sys
@@ -20,10 +20,10 @@ LEADS = 4
 class Scripted:
     """Plans count up: lead n of request k of an episode is (k + n) / 1000 in every component."""
 
-    def __init__(self, contract: Contract, faults: Path) -> None:
+    def __init__(self, contract: Contract, faults: Path, weights: str = "w0") -> None:
         self.kind, self.contract, self._faults = "policy", contract, faults
         self.fields = memory.layout(contract, LEADS)
-        self.card = {"checkpoint": "scripted", "leads": LEADS}
+        self.card = {"checkpoint": "scripted", "leads": LEADS, "weights": weights}
         self._count = 0
 
     def decide(self, shared: Memory) -> None:
@@ -42,4 +42,4 @@ class Scripted:
 
 
 if __name__ == "__main__":
-    serve(Scripted(Contract.load(sys.argv[1]), Path(sys.argv[3])), Path(sys.argv[2]))
+    serve(Scripted(Contract.load(sys.argv[1]), Path(sys.argv[3]), *sys.argv[4:]), Path(sys.argv[2]))

@@ -242,7 +242,7 @@ class PolicyNode(LifecycleNode):
             camera = contract.images[0]
             message, transport = self._before.get(camera.name, (None, Histogram()))
             size = None if message is None else self._decode(message).shape[:2]
-            arrives = transport.quantile_ms(0.99) if transport.count else 0.0
+            arrives = transport.quantile_ms(0.5) if transport.count else 0.0
             measured = activation.measure(link, contract, size, arrives)
             text = activation.require(measured, contract, self._get("allow_slow"))
             if measured.fits:
@@ -254,16 +254,20 @@ class PolicyNode(LifecycleNode):
         return link.card
 
     def _alone(self) -> None:
-        """Two nodes with one name, or two who command one robot, are a mistake that looks like a ghost."""
+        """Two nodes with one name are a mistake that looks like a ghost."""
         me = (self.get_name(), self.get_namespace())
         if self.get_node_names_and_namespaces().count(me) > 1:
             raise UserError(
                 f"another node is called {self.get_fully_qualified_name()} too: start one of them only"
             )
+
+    def _look_for_rivals(self) -> None:
         for topic, publisher in self._publishers_of.items():
             others = self.count_publishers(publisher.topic_name) - 1
             if others > 0:
-                self.get_logger().warning(f"{others} other publishers command {topic}; who is right?")
+                self._complain(
+                    f"{others} other publishers command {topic} too; which one does the robot obey?"
+                )
 
     # -- topics --
 
@@ -485,11 +489,13 @@ class PolicyNode(LifecycleNode):
         msg.answer_p50_ms, msg.answer_p99_ms = (stages["answer"].quantile_ms(q) for q in (0.5, 0.99))
         msg.lateness_p99_ms, msg.age_p99_ms = (stages[s].quantile_ms(0.99) for s in ("lateness", "age"))
         msg.reward = loop.reward
-        msg.checkpoint, msg.weights = str(self._card["checkpoint"]), str(self._card["weights"])
+        msg.checkpoint, msg.weights = str(self._card.get("checkpoint")), str(self._card.get("weights"))
         return msg
 
     def _on_diagnostics(self) -> None:
         findings = [] if self.runner is None else self._examiner.look()
+        if findings:
+            self._look_for_rivals()
         array = DiagnosticArray()
         array.header.stamp = self.get_clock().now().to_msg()
         for finding in findings:

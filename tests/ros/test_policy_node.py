@@ -1,0 +1,295 @@
+"""The policy node over real topics: lifecycle, commands, services, parameters, faults."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy")
+pytestmark = pytest.mark.ros
+
+from d4_interfaces.srv import SetTask  # noqa: E402
+from policy_rig import SLACK_S, TWO_PERIODS_S, PolicyProcess, Server, World  # noqa: E402
+from sensor_msgs.msg import Joy  # noqa: E402
+from std_msgs.msg import Bool  # noqa: E402
+from std_srvs.srv import Trigger  # noqa: E402
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = Server(tmp_path)
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+@pytest.fixture
+def make(tmp_path, server):
+    """Starts a policy node and the world around it; ends both."""
+    started = []
+
+    def start(*arguments: str, namespace: str = "", simulated: bool = False):
+        process = PolicyProcess(tmp_path, *arguments)
+        world = World(namespace, simulated=simulated)
+        started.append((process, world))
+        return process, world
+
+    yield start
+    for process, world in started:
+        world.close()
+        if process.process.poll() is None:
+            process.end(signal.SIGKILL)
+        print(process.said())
+
+
+@pytest.fixture
+def driving(make):
+    """A node that drives."""
+    process, world = make()
+    assert world.configure()
+    assert world.activate()
+    world.until_state("driving")
+    return process, world
+
+
+def test_from_unconfigured_to_driving_and_back_twice(make):
+    process, world = make()
+    assert world.state() == "unconfigured"
+    for round_ in range(2):
+        assert world.configure()
+        assert world.state() == "inactive"
+        assert world.activate()
+        world.until_state("driving")
+        first = len(world.twists)
+        time.sleep(1.0)
+        commands = world.twists[first:]
+        assert len(commands) == pytest.approx(20, abs=3)
+        assert all(x > 0 for _, x, _ in commands)  # the script counts up
+        assert world.arms[-1][1] > 0
+        assert world.deactivate()
+        time.sleep(0.2)
+        assert world.twists[-1][1:] == (0.0, 0.0)  # safety: zeros
+        assert world.arms[-1][1] > 0  # safety: hold
+        count = len(world.twists)
+        time.sleep(0.2)
+        assert len(world.twists) == count
+        report = json.loads(process.reports()[round_].read_text())
+        assert report["counts"]["commands"] >= 20
+        assert report["NUM_MISSED_FRAMES"] <= 3
+        assert report["metadata"]["weights"] == "w0"
+        assert world.cleanup()
+    assert process.end() == 0
+
+
+def test_interrupt_sends_the_safety_action_last_and_writes_the_report(driving):
+    process, world = driving
+    assert process.end(signal.SIGINT) == 0
+    time.sleep(0.2)
+    assert world.twists[-1][1:] == (0.0, 0.0)
+    assert len(process.reports()) == 1
+    assert "commands at" in process.said()
+
+
+def test_emergency_stop_by_topic_and_service(driving):
+    _, world = driving
+    since = time.time_ns()
+    world.stop.publish(Bool(data=True))
+    assert world.zero_after_s(since) < TWO_PERIODS_S + SLACK_S
+    assert "emergency_stop" in world.until_state("emergency_stop").state
+    world.stop.publish(Bool(data=False))  # a released button does not release the stop
+    time.sleep(0.3)
+    assert world.status[-1].state == "emergency_stop"
+    assert world.call(Trigger, "policy/reset_stop", Trigger.Request()).success
+    world.until_state("driving")
+    since = time.time_ns()
+    assert world.call(Trigger, "policy/stop", Trigger.Request()).success
+    assert world.zero_after_s(since) < TWO_PERIODS_S + SLACK_S
+    world.until(lambda: world.diagnostics.get("policy: guard", (0,))[0] == 2)
+
+
+def test_a_stop_before_activation_holds(make):
+    _, world = make()
+    assert world.configure()
+    assert world.call(Trigger, "policy/stop", Trigger.Request()).success
+    assert world.activate()
+    world.until_state("emergency_stop")
+    assert all(x == 0 for _, x, _ in world.twists)
+
+
+def test_server_killed_and_started_again(driving, server, tmp_path):
+    _, world = driving
+    since = time.time_ns()
+    server.kill()
+    assert world.zero_after_s(since) < TWO_PERIODS_S + SLACK_S
+    world.until(lambda: world.status[-1].state in ("fault", "watchdog"))
+    again = Server(tmp_path)
+    try:
+        world.until_state("driving")
+    finally:
+        again.kill()
+
+
+def test_another_policy_after_a_restart_is_refused(driving, server, tmp_path):
+    """The checkpoint on disk was replaced, and the server came back with it: nobody measured that one."""
+    _, world = driving
+    server.kill()
+    other = Server(tmp_path, weights="w1")
+    try:
+        world.until(lambda: "another policy" in world.status[-1].reason)
+        since = len(world.twists)
+        time.sleep(0.5)
+        assert all(x == 0 for _, x, _ in world.twists[since:])
+        assert world.deactivate()
+        assert world.activate()  # asked by name, measured anew
+        world.until_state("driving")
+    finally:
+        other.kill()
+
+
+@pytest.mark.parametrize("fault", ["pause", "freeze", "encoding", "size", "ahead", "back"])
+def test_camera_faults(driving, fault):
+    _, world = driving
+    changes = {
+        "pause": ("pause", True), "freeze": ("freeze", True), "encoding": ("encoding", "nonsense"),
+        "size": ("size", (0, 0)), "ahead": ("offset_ns", 500_000_000), "back": ("offset_ns", -500_000_000),
+    }  # fmt: skip
+    name, value = changes[fault]
+    before = getattr(world, name)
+    since = time.time_ns()
+    setattr(world, name, value)
+    # a frozen camera is known after two repeats, a stale one after its tolerance of 75 ms
+    assert world.zero_after_s(since) < TWO_PERIODS_S + 0.1 + SLACK_S
+    world.until(lambda: world.status[-1].state in ("stale", "frozen", "fault"))
+    assert world.status[-1].reason
+    setattr(world, name, before)
+    world.until_state("driving")
+
+
+def test_contract_mismatch_is_refused_with_the_reason(make, tmp_path):
+    from policy_rig import ROBOT
+
+    other = tmp_path / "other.yaml"
+    other.write_text(ROBOT.read_text().replace("rate_hz: 20", "rate_hz: 21"))
+    process, world = make("-p", f"contract:={other}")
+    assert not world.configure()
+    assert world.state() == "unconfigured"
+    world.until(lambda: "contract" in world.status[-1].reason)
+    assert "Traceback" not in process.said()
+
+
+def test_a_second_node_of_the_same_name_does_not_drive(make, tmp_path):
+    _, world = make()
+    assert world.configure()
+    second = PolicyProcess(tmp_path)
+    try:
+        world.until(lambda: world.node.get_node_names().count("policy") == 2)
+        time.sleep(1.0)  # until they know of each other, too
+        assert not world.activate()  # whichever of the two has answered
+        world.until(lambda: any("another node" in s.reason or "not" in s.reason for s in world.status))
+        assert not any(x for _, x, _ in world.twists)
+    finally:
+        second.end(signal.SIGKILL)
+
+
+def test_tasks_and_parameters(driving):
+    _, world = driving
+    answer = world.call(SetTask, "policy/set_task", SetTask.Request(task="fly"))
+    assert not answer.success
+    assert "toy" in answer.message
+    assert world.call(SetTask, "policy/set_task", SetTask.Request(task="toy")).success
+    assert world.set("task", "fly") == (False, "task 'fly' is not among the tasks of the contract: toy")
+    good, reason = world.set("max_misses", 3)
+    assert not good
+    assert "active" in reason
+    assert world.deactivate()
+    assert world.set("max_misses", 3)[0]
+    assert not world.set("max_misses", 0)[0]  # out of its range
+    assert not world.set("watchdog_ms", -1.0)[0]
+
+
+def test_dead_man(make):
+    _, world = make("-p", "dead_man_button:=1")
+    assert world.configure()
+    assert world.activate()
+    world.until_state("dead_man")
+    assert all(x == 0 for _, x, _ in world.twists)
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        world.joy.publish(Joy(buttons=[0, 1]))
+        time.sleep(0.05)
+    assert world.twists[-1][1] > 0
+    since = time.time_ns()
+    world.joy.publish(Joy(buttons=[0, 0]))
+    assert world.zero_after_s(since) < TWO_PERIODS_S + SLACK_S
+
+
+def test_shadow_mode_sends_nothing_and_counts(make):
+    _, world = make("-p", "shadow:=true")
+    assert world.configure()
+    assert world.activate()
+    status = world.until_state("driving")
+    assert status.shadow
+    world.until(lambda: world.status[-1].commands > 5)
+    assert not world.twists
+
+
+def test_commands_between_ticks(make):
+    _, world = make("-p", "commands_per_tick:=3")
+    assert world.configure()
+    assert world.activate()
+    world.until_state("driving")
+    first = len(world.twists)
+    time.sleep(1.0)
+    commands = world.twists[first:]
+    assert len(commands) == pytest.approx(60, abs=9)
+    values = np.array([x for _, x, _ in commands])
+    assert (np.diff(values) >= -1e-9).mean() > 0.9  # rises evenly, as the script's plan does
+
+
+def test_namespace_and_remapping(make):
+    _, world = make("-r", "__ns:=/left", "-r", "cmd_vel:=cmd_vel_raw", namespace="/left")
+    heard = []
+    from geometry_msgs.msg import Twist
+
+    world.node.create_subscription(Twist, "cmd_vel_raw", heard.append, 10)
+    assert world.configure()
+    assert world.activate()
+    world.until_state("driving")
+    world.until(lambda: len(heard) > 3)
+    assert not world.twists
+
+
+def test_simulated_time_that_jumps_back(make):
+    _, world = make("-p", "use_sim_time:=true", simulated=True)
+    world.offset_ns = 1_000_000_000_000 - time.time_ns()
+    time.sleep(0.5)
+    assert world.configure()
+    assert world.activate()
+    world.until_state("driving")
+    for seconds in (-30, 60):
+        since = time.time_ns()
+        world.offset_ns += seconds * 10**9
+        assert world.zero_after_s(since) < TWO_PERIODS_S + SLACK_S
+        world.until_state("driving")
+
+
+def test_slow_server_is_refused_unless_allowed(make, server):
+    server.faults.write_text("sleep 0.04")
+    _, world = make()
+    assert world.configure()
+    assert not world.activate()
+    world.until(lambda: "too few" in world.status[-1].reason)
+    assert world.state() == "inactive"
+    assert world.set("allow_slow", True)[0]
+    assert world.activate()
+    world.until(lambda: world.status[-1].allow_slow)
+
+
+def test_no_server_is_one_sentence(make, server):
+    server.kill()
+    process, world = make("-p", "server_wait_s:=1.0")
+    assert not world.configure()
+    world.until(lambda: "no inference server listens" in world.status[-1].reason)
+    assert "Traceback" not in process.said()
