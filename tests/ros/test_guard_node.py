@@ -1,0 +1,251 @@
+"""The guard node over real topics: another policy in front, a robot behind, and what can go wrong."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy")
+pytestmark = pytest.mark.ros
+
+from geometry_msgs.msg import Twist  # noqa: E402
+from policy_rig import PERIOD_S, ROBOT, SLACK_S, TWO_PERIODS_S, PolicyProcess, World  # noqa: E402
+from sensor_msgs.msg import Joy  # noqa: E402
+from std_msgs.msg import Bool, Float64MultiArray  # noqa: E402
+from std_srvs.srv import Trigger  # noqa: E402
+
+from d4_nodes.ros import qos  # noqa: E402
+
+
+class GuardProcess(PolicyProcess):
+    """The guard node."""
+
+    def __init__(self, folder, *arguments: str) -> None:
+        self.folder, self.log = folder, folder / f"guard-{time.monotonic_ns()}.log"
+        command = [sys.executable, "-m", "d4_nodes.ros.guard_node", "--ros-args", "-p", f"contract:={ROBOT}"]
+        command += ["-p", f"report_folder:={folder / 'reports'}", *arguments]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+
+
+class Policy:
+    """Another policy: a command every period, both channels or one."""
+
+    def __init__(self, world: World, prefix: str = "policy") -> None:
+        self.base = world.node.create_publisher(Twist, f"{prefix}/cmd_vel", qos.EVENT)
+        self.arm = world.node.create_publisher(Float64MultiArray, f"{prefix}/arm", qos.sensor())
+        self.x, self.pause, self.only_base = 0.25, False, False
+        self._world, self._ended = world, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        while not self._ended.wait(max(0.0, due - time.monotonic())):
+            due += PERIOD_S
+            if self.pause:
+                continue
+            twist = Twist()
+            twist.linear.x, twist.linear.y = self.x, 9.0
+            self.base.publish(twist)
+            if not self.only_base:
+                self.arm.publish(Float64MultiArray(data=[0.5]))
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Starts a guard, the world around it and a policy in front; ends them."""
+    started = []
+
+    def start(*arguments: str, namespace: str = "", simulated: bool = False, prefix: str = "policy"):
+        process = GuardProcess(tmp_path, *arguments)
+        world = World(namespace, node="guard", simulated=simulated)
+        policy = Policy(world, prefix)
+        started.append((process, world, policy))
+        return process, world, policy
+
+    yield start
+    for process, world, policy in started:
+        policy.stop()
+        world.close()
+        if process.process.poll() is None:
+            process.end(signal.SIGKILL)
+        print(process.said())
+
+
+@pytest.fixture
+def driving(make):
+    """A guard that passes commands on."""
+    process, world, policy = make()
+    assert world.configure()
+    assert world.activate()
+    world.until_state("driving")
+    return process, world, policy
+
+
+def newest(world: World) -> float:
+    return world.twists[-1][1]
+
+
+def test_commands_pass_and_the_safety_action_is_last(driving):
+    process, world, _ = driving
+    first = len(world.twists)
+    time.sleep(1.0)
+    assert len(world.twists) - first == pytest.approx(20, abs=3)
+    assert {x for _, x, _ in world.twists[first:]} == {0.25}
+    assert world.arms[-1][1] == 0.5
+    assert world.deactivate()
+    time.sleep(0.2)
+    assert newest(world) == 0.0
+    count = len(world.twists)
+    time.sleep(0.2)
+    assert len(world.twists) == count  # inactive: it neither passes on nor speaks
+    [path] = process.reports()
+    report = json.loads(path.read_text())
+    assert report["counts"]["commands"] > 20
+    assert report["stages_ms"]["relay"]["p50"] < 5
+    assert world.activate()
+    world.until_state("driving")
+
+
+def test_silence_bad_numbers_and_half_commands(driving):
+    _, world, policy = driving
+    since = time.time_ns()
+    policy.pause = True
+    assert world.zero_after_s(since) < TWO_PERIODS_S + PERIOD_S + SLACK_S  # one may just have been sent
+    status = world.until_state("no_command")
+    assert "the last command for" in status.reason
+    first = len(world.twists)
+    time.sleep(0.6)
+    gaps = np.diff([t for t, _, _ in world.twists[first:]]) / 1e9
+    assert len(gaps) > 8
+    assert gaps.max() < TWO_PERIODS_S + SLACK_S
+    policy.pause = False
+    world.until_state("driving")
+    policy.x = float("nan")
+    assert world.until_state("not_finite").reason.startswith("the command is [nan")
+    assert newest(world) == 0.0
+    policy.x = 50.0
+    world.until_state("driving")
+    world.until(lambda: newest(world) == 1.0)  # the contract's limit
+    policy.only_base = True
+    assert "/arm" in world.until_state("no_command").reason
+
+
+def test_stale_frozen_and_wrongly_stamped_pictures(driving):
+    _, world, _ = driving
+    world.pause = True
+    since = time.time_ns()
+    assert world.zero_after_s(since) < 0.075 + PERIOD_S + SLACK_S
+    assert "the contract allows 75 ms" in world.until_state("stale").reason
+    world.pause = False
+    world.until_state("driving")
+    world.freeze = True
+    assert "same picture" in world.until_state("frozen").reason
+    world.freeze = False
+    world.until_state("driving")
+    world.offset_ns = 10**9
+    assert "ahead of the clock" in world.until_state("stale").reason
+
+
+def test_emergency_stop_by_topic_and_service(driving):
+    _, world, _ = driving
+    since = time.time_ns()
+    world.stop.publish(Bool(data=True))
+    assert world.zero_after_s(since) < PERIOD_S + SLACK_S
+    world.until_state("emergency_stop")
+    assert world.deactivate()
+    assert world.activate()
+    world.until_state("emergency_stop")  # it stays
+    assert world.call(Trigger, "guard/reset_stop", Trigger.Request()).success
+    world.until_state("driving")
+    assert world.call(Trigger, "guard/stop", Trigger.Request()).success
+    assert world.until_state("emergency_stop").reason == "the service stop was called"
+
+
+def test_dead_man_switch(make):
+    _, world, _ = make("-p", "dead_man_button:=4")
+    assert world.configure()
+    assert world.activate()
+    world.until_state("dead_man")
+    world.joy.publish(Joy(buttons=[0, 0, 0, 0, 1]))
+    world.until_state("driving")
+    assert "last seen" in world.until_state("dead_man").reason  # nothing more was heard of it
+
+
+def test_shadow_mode(make):
+    _, world, policy = make("-p", "shadow:=true")
+    assert world.configure()
+    assert world.activate()
+    assert world.until_state("driving").shadow
+    policy.x = float("inf")
+    world.until_state("not_finite")
+    assert not world.twists
+    assert world.deactivate()
+    time.sleep(0.1)
+    assert not world.twists
+
+
+def test_what_it_refuses(make):
+    process, world, _ = make("-p", "input_prefix:=/")
+    assert not world.configure()
+    world.until(lambda: world.status and "its own commands" in world.status[-1].reason)
+    assert world.set("input_prefix", "policy")[0]
+    assert world.configure()
+    assert world.activate()
+    ok, reason = world.set("shadow", True)
+    assert not ok
+    assert "while the node is active" in reason
+    assert "Traceback" not in process.said()
+
+
+def test_namespace_prefix_and_who_goes_past_it(make):
+    process, world, _ = make(
+        "-p", "input_prefix:=raw", "-r", "__ns:=/robot1", namespace="robot1", prefix="raw"
+    )
+    past = world.node.create_publisher(Twist, "cmd_vel", qos.EVENT)
+    assert world.configure()
+    world.until(lambda: past.get_subscription_count() > 0)
+    assert world.activate()
+    world.until_state("driving")
+    world.until(lambda: "past the guard" in process.said())
+
+
+def test_diagnostics(driving):
+    _, world, policy = driving
+    names = {f"guard: {name}" for name in ("commands", "eye", "joints", "guard")}
+    world.until(lambda: names <= set(world.diagnostics), 5)
+    world.until(lambda: world.diagnostics["guard: commands"][0] == 0, 5)
+    policy.pause = True
+    world.until(lambda: world.diagnostics["guard: commands"][0] == 2, 5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_the_safety_action(driving, number):
+    process, world, _ = driving
+    assert process.end(number) == 0
+    time.sleep(0.1)
+    assert newest(world) == 0.0
+    assert process.reports()
+
+
+def test_by_the_clock_of_a_simulation(make):
+    process, world, policy = make("-p", "use_sim_time:=true", simulated=True)
+    assert world.configure()
+    assert world.activate()
+    world.until_state("driving")
+    world.offset_ns -= 3600 * 10**9  # the simulation begins again
+    policy.pause = True
+    world.until_state("no_command")
+    policy.pause = False
+    world.until_state("driving")
+    assert "jumped" in process.said()
