@@ -45,7 +45,7 @@ def launch(module: str, argv: list[str], procs: int, run: Path) -> int:
 
 def follow_parent() -> None:
     """End this process when the one that launched it is gone, however it went."""
-    parent = os.getppid()
+    parent = int(os.environ["D4_LAUNCHER"])  # getppid() would name another if it is gone already
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -58,7 +58,8 @@ def follow_parent() -> None:
 def _environment(rank: int, procs: int, folder: str) -> dict[str, str]:
     return os.environ | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs),
-        "D4_RENDEZVOUS": f"file://{folder}/rendezvous", "GLOO_SOCKET_IFNAME": "lo",
+        "D4_RENDEZVOUS": f"file://{folder}/rendezvous", "D4_LAUNCHER": str(os.getpid()),
+        "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0",
     }  # fmt: skip
 

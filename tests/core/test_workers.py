@@ -116,6 +116,16 @@ def test_ranks_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
         eventually(lambda pid=rank["pid"]: not is_running(pid), seconds=20)
 
 
+def test_a_rank_that_starts_after_its_launcher_was_killed_ends(tmp_path: Path) -> None:
+    """It took whoever had adopted it for its launcher, and went on for ever."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    environment = os.environ | {"RANK": "0", "D4_LAUNCHER": str(gone.pid)}
+    command = [sys.executable, "-m", "worker_probe", str(tmp_path), "follow"]
+    done = subprocess.run(command, env=environment, timeout=30, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def is_running(pid: int) -> bool:
     """Whether it computes still; an orphan that nobody has collected does not."""
     try:
