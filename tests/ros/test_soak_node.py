@@ -1,0 +1,106 @@
+"""Random faults over real topics, for as long as D4_SOAK_S says (seconds, one minute by default)."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy")
+pytestmark = [pytest.mark.ros, pytest.mark.slow, pytest.mark.timeout(0)]
+
+from policy_rig import PERIOD_S, PolicyProcess, Server, World  # noqa: E402
+from std_msgs.msg import Bool  # noqa: E402
+from std_srvs.srv import Trigger  # noqa: E402
+
+SWITCHES = {
+    "camera stops": ("pause", True), "camera freezes": ("freeze", True), "encoding": ("encoding", "nonsense"),
+    "size": ("size", (0, 0)), "other size": ("size", (16, 24)), "ahead": ("offset_ns", 400_000_000),
+    "back": ("offset_ns", -400_000_000),
+}  # fmt: skip
+MODEL = ("nan", "huge", "raise", "sleep 0.3")
+FAULTS = (*SWITCHES, *MODEL, "server killed", "server stopped", "emergency stop", "shut down and up")
+LIMITS = ((-1.0, 1.0), (-2.0, 2.0))  # of robot.yaml
+
+
+class Soak:
+    """A driving node, and what can go wrong around it."""
+
+    def __init__(self, folder) -> None:
+        self.folder, self.server = folder, Server(folder)
+        self.process, self.world = PolicyProcess(folder), World()
+        self.pauses: list[float] = []  # in which nothing is sent, because the node was inactive
+        assert self.world.configure()
+        assert self.world.activate()
+        self.world.until_state("driving")
+
+    def close(self) -> None:
+        self.world.close()
+        self.server.process.kill()
+        self.process.end(signal.SIGKILL)
+
+    def inject(self, fault: str, seconds: float) -> None:
+        world = self.world
+        if fault in SWITCHES:
+            name, value = SWITCHES[fault]
+            before = getattr(world, name)
+            setattr(world, name, value)
+            time.sleep(seconds)
+            setattr(world, name, before)
+        elif fault in MODEL:
+            self.server.faults.write_text(fault)
+            time.sleep(seconds)
+            self.server.faults.unlink()
+        elif fault == "server killed":
+            self.server.kill()
+            time.sleep(seconds)
+            self.server = Server(self.folder)
+        elif fault == "server stopped":
+            self.server.kill(signal.SIGSTOP)
+            time.sleep(seconds)
+            self.server.kill(signal.SIGCONT)
+        elif fault == "emergency stop":
+            world.stop.publish(Bool(data=True))
+            time.sleep(seconds)
+            assert world.call(Trigger, "policy/reset_stop", Trigger.Request()).success
+        else:
+            assert world.deactivate()
+            self.pauses.append(time.time_ns())
+            assert world.activate()
+
+
+@pytest.fixture
+def soak(tmp_path):
+    soak = Soak(tmp_path)
+    yield soak
+    soak.close()
+
+
+def test_soak(soak) -> None:
+    seconds, rng = float(os.environ.get("D4_SOAK_S", "60")), np.random.default_rng(1)
+    end, counts, slowest = time.monotonic() + seconds, dict.fromkeys(FAULTS, 0), 0.0
+    while time.monotonic() < end:
+        fault = str(rng.choice(FAULTS))
+        soak.inject(fault, float(rng.uniform(0.05, 1.5)))
+        counts[fault] += 1
+        began = time.monotonic()
+        soak.world.until(lambda: soak.world.status[-1].state == "driving", 20.0)
+        slowest = max(slowest, time.monotonic() - began)
+        time.sleep(float(rng.uniform(0.0, 0.5)))
+    twists = np.array(soak.world.twists)
+    gaps = np.diff(twists[:, 0]) / 1e9
+    inactive = [int(np.searchsorted(twists[:, 0], t)) - 1 for t in soak.pauses]
+    active = np.delete(gaps, [i for i in inactive if i < len(gaps)])
+    told = {"seconds": seconds, "faults": counts, "slowest_recovery_s": round(slowest, 3),
+            "commands": len(twists), "longest_gap_ms": round(1e3 * active.max(), 1),
+            "gap_p99.9_ms": round(1e3 * np.quantile(active, 0.999), 1)}  # fmt: skip
+    print(json.dumps(told))
+    for column, (low, high) in zip((1, 2), LIMITS, strict=True):
+        assert np.isfinite(twists[:, column]).all()
+        assert low <= twists[:, column].min() <= twists[:, column].max() <= high
+    arms = np.array([x for _, x in soak.world.arms])
+    assert np.isfinite(arms).all()
+    assert np.abs(arms).max() <= 3.0
+    assert active.max() < 2 * PERIOD_S + 0.01  # and 10 ms on its way
