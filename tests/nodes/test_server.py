@@ -11,12 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from untrained_run import save
 
-from d4_core import checkpoint
-from d4_core.config import Preset, to_dict
-from d4_core.models import CONTENTS, build, load
+from d4_core.models import load
 from d4_core.session import PolicySession
-from d4_core.transformer import TransformerConfig
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_nodes import activation, memory
@@ -25,11 +23,6 @@ from d4_nodes.link import Link
 from d4_nodes.memory import Memory
 from d4_nodes.server import PolicyBrain
 
-SHAPE = TransformerConfig(dim=16, depth=2, heads=2, kv_heads=1, mlp_ratio=2.0, time_every=2, context=4)
-PRESET = Preset(
-    patch=4, num_latents=4, latent_dim=4, num_tokens=2, tokenizer=SHAPE, dynamics=SHAPE, registers=1,
-    agent_tokens=2, leads=3, hidden=16, reward_bins=9, value_bins=9,
-)  # fmt: skip
 FRAMES = 9  # more than the attention windows hold
 ROBOT = Path(__file__).with_name("robot.yaml")
 
@@ -37,14 +30,7 @@ ROBOT = Path(__file__).with_name("robot.yaml")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A run folder with an untrained policy for the test robot."""
-    run = tmp_path_factory.mktemp("run")
-    contract = Contract.load(ROBOT)
-    checkpoint.save(
-        run / "imagination", modules=build(PRESET, contract).named(CONTENTS["imagination"]),
-        config={"phase": "imagination", "config": {"preset": to_dict(PRESET)}, "step": 1, "status": "done"},
-        contract=contract, metrics={}, train_state={},
-    )  # fmt: skip
-    return run
+    return save(Contract.load(ROBOT), tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture

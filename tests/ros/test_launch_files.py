@@ -1,0 +1,105 @@
+"""The launch files as a user starts them: simulated robot, recorder and an untrained policy together."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("launch_testing")
+pytestmark = pytest.mark.ros
+
+import launch  # noqa: E402
+import launch_testing  # noqa: E402
+import launch_testing.actions  # noqa: E402
+import launch_testing.asserts  # noqa: E402
+import rclpy  # noqa: E402
+from ament_index_python.packages import get_package_share_directory  # noqa: E402
+from d4_interfaces.msg import PolicyStatus  # noqa: E402
+from geometry_msgs.msg import Twist  # noqa: E402
+from launch.actions import IncludeLaunchDescription  # noqa: E402
+from launch.launch_description_sources import PythonLaunchDescriptionSource  # noqa: E402
+
+FOLDER = Path(tempfile.mkdtemp(prefix="d4-launch-"))
+D4_PYTHON = os.environ.get("D4_PYTHON", sys.executable)
+
+
+def include(name: str, **arguments: str) -> IncludeLaunchDescription:
+    path = os.path.join(get_package_share_directory("d4_bringup"), "launch", f"{name}.launch.py")
+    return IncludeLaunchDescription(PythonLaunchDescriptionSource(path), launch_arguments=arguments.items())
+
+
+@pytest.mark.ros
+@pytest.mark.launch_test
+def generate_test_description():
+    untrained = Path(__file__).parents[1] / "nodes" / "untrained_run.py"
+    find = "from d4_sim.world import world_class; print(world_class('yard').contract_path())"
+    clean = {**os.environ, "PYTHONPATH": ""}
+    contract = subprocess.check_output([D4_PYTHON, "-c", find], env=clean, text=True).strip()
+    subprocess.run([D4_PYTHON, str(untrained), contract, str(FOLDER / "run")], env=clean, check=True)
+    return launch.LaunchDescription([
+        include("record", contract=contract, out=str(FOLDER / "bags")),
+        include("policy", checkpoint=str(FOLDER / "run"), allow_slow="true", argmax="true"),
+        include("sim", world="yard", results=str(FOLDER / "results.json")),
+        launch_testing.actions.ReadyToTest(),
+    ])  # fmt: skip
+
+
+class TestDriving(unittest.TestCase):
+    """While everything runs."""
+
+    def setUp(self):
+        self.context = rclpy.Context()
+        rclpy.init(context=self.context)
+        self.node = rclpy.create_node("observer", context=self.context)
+        self.executor = rclpy.executors.SingleThreadedExecutor(context=self.context)
+        self.executor.add_node(self.node)
+
+    def tearDown(self):
+        self.node.destroy_node()
+        rclpy.shutdown(context=self.context)
+
+    def collect(self, type_, topic, enough, timeout_s=60.0):
+        heard = []
+        subscription = self.node.create_subscription(type_, topic, heard.append, 10)
+        end = time.monotonic() + timeout_s
+        while not enough(heard) and time.monotonic() < end:
+            self.executor.spin_once(timeout_sec=0.1)
+        self.node.destroy_subscription(subscription)
+        assert enough(heard), f"{topic}: {heard[-1:]}"
+        return heard
+
+    def test_the_policy_drives_the_simulated_robot(self):
+        def drives(heard):
+            return sum(status.state == "driving" for status in heard) >= 8
+
+        statuses = self.collect(PolicyStatus, "policy/status", drives)
+        assert statuses[-1].task in ("reach_red", "reach_blue")
+        assert statuses[-1].checkpoint.endswith("imagination")
+        twists = self.collect(Twist, "cmd_vel", lambda heard: len(heard) >= 20)
+        assert any(twist.linear.x for twist in twists)
+
+
+@launch_testing.post_shutdown_test()
+class TestAfterwards(unittest.TestCase):
+    """What is left when all has ended by Ctrl-C."""
+
+    def test_every_process_ended_well(self, proc_info):
+        launch_testing.asserts.assertExitCodes(proc_info)
+
+    def test_results_and_bag_are_whole(self):
+        results = json.loads((FOLDER / "results.json").read_text())
+        assert len(results["return"]) == len(results["success"]) >= 1
+        [bag] = (FOLDER / "bags").iterdir()
+        assert (bag / "metadata.yaml").exists()
+        contract = FOLDER / "run" / "imagination" / "contract.yaml"
+        command = [D4_PYTHON, "-m", "d4_datasets.ingest", str(FOLDER / "bags")]
+        command += ["--contract", str(contract), "--out", str(FOLDER / "data")]
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "episodes" in done.stdout
