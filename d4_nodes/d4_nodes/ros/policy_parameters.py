@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from d4_nodes.ros.shell import Parameter
+from d4_nodes.parameters import Parameter
 
 PARAMETERS = (
     Parameter("contract", "", "robot.yaml that the policy was trained with"),

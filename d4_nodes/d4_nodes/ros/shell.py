@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import rclpy
@@ -18,17 +17,7 @@ from rclpy.signals import SignalHandlerOptions
 from rosidl_runtime_py.utilities import get_message
 
 from d4_datasets.errors import UserError
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter as it is declared: `about` with its unit; `span` the least and the largest value."""
-
-    name: str
-    default: Any
-    about: str
-    span: tuple[float, float] | None = None
-    read_only: bool = False
+from d4_nodes.parameters import Parameter
 
 
 def declare(node: Node, parameters: Sequence[Parameter]) -> None:
