@@ -169,8 +169,9 @@ def test_the_label_is_what_is_in_force_after_the_latency(tmp_path, late_ms, coun
         if item[0] == "/cmd_vel":
             item[2] += round(late_ms * 1e6)
     dataset, _ = take(tmp_path, log)
-    # if it is too late the command of the tick before is in force: beyond the tolerance of 90 ms
-    assert dataset.columns(0)["action_mask"].all() == counts
+    assert (
+        dataset.columns(0)["action_mask"].all() == counts
+    )  # the one before is beyond its tolerance of 90 ms
     assert dataset.columns(0)["action"].any() == counts
 
 

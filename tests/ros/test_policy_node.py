@@ -1,6 +1,7 @@
 """The policy node over real topics: lifecycle, commands, services, parameters, faults."""
 
 import json
+import os
 import signal
 import time
 
@@ -293,3 +294,31 @@ def test_no_server_is_one_sentence(make, server):
     assert not world.configure()
     world.until(lambda: "no inference server listens" in world.status[-1].reason)
     assert "Traceback" not in process.said()
+
+
+def test_quality_of_service_that_does_not_fit_is_said(make):
+    process, world = make("-p", "qos_overrides./eye.subscription.reliability:=reliable")
+    assert world.configure()
+    world.until(lambda: "does not offer the quality of service" in process.said())
+    assert "reliability" in process.said()
+
+
+def test_nothing_is_left_of_a_crash(make, server, tmp_path):
+    """Shared memory has no name; a socket file that nobody listens on gives way to the next server."""
+    process, world = make()
+    before = set(os.listdir("/dev/shm"))
+    assert world.configure()
+    assert world.activate()
+    world.until_state("driving")
+    server.kill()
+    process.end(signal.SIGKILL)
+    assert set(os.listdir("/dev/shm")) - before == set()
+    assert server.socket.exists()
+    again, second = Server(tmp_path), PolicyProcess(tmp_path, "-r", "__node:=second")
+    world = World(node="second")
+    try:
+        assert world.configure(), second.said()
+    finally:
+        world.close()
+        second.end()
+        again.kill()

@@ -40,9 +40,9 @@ def pick_decoder(which: str) -> tuple[Decoder, str]:
     return messages.decode, "opencv"
 
 
-def picture(encoding: str, channels: int, seed: int = 0) -> Image:
+def picture(encoding: str, channels: int, seed: int = 0, padding: int = 12) -> Image:
     """A small picture of noise with padded rows."""
-    height, width, padding = 6, 8, 5
+    height, width = 6, 8
     step = width * channels + padding
     noise = np.random.default_rng(seed).integers(0, 256, height * step, np.uint8)
     return Image(height=height, width=width, encoding=encoding, step=step, data=noise.tobytes())
@@ -56,8 +56,10 @@ def _bridge() -> Any:
 
 
 def _decode(msg: Any) -> np.ndarray:
-    """By cv_bridge what it shares with us, the rest as the importer does."""
-    if isinstance(msg, CompressedImage) or msg.encoding not in SHARED:
+    """By cv_bridge what it shares with us, the rest as the importer does; also rows padded by a part of a
+    pixel, which cv_bridge shears.
+    """
+    if isinstance(msg, CompressedImage) or msg.encoding not in SHARED or msg.step % SHARED[msg.encoding]:
         return messages.decode(msg)
     return np.ascontiguousarray(_bridge().imgmsg_to_cv2(msg, "rgb8"))
 
