@@ -102,7 +102,7 @@ def _fill(result: Audit, windows: Windows, scan: Scan, info: dict[str, Any]) -> 
         "labelled_frames": float(mask.mean()), "labelled_episodes": float(windows.labelled.mean()),
         "median_episode_frames": float(np.median(windows.episode_length)),
         "disk_bytes": sum(path.stat().st_size for path in files),
-        "cache_bytes": cache_bytes(contract, frames),
+        "cache_bytes": cache_bytes(contract, frames) if windows.images else 0,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }  # fmt: skip
     result.cameras = {

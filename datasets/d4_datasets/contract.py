@@ -23,8 +23,10 @@ import numpy as np
 import yaml
 
 from d4_datasets.errors import UserError
+from d4_datasets.latents import TYPE as LATENTS_TYPE
 
-IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
+PICTURE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
+IMAGE_TYPES = (*PICTURE_TYPES, LATENTS_TYPE)  # latents stand for the picture that they were made of
 STRATEGIES = ("hold", "asof", "drop")
 TIMELINES = ("header", "receive")
 ROLES = ("input", "probe")

@@ -34,11 +34,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from d4_datasets.bags import find_bags
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
-from d4_datasets.lerobot import Episode, LeRobotWriter
+from d4_datasets.latents import Origin
+from d4_datasets.lerobot import Dataset, Episode, LeRobotWriter
 from d4_datasets.recording import Recording, encode_frames
 from d4_datasets.video import Stats, Video
 
-_PART_FORMAT = 2  # raise it when what a worker leaves behind changes, so that old parts are not taken up
+_PART_FORMAT = 3  # raise it when what a worker leaves behind changes, so that old parts are not taken up
 
 
 # ---- parts: what a worker leaves behind ----
@@ -71,9 +72,11 @@ def _fill_part(folder: Path, path: Path, contract: Contract, clip: Sequence[str]
         episode = recording.episode(number, images, path.name)
         arrays |= {f"{number}/{name}": getattr(episode, name) for name in _ARRAYS}
         arrays |= {f"{number}/vector/{name}": values for name, values in episode.vectors.items()}
+        if episode.latents is not None:
+            arrays[f"{number}/latents"] = episode.latents
         files = {name: [video.path.name, video.frames, _lists(video.stats)] for name, video in images.items()}
         counts = {name: getattr(episode, name) for name in ("source", "start_ns", "stale", "dropped")}
-        entries.append({**counts, "videos": files})
+        entries.append({**counts, "videos": files, "origin": episode.origin})
     np.savez(folder / "arrays.npz", **arrays)  # type: ignore[arg-type]
     (folder / "part.json").write_text(json.dumps({"episodes": entries, "warnings": recording.warnings}))
 
@@ -95,6 +98,8 @@ def _read_part(part: Path) -> tuple[list[Episode], list[str]]:
             prefix = f"{number}/vector/"
             vectors = {name[len(prefix) :]: arrays[name] for name in arrays.files if name.startswith(prefix)}
             columns = {name: arrays[f"{number}/{name}"] for name in _ARRAYS}
+            if (origin := entry.pop("origin")) is not None:
+                columns["latents"], entry["origin"] = arrays[f"{number}/latents"], Origin(*origin)
             episodes.append(Episode(images=images, vectors=vectors, **columns, **entry))
     return episodes, content["warnings"]
 
@@ -322,6 +327,8 @@ def _main(options: Options) -> None:
         f"{summary.bags} bags{again} -> {summary.episodes} episodes, {summary.frames} frames, "
         f"{summary.labelled} with a known action, in {summary.seconds:.1f} s ({rate:.0f} frames/s)"
     )
+    if (origin := Dataset(options.out).origin) is not None:
+        print(f"its frames are latents of {origin}, not pictures")
     if summary.labelled == 0:
         topics = ", ".join(action.topic for action in Contract.load(options.contract).actions)
         print(

@@ -6,7 +6,7 @@ rosbags and of rclpy work alike. NumPy only: the ROS process loads this.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,42 @@ from d4_datasets.errors import UserError
 TYPE = "d4_interfaces/msg/Latents"
 SUFFIX = "/latents"  # the topic of a camera's latents is the camera's with this behind it
 CODECS = ("float16", "uint8")
+
+
+def column(camera: str) -> str:
+    """Name of the column of a camera's latents in a dataset."""
+    return f"observation.latents.{camera}"
+
+
+class Origin(NamedTuple):
+    """What latents are: whose (hash of the tokenizer's weights), how written, how many."""
+
+    weights: str
+    codec: str
+    tokens: int
+    channels: int
+
+    @classmethod
+    def of(cls, msg: Any) -> Origin:
+        """That of a message."""
+        return cls(str(msg.weights), str(msg.codec), int(msg.tokens), int(msg.channels))
+
+    def __str__(self) -> str:
+        return f"tokenizer {self.weights} ({self.tokens} x {self.channels}, {self.codec})"
+
+
+def require_alike(mine: Origin | None, dataset: str, its: Origin | None, source: str) -> None:
+    """Refuse an episode of a source whose latents are not those that a dataset holds; None: pictures.
+
+    Raises:
+        UserError: they are made by another tokenizer, or otherwise written, or only one of them is latents.
+    """
+    if mine != its:
+        held, new = ("pictures" if origin is None else f"latents of {origin}" for origin in (mine, its))
+        raise UserError(
+            f"{dataset} holds {held} and {source} {new}: a dataset holds pictures, or latents of one "
+            "tokenizer in one codec; write to another folder"
+        )
 
 
 def pack(latents: np.ndarray, codec: str) -> dict[str, Any]:

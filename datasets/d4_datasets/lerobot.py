@@ -27,8 +27,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from d4_datasets import latents
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
+from d4_datasets.latents import Origin
 from d4_datasets.video import Stats, Video, decode_video, encode_video, rate_fraction
 
 FORMAT = 1
@@ -45,7 +47,8 @@ VIDEO_FILE_MB = 200
 
 @dataclass
 class Episode:
-    """T frames of one episode. `images`: per camera uint8 [T, H, W, 3], or a `Video` that holds them already.
+    """T frames of one episode. `images`: per camera uint8 [T, H, W, 3], or a `Video` that holds them already;
+    empty if `latents` of the robot's one camera stand for them.
 
     `stale` counts ticks that repeat the frame of the tick before, `dropped` ticks that belong to the same
     recording but lacked an observation and so are in no episode.
@@ -58,6 +61,8 @@ class Episode:
     task_index: np.ndarray  # int64 [T]
     is_terminal: np.ndarray  # bool [T]
     vectors: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [T, k]
+    latents: np.ndarray | None = None  # float16 [T, tokens, channels]
+    origin: Origin | None = None  # of the latents
     source: str = ""
     start_ns: int = 0
     stale: int = 0
@@ -81,8 +86,8 @@ class Episode:
         }
 
 
-def _features(contract: Contract) -> dict[str, dict[str, Any]]:
-    """The `features` of info.json, in column order."""
+def _features(contract: Contract, origin: Origin | None) -> dict[str, dict[str, Any]]:
+    """The `features` of info.json, in column order; `origin` of latents that stand for the pictures."""
     fps = _fps(contract)
     features: dict[str, dict[str, Any]] = {
         camera.key: {
@@ -101,8 +106,15 @@ def _features(contract: Contract) -> dict[str, dict[str, Any]]:
             },
         }
         for camera in contract.images
-        if camera.size is not None
+        if camera.size is not None and origin is None
     }
+    if origin is not None:
+        size = origin.tokens * origin.channels
+        features[latents.column(contract.images[0].name)] = {
+            "dtype": "float16",
+            "shape": [size],
+            "names": None,
+        }
 
     def add(name: str, dtype: str, names: Iterable[str] | None = None) -> None:
         names = None if names is None else list(names)
@@ -192,6 +204,7 @@ class LeRobotWriter:
         _recover(self.root)
         shutil.rmtree(self._aside, ignore_errors=True)
         self._old: Dataset | None = None
+        self._origin: Origin | None = None  # of latents that stand for the pictures
         self._rows: list[dict[str, Any]] = []
         self._provenance: list[dict[str, Any]] = []
         self._sources: list[dict[str, Any]] = []
@@ -214,8 +227,11 @@ class LeRobotWriter:
         self._old = old
         self._provenance, self._sources = list(old.d4["episodes"]), list(old.d4.get("sources", []))
         self._episodes, self._frames = old.info["total_episodes"], old.info["total_frames"]
+        self._origin = old.origin
         for name in self._next:
             prefix = "data" if name == "data" else f"videos/{name}"
+            if name != "data" and self._origin is not None:
+                continue
             chunks = old.episodes[f"{prefix}/chunk_index"].to_numpy()
             files = old.episodes[f"{prefix}/file_index"].to_numpy()
             self._next[name] = int((chunks * CHUNK_FILES + files).max(initial=-1)) + 1
@@ -235,7 +251,15 @@ class LeRobotWriter:
         self._sources.append(entry)
 
     def add_episode(self, episode: Episode) -> None:
-        """Append an episode. Raises ValueError if its arrays do not fit the contract."""
+        """Append an episode.
+
+        Raises:
+            ValueError: its arrays do not fit the contract.
+            UserError: it has latents and the dataset pictures, or other latents, or the other way round.
+        """
+        if self._episodes == 0:
+            self._origin = episode.origin
+        latents.require_alike(self._origin, str(self.root), episode.origin, episode.source)
         columns = self._columns(episode)
         row: dict[str, Any] = {
             "episode_index": self._episodes,
@@ -249,7 +273,7 @@ class LeRobotWriter:
         for name, values in columns.items():
             known = values[episode.action_mask] if name == "action" else values
             row |= {f"stats/{name}/{key}": value.tolist() for key, value in _column_stats(known).items()}
-        for camera in self.contract.images:
+        for camera in self.contract.images if self._origin is None else ():
             row |= self._add_video(camera.key, episode.images[camera.name])
         table = pa.table({name: _arrow_column(values) for name, values in columns.items()})
         if self._table_bytes + table.nbytes > DATA_FILE_MB * 2**20:
@@ -285,13 +309,17 @@ class LeRobotWriter:
             "index": self._frames + number,
             "task_index": np.asarray(episode.task_index, np.int64),
         }
-        for name, feature in _features(self.contract).items():
+        if episode.latents is not None:
+            columns[latents.column(self.contract.images[0].name)] = np.asarray(
+                episode.latents, np.float16
+            ).reshape(size, -1)
+        for name, feature in _features(self.contract, self._origin).items():
             if feature["dtype"] == "video":
                 continue
             values = columns[name]
             if values.shape not in ((size, *feature["shape"]), (size,) if feature["shape"] == [1] else ()):
                 raise ValueError(f"{name} has shape {values.shape}, expected {size} x {feature['shape'][0]}")
-            if values.dtype == np.float32 and not np.isfinite(values).all():
+            if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
                 raise ValueError(f"{name} has NaN or infinite values")
         return columns
 
@@ -375,6 +403,8 @@ class LeRobotWriter:
             "episodes": self._provenance,
             "sources": self._sources,
         }
+        if self._origin is not None:
+            d4["latents"] = self._origin._asdict()
         _write_json(meta / "d4.json", d4)
         info = {
             "codebase_version": "v3.0",
@@ -389,7 +419,7 @@ class LeRobotWriter:
             "splits": {"train": f"0:{self._episodes}"},
             "data_path": DATA_PATH,
             "video_path": VIDEO_PATH,
-            "features": _features(self.contract),
+            "features": _features(self.contract, self._origin),
         }
         _write_json(meta / "info.json", info)
 
@@ -534,6 +564,7 @@ class Dataset:
                 f"{self.root} is not a dataset of d4-ingest ({error}); name another folder"
             ) from None
         self.contract = Contract.from_dict(self.d4["contract"], source=f"{self.root}/meta/d4.json")
+        self.origin = Origin(**self.d4["latents"]) if "latents" in self.d4 else None
 
     def columns(self, episode: int) -> dict[str, np.ndarray]:
         """All per-frame columns of an episode: [T], or [T, k] for vectors of more than one number."""

@@ -8,16 +8,16 @@ ticks really use, which go straight into video. So memory does not grow with the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from d4_datasets import align, fields, messages, signals
+from d4_datasets import align, fields, latents, messages, signals
 from d4_datasets.bags import Bag
-from d4_datasets.contract import Action, Align, Contract, Observation
+from d4_datasets.contract import PICTURE_TYPES, Action, Align, Contract, Observation
 from d4_datasets.errors import UserError
 from d4_datasets.lerobot import Episode
 from d4_datasets.video import Video, VideoEncoder
@@ -85,6 +85,7 @@ class Recording:
         self.tracks = self._tracks()
         self._collect()
         self._check_clocks()
+        self.latents = self._latents()
         self.vectors = {s.name: self._numbers(s.name, s.select) for s in contract.vectors()}
         self.commands = {
             channel.name: self._commands(channel, channel.name in clip) for channel in contract.actions
@@ -112,8 +113,9 @@ class Recording:
                 )
             tracks[key] = _Track(entry.topic, align, read)
 
-        for stream in contract.observations:
-            add(stream.name, stream, stream.align, None if stream.is_image else _reader(stream), True)
+        for stream in map(self._as_recorded, contract.observations):
+            read = _LatentsReader() if stream.type == latents.TYPE else _reader(stream)
+            add(stream.name, stream, stream.align, None if stream.type in PICTURE_TYPES else read, True)
         for channel in contract.actions:
             add(f"action.{channel.name}", channel, channel.align, _reader(channel), False)
         others: dict[str, tuple[Any, Callable[[Any], Any]]] = {
@@ -130,6 +132,26 @@ class Recording:
                         f"{self.bag.path} has no topic {signal.topic}, which gives the {key}"
                     )
         return tracks
+
+    def _as_recorded(self, stream: Observation) -> Observation:
+        """A stream as this bag holds it: of a camera whose pictures it lacks, the latents if it has those."""
+        held, topic = self.bag.topics, stream.topic + latents.SUFFIX
+        if stream.type in PICTURE_TYPES and stream.topic not in held and held.get(topic) == latents.TYPE:
+            stream = replace(stream, topic=topic, type=latents.TYPE)
+        if stream.type == latents.TYPE and len(self.contract.images) > 1:
+            raise UserError(
+                f"{self.bag.path}: {stream.topic} carries the latents of a robot with one camera, and "
+                f"contract {self.contract.name} names {len(self.contract.images)}"
+            )
+        return stream
+
+    def _latents(self) -> np.ndarray | None:
+        """The latents of the camera's messages, float16 [M, tokens, channels], with `origin`; None if the bag
+        has pictures.
+        """
+        track = self.tracks[self.contract.images[0].name]
+        self.origin = track.read.origin if isinstance(track.read, _LatentsReader) else None
+        return None if self.origin is None else np.stack(track.values)
 
     def _collect(self) -> None:
         topics: dict[str, list[_Track]] = {}
@@ -277,6 +299,7 @@ class Recording:
         repeats = np.zeros(end - begin - 1, bool)
         for camera in self.contract.images:
             repeats |= np.diff(self.samples[camera.name][span]) == 0
+        frames = self.samples[self.contract.images[0].name][span]
         return Episode(
             images=images,
             action=self.action[span],
@@ -285,6 +308,8 @@ class Recording:
             task_index=self.task[span],
             is_terminal=self.terminal[span],
             vectors={name: values[self.samples[name][span]] for name, values in self.vectors.items()},
+            latents=None if self.latents is None else self.latents[frames],
+            origin=self.origin,
             source=source,
             start_ns=int(self.ticks.time[begin]),
             stale=int(repeats.sum()),
@@ -306,6 +331,27 @@ class Recording:
 
 def _reader(entry: Observation | Action) -> Callable[[Any], np.ndarray]:
     return lambda msg: fields.read(msg, entry.select)
+
+
+class _LatentsReader:
+    """Latents as float16 [tokens, channels], all of one `origin`."""
+
+    def __init__(self) -> None:
+        self.origin: latents.Origin | None = None
+
+    def __call__(self, msg: Any) -> np.ndarray:
+        origin = latents.Origin.of(msg)
+        if self.origin is None:
+            self.origin = origin
+        if origin != self.origin:
+            raise UserError(
+                f"latents of {origin} come after those of {self.origin}: what one tokenizer makes means "
+                "nothing to another, and one codec is enough; record them apart"
+            )
+        values = latents.unpack(msg)
+        if np.abs(values).max() > np.finfo(np.float16).max:
+            raise UserError("latents beyond half precision: the message is damaged")
+        return values.astype(np.float16)
 
 
 # ---- second pass: the frames that ticks use ----
@@ -350,7 +396,9 @@ class _Camera:
 
 
 def encode_frames(recording: Recording, folder: Path) -> dict[str, list[Video]]:
-    """The videos of all episodes, per camera."""
+    """The videos of all episodes, per camera; none of a camera whose latents were recorded."""
+    if recording.latents is not None:
+        return {}
     cameras = [_Camera(recording, camera, folder) for camera in recording.contract.images]
     topics: dict[str, list[_Camera]] = {}
     for camera in cameras:

@@ -136,6 +136,8 @@ class Scan:
         action, mask = np.asarray(windows.action[rows]), np.asarray(windows.action_mask[rows])
         self.actions.add(action, mask)
         digest = hashlib.blake2b(action.tobytes(), digest_size=16)
+        if windows.latents is not None:
+            digest.update(windows.latents[rows].tobytes())
         repeated = longest = dark = 0
         for name, frames in windows.images.items():
             motion, brightness = _look(frames[rows], digest)

@@ -35,8 +35,10 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from d4_datasets import latents
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
+from d4_datasets.latents import Origin
 
 CACHE_FORMAT = 1
 _ROWS_PER_READ = 65_536
@@ -66,7 +68,9 @@ class Windows:
         labelled: bool [E], True where any frame of the episode has a known action.
         sources: E names of the recordings that the episodes come from.
         episode_index: int64 [N].
-        images: per camera uint8 [N, H, W, 3], RGB.
+        images: per camera uint8 [N, H, W, 3], RGB; empty if latents stand for them.
+        latents: float16 [N, tokens, channels] of the robot's one camera, None if there are pictures.
+        origin: whose latents they are.
         action: float32 [N, A], in the units of the contract, zeros where unknown.
         action_mask: bool [N], True where the action is known.
         reward: float32 [N, K], arrived with the frame.
@@ -100,6 +104,11 @@ class Windows:
             name: np.load(self.cache / f"{name}.npy", mmap_mode="r") for name in source.image_sizes
         }
         columns = {name: np.load(_column_path(self.cache, name), mmap_mode="r") for name in source.columns}
+        self.origin = source.origin
+        self.latents: np.ndarray | None = None
+        if self.origin is not None:
+            flat = columns[latents.column(source.contract.images[0].name)]
+            self.latents = flat.reshape(-1, self.origin.tokens, self.origin.channels)
         self.action, self.reward = columns["action"], columns["reward"]
         self.action_mask, self.is_terminal = columns["action_mask"], columns["is_terminal"]
         self.task_index, self.episode_index = columns["task_index"], columns["episode_index"]
@@ -186,13 +195,15 @@ class Windows:
     def batch(self, idx: np.ndarray, valid: np.ndarray) -> dict[str, np.ndarray]:
         """Gather the frames `idx` [B, T] into fresh arrays [B, T, ...].
 
-        Keys: image.<camera> uint8 [B, T, H, W, 3], action, action_mask, reward, is_terminal, is_first,
-        task_index, valid, vector.<name>. Where `valid` is False nothing is known and nothing is paid: masks
-        and flags are False, action and reward are zero, and only what was seen (images, vectors, task)
-        repeats.
+        Keys: image.<camera> uint8 [B, T, H, W, 3] or latents float16 [B, T, tokens, channels]; action,
+        action_mask, reward, is_terminal, is_first, task_index, valid, vector.<name>. Where `valid` is False
+        nothing is known and nothing is paid: masks and flags are False, action and reward are zero, and only
+        what was seen (images, vectors, task) repeats.
         """
         columns = self._columns
         out = {f"image.{name}": array[idx] for name, array in self._images.items()}
+        if self.latents is not None:
+            out["latents"] = self.latents.view(np.ndarray)[idx]
         out |= {f"vector.{name}": columns[f"observation.{name}"][idx] for name in self.vectors}
         first = self.episode_start[columns["episode_index"][idx]] == idx
         out["action"] = columns["action"][idx] * valid[..., None]
@@ -228,8 +239,11 @@ class _Source:
         self.episode_start = np.cumsum(self.episode_length) - self.episode_length
         if (self.episode_length < 1).any():
             raise UserError(f"{root} lists an episode without frames; write the dataset again (d4-ingest)")
+        self.origin = Origin(**about["latents"]) if "latents" in about else None
         self.image_sizes = {
-            camera.name: camera.size for camera in self.contract.images if camera.size is not None
+            camera.name: camera.size
+            for camera in self.contract.images
+            if camera.size is not None and self.origin is None
         }
         self.vector_names = [vector.name for vector in self.contract.vectors()]
         self.columns = [
@@ -237,6 +251,7 @@ class _Source:
             "reward",
             *_SCALAR_COLUMNS,
             *(f"observation.{n}" for n in self.vector_names),
+            *([] if self.origin is None else [latents.column(self.contract.images[0].name)]),
         ]
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -388,7 +403,8 @@ def _build(source: _Source, cache: Path) -> dict[str, Any]:
 def _build_locked(source: _Source, cache: Path) -> dict[str, Any]:
     aside = cache.with_name(f".tmp-{cache.name}")
     shutil.rmtree(aside, ignore_errors=True)  # what a killed build left
-    need, free = cache_bytes(source.contract, source.num_frames), shutil.disk_usage(cache.parent).free
+    need = cache_bytes(source.contract, source.num_frames) if source.image_sizes else 0
+    free = shutil.disk_usage(cache.parent).free
     if need > free:
         raise UserError(
             f"the frame cache {cache} needs {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free; "
@@ -470,20 +486,23 @@ def _unpack_columns(source: _Source, folder: Path) -> list[tuple[str, int, int]]
 
 
 def _values(column: pa.Array, name: str, path: Path) -> np.ndarray:
-    """Column as an array [rows] (flags, counts) or float32 [rows, width]."""
+    """Column as an array [rows] (flags, counts), float32 [rows, width], or float16 where it is stored so."""
     if column.null_count:
         raise UserError(f"column {name!r} of {path} has empty cells; write the dataset again with d4-ingest")
     if name in _SCALAR_COLUMNS:
         return column.to_numpy(zero_copy_only=False).astype(_SCALAR_COLUMNS[name])
     # LeRobot stores vectors of width 1 as plain numbers.
     flat = column.flatten() if pa.types.is_nested(column.type) else column
-    return flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(column), -1)
+    values = flat.to_numpy(zero_copy_only=False)
+    if values.dtype != np.float16:
+        values = values.astype(np.float32)
+    return values.reshape(len(column), -1)
 
 
 def _count_nonfinite(
     bad: dict[tuple[str, int], int], name: str, value: np.ndarray, episode: np.ndarray
 ) -> None:
-    if value.dtype != np.float32:
+    if not np.issubdtype(value.dtype, np.floating):
         return
     for number in episode[~np.isfinite(value).all(1)]:
         bad[name, int(number)] = bad.get((name, int(number)), 0) + 1
