@@ -81,6 +81,25 @@ def save(
         _swap(tmp, folder)
 
 
+def adopt(source: Path, folder: Path, contract: Contract) -> None:
+    """Copy the checkpoint `source` to `folder`, weights to the last bit, for another contract of the robot:
+    one that differs in how its frames are recorded and not in what they show, which the caller has seen to.
+
+    Raises:
+        UserError: there is no checkpoint, or the disk is full.
+    """
+    config = load_config(source) | {"contract_hash": contract.hash, "adopted_from": str(source.absolute())}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
+    with _disk_full(folder, tmp):
+        shutil.copytree(resolve(source), tmp)
+        (tmp / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        (tmp / "contract.yaml").write_text(contract.to_yaml())
+        for path in (*tmp.iterdir(), tmp):
+            _fsync(path)
+        _swap(tmp, folder)
+
+
 def load_config(folder: Path) -> dict[str, Any]:
     """Content of config.json.
 

@@ -27,7 +27,7 @@ class Logs(Protocol):
     episode_length: np.ndarray  # [E]
     episode_index: np.ndarray  # [N]
     labelled: np.ndarray  # [E] any known action
-    images: dict[str, np.ndarray]  # uint8 [N, H, W, 3]
+    images: dict[str, np.ndarray]  # uint8 [N, H, W, 3]; empty where the data have latents in their place
     vectors: dict[str, np.ndarray]  # float32 [N, k]
     action: np.ndarray  # float32 [N, A], chosen at the frame
     action_mask: np.ndarray  # [N]
@@ -154,8 +154,14 @@ def encode_episodes(tokenizer: Tokenizer, logs: Logs, episodes: np.ndarray, chun
     """Latents (T, N, L) of each episode, equal to streaming it frame by frame as a robot does.
 
     Shorter episodes are padded at their end, where a causal encoder cannot notice; long ones run in chunks
-    that repeat the encoder's receptive field, so memory stays bounded.
+    that repeat the encoder's receptive field, so memory stays bounded. Data that were recorded as latents
+    have them already; that they are this tokenizer's is for the caller to see to.
     """
+    stored = getattr(logs, "latents", None)  # float16 [N, tokens, channels]; what is no dataset has none
+    if stored is not None:
+        spans = zip(logs.episode_start[episodes], logs.episode_length[episodes], strict=True)
+        rows = (torch.from_numpy(np.array(stored[s : s + n], np.float32)) for s, n in spans)
+        return [z.to(tokenizer.latents.device) for z in rows]
     cfg, device = tokenizer.cfg.transformer, tokenizer.latents.device
     names = [c.name for c in tokenizer.cfg.cameras] + [v.name for v in tokenizer.cfg.vectors]
     overlap = cfg.depth // cfg.time_every * (cfg.context - 1)

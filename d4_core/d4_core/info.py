@@ -26,6 +26,7 @@ from d4_core.memory import available_bytes, costs
 from d4_datasets.bags import Bag, find_bags
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
+from d4_datasets.latents import Origin
 
 _PACKAGES = ("torch", "numpy", "opencv-python-headless", "av", "pyarrow", "safetensors", "rosbags", "mujoco")
 _CODECS = {
@@ -197,6 +198,7 @@ def dataset_facts(root: Path) -> list[Fact]:
         Fact("dataset", str(root)),
         Fact("episodes", f"{len(episodes)} ({spread}); {ended} end in a terminal"),
         Fact("frames", f"{frames}, {frames / contract.rate_hz / 3600:.3g} h at {contract.rate_hz:g} Hz"),
+        *([Fact("as", f"latents of {Origin(**meta['latents'])}")] if "latents" in meta else []),
         Fact("labelled", f"{share:.1%} of the frames, in {len(labelled)} episodes"),
         Fact("on disk", f"{_bytes(size)} without the frame cache"),
         *contract_facts(contract),

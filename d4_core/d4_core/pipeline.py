@@ -33,6 +33,7 @@ from d4_core.phases import AgentPhase, DynamicsPhase, ImaginationPhase, Tokenize
 from d4_core.tokenizer import Tokenizer
 from d4_core.train import TrainArgs, scaled
 from d4_datasets.errors import UserError
+from d4_datasets.latents import Origin
 from d4_datasets.windows import Windows
 
 BEFORE = {"dynamics": "tokenizer", "agent": "dynamics", "imagination": "agent"}
@@ -52,6 +53,8 @@ class Pipeline:
         if not self.is_writer:
             self.logs = Windows(args.dataset)
         self.contract = self.logs.contract
+        if args.tokenizer is not None and self.logs.origin is None:
+            raise UserError(f"--tokenizer is for datasets of latents, and {args.dataset} holds pictures")
         self.train, self.held_out = self.logs.split()
         self.logs.keep_labels(self.train, args.labels, args.labels_from)
         if not len(self.held_out):
@@ -97,6 +100,17 @@ class Pipeline:
             UserError: the phase before is missing, the data cannot serve it, a gate failed without --force.
         """
         torch.manual_seed(self.args.seed * 1000 + list(CONTENTS).index(phase))
+        if phase == "tokenizer" and self.logs.origin is not None:
+            self._adopt(self.logs.origin)
+        else:
+            self._train(phase)
+        tokenizer, latents = self._latents()
+        failed = self._check(phase, tokenizer, latents) if self.is_writer else []
+        if distributed.average_scalar(float(len(failed)), self.device) > 0 and not self.args.force:
+            names = "; ".join(str(g) for g in failed)
+            raise UserError(f"{phase}: {len(failed)} gate(s) failed, --force goes on: {names}")
+
+    def _train(self, phase: str) -> None:
         work = self._prepare(phase)
         optim = getattr(self.preset.optim, phase)
         data = data_identity(self.args.dataset, self.logs)
@@ -111,11 +125,44 @@ class Pipeline:
         )  # fmt: skip
         if self.is_writer and self._weights(phase) != old:
             record(self.args.run, phase, [])  # what was measured on other weights says nothing about these
-        tokenizer, latents = self._latents()
-        failed = self._check(phase, tokenizer, latents) if self.is_writer else []
-        if distributed.average_scalar(float(len(failed)), self.device) > 0 and not self.args.force:
-            names = "; ".join(str(g) for g in failed)
-            raise UserError(f"{phase}: {len(failed)} gate(s) failed, --force goes on: {names}")
+
+    def _adopt(self, origin: Origin) -> None:
+        """Take the tokenizer that made the dataset's latents into the run: none is trained without pictures.
+
+        Raises:
+            UserError: it is neither in the run nor given, or does not fit the preset or the robot.
+        """
+        folder, given = self.folder("tokenizer"), self.args.tokenizer
+        is_there = checkpoint.exists(folder)
+        distributed.barrier()  # all have looked before one writes
+        if not is_there:
+            if given is None:
+                raise UserError(
+                    f"{self.args.dataset} holds latents and no pictures to train a tokenizer on: give the "
+                    f"run folder of tokenizer {origin.weights}, which made them, with --tokenizer RUN"
+                )
+            source = given / "tokenizer" if checkpoint.exists(given / "tokenizer") else given
+            self._require_maker(source)
+            mine, its = self.preset.tokenizer_config(self.contract), load(source).tokenizer.cfg
+            for name in ("cameras", "vectors", "num_latents", "latent_dim", "num_tokens"):
+                if getattr(mine, name) != getattr(its, name):
+                    raise UserError(
+                        f"{source} does not fit preset and contract in {name}: {getattr(its, name)}, not "
+                        f"{getattr(mine, name)}; train with the preset and the robot of that tokenizer"
+                    )
+            if self.is_writer:
+                checkpoint.adopt(source, folder, self.contract)
+        distributed.barrier()
+
+    def _require_maker(self, folder: Path) -> None:
+        """Refuse a tokenizer that did not make the latents of the dataset, if it holds latents."""
+        origin, its = self.logs.origin, weights_hash(folder)
+        if origin is not None and origin.weights != its:
+            raise UserError(
+                f"{self.args.dataset} holds latents of tokenizer {origin.weights}, and {folder} is tokenizer "
+                f"{its}: they mean nothing to it; use the run whose tokenizer made them, or a new run folder "
+                "with --tokenizer"
+            )
 
     def _weights(self, phase: str) -> str | None:
         """Hash of the phase's weights, None while there are none."""
@@ -178,6 +225,7 @@ class Pipeline:
     def _latents(self) -> tuple[Tokenizer, np.ndarray]:
         """The frozen tokenizer with its latent statistics, and the cached latents of every frame."""
         folder = self.folder("tokenizer")
+        self._require_maker(folder)
         tokenizer = load(folder, self.contract, self.device).tokenizer
         latent_statistics(tokenizer, self.logs, self.train, np.random.default_rng(0))
         path, tag = self.args.run / "latents", weights_hash(folder)

@@ -102,6 +102,11 @@ def rollout(args: RolloutArgs) -> dict[str, str]:
         raise UserError(f"--clips {args.clips} --horizon {args.horizon}: both must be at least 1")
     folders = _folders(args)
     logs, device = Windows(args.dataset), pick_device(args.device)
+    if logs.origin is not None:
+        raise UserError(
+            f"{args.dataset} holds latents and no pictures to show beside what the networks see: give a "
+            "dataset with pictures"
+        )
     media = args.run / "media"
     captions: dict[str, str] = {}
     for folder in folders:

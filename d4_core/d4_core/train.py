@@ -49,6 +49,8 @@ class TrainArgs:
     """auto, cpu or cuda."""
     procs: int = 0
     """Data-parallel processes; 0: one per free core on CPU (at most 4), one GPU. torchrun works, too."""
+    tokenizer: Path | None = None
+    """Run folder whose tokenizer made the latents of a dataset that holds those instead of pictures."""
     force: bool = False
     """Go on although a gate failed."""
     save_every_s: float = 60.0
