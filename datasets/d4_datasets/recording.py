@@ -340,7 +340,7 @@ class _LatentsReader:
         self.origin: latents.Origin | None = None
 
     def __call__(self, msg: Any) -> np.ndarray:
-        origin = latents.Origin.of(msg)
+        values, origin = latents.unpack(msg), latents.Origin.of(msg)
         if self.origin is None:
             self.origin = origin
         if origin != self.origin:
@@ -348,7 +348,6 @@ class _LatentsReader:
                 f"latents of {origin} come after those of {self.origin}: what one tokenizer makes means "
                 "nothing to another, and one codec is enough; record them apart"
             )
-        values = latents.unpack(msg)
         if np.abs(values).max() > np.finfo(np.float16).max:
             raise UserError("latents beyond half precision: the message is damaged")
         return values.astype(np.float16)
