@@ -1,0 +1,26 @@
+"""The hosted workflow is YAML, covers every supported ROS 2, and names only what is here."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / ".github" / "workflows" / "ros.yml").read_text()
+
+
+def test_it_covers_the_supported_distributions() -> None:
+    [job] = yaml.safe_load(TEXT)["jobs"].values()
+    assert job["strategy"]["matrix"]["distro"] == ["humble", "jazzy", "lyrical"]
+    assert job["container"] == "ros:${{ matrix.distro }}"
+    assert all(("run" in step) != ("uses" in step) for step in job["steps"])
+
+
+def test_the_files_and_modules_it_names_exist() -> None:
+    tests = re.findall(r"tests/\S+\.py", TEXT)
+    assert len(tests) == 4
+    modules = re.search(r"for module in (.+); do", TEXT)
+    assert modules is not None
+    files = [f"d4_nodes/d4_nodes/{module.replace('.', '/')}.py" for module in modules[1].split()]
+    for name in [*tests, *files, "ros2_ws/src", "datasets", "d4_core", "d4_nodes"]:
+        assert (ROOT / name).exists(), name
