@@ -167,7 +167,7 @@ class TokenizerNode(LifecycleNode):
             self.get_logger().error("the encoding thread did not end in time")
             return
         encoding.inbox.close()
-        counts = ", ".join(f"{count} {name}" for name, count in sorted(encoding.counts.items()))
+        counts = ", ".join(f"{count} {name}" for name, count in sorted(encoding.counts.items()) if count)
         self.get_logger().info(f"stopped: {counts or 'no pictures'}")
 
     def _release(self) -> None:
