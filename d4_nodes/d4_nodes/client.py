@@ -11,7 +11,6 @@ Needs rclpy and a policy node that runs; needs no `rclpy.init`. Every wait is bo
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import os
@@ -26,7 +25,7 @@ from d4_interfaces.msg import PolicyStatus
 from d4_interfaces.srv import SetTask
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.executors import SingleThreadedExecutor
 from std_srvs.srv import Trigger
 
 from d4_datasets import fields
@@ -116,9 +115,12 @@ class PolicyClient:
         self._thread.start()
 
     def _spin(self) -> None:
-        with contextlib.suppress(ExternalShutdownException):
+        try:
             while not self._ended.is_set() and self._context.ok():
                 self._executor.spin_once(timeout_sec=0.1)
+        except Exception:
+            if self._context.ok():
+                raise
 
     def close(self) -> None:
         """Let go of everything; the node stays as it is."""
@@ -313,17 +315,27 @@ class PolicyClient:
 
     def _call(self, name: str, request: Any, timeout_s: float) -> Any:
         """The node's answer; raises UserError when there is none in time."""
-        if not self._context.ok():  # Ctrl-C in a script with rclpy's signal handlers ends every context
-            self._ended.set()
-            self._open()
+        try:
+            return self._ask(name, request, timeout_s)
+        except Exception:
+            if self._context.ok():
+                raise
+        # Ctrl-C in a script with rclpy's own signal handlers ends every context, a little later
+        self._ended.set()
+        self._thread.join(_LOST_S)
+        self._open()
+        return self._ask(name, request, timeout_s)
+
+    def _ask(self, name: str, request: Any, timeout_s: float) -> Any:
         client, end = self._clients[name], time.monotonic() + timeout_s
         if not client.wait_for_service(min(timeout_s, self._patience_s)):
             raise UserError(f"{self._where} does not exist: is it running, with this ROS_DOMAIN_ID?")
         future, done = client.call_async(request), threading.Event()
         future.add_done_callback(lambda _: done.set())
-        if not done.wait(max(0.0, end - time.monotonic())):
-            client.remove_pending_request(future)
-            raise UserError(f"{self._where} has not answered {name} for {timeout_s:g} s")
+        while not done.wait(_LOOK_S):
+            if time.monotonic() > end or not self._context.ok():
+                client.remove_pending_request(future)
+                raise UserError(f"{self._where} has not answered {name} for {timeout_s:g} s")
         return future.result()
 
 
