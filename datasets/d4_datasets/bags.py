@@ -312,12 +312,19 @@ def find_bags(source: str | Path) -> list[Path]:
 
 
 def _find_bags(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path] if _is_storage(path) else []
-    if (path / "metadata.yaml").exists() or (_storage_files(path) and _one_recording(_storage_files(path))):
+    if is_bag(path):
         return [path]
-    children = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+    children = [] if path.is_file() else sorted(p for p in path.iterdir() if not p.name.startswith("."))
     return [bag for child in children if child.is_dir() or _is_storage(child) for bag in _find_bags(child)]
+
+
+def is_bag(path: Path) -> bool:
+    """Whether this is one bag: a storage file, or a folder with metadata.yaml or with its parts."""
+    if path.is_file():
+        return _is_storage(path)
+    return (path / "metadata.yaml").exists() or bool(
+        _storage_files(path) and _one_recording(_storage_files(path))
+    )
 
 
 def _is_storage(path: Path) -> bool:

@@ -31,12 +31,11 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from d4_datasets.bags import find_bags
+from d4_datasets import sources
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
 from d4_datasets.latents import Origin
 from d4_datasets.lerobot import Dataset, Episode, LeRobotWriter
-from d4_datasets.recording import Recording, encode_frames
 from d4_datasets.video import Stats, Video
 
 _PART_FORMAT = 3  # raise it when what a worker leaves behind changes, so that old parts are not taken up
@@ -47,38 +46,38 @@ _PART_FORMAT = 3  # raise it when what a worker leaves behind changes, so that o
 _ARRAYS = ("action", "action_mask", "reward", "task_index", "is_terminal")
 
 
-def ingest_bag(path: Path, contract: Contract, part: Path, clip: Sequence[str] = ()) -> None:
-    """Turn one bag into a part folder `part`, written aside and renamed; nothing to do if it is there."""
+def ingest_one(
+    path: Path, contract: Contract, part: Path, clip: Sequence[str] = (), kind: str = "bag"
+) -> None:
+    """Turn one recording into the folder `part`, written aside and renamed; nothing to do if it is there."""
     if part.exists():
         return
     aside = part.with_name(f".tmp-{part.name}")
     shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
     aside.mkdir(parents=True)
     try:
-        _fill_part(aside, path, contract, clip)
+        _fill_part(aside, path, contract, clip, kind)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     aside.rename(part)
 
 
-def _fill_part(folder: Path, path: Path, contract: Contract, clip: Sequence[str]) -> None:
-    recording = Recording(path, contract, clip)
-    videos = encode_frames(recording, folder) if len(recording.episodes) else {}
+def _fill_part(folder: Path, path: Path, contract: Contract, clip: Sequence[str], kind: str) -> None:
+    episodes, warnings = sources.named(kind).fill(path, contract, folder, clip)
     entries: list[dict[str, Any]] = []
     arrays: dict[str, np.ndarray] = {}
-    for number in range(len(recording.episodes)):
-        images = {name: files[number] for name, files in videos.items()}
-        episode = recording.episode(number, images, path.name)
+    for number, episode in enumerate(episodes):
         arrays |= {f"{number}/{name}": getattr(episode, name) for name in _ARRAYS}
         arrays |= {f"{number}/vector/{name}": values for name, values in episode.vectors.items()}
         if episode.latents is not None:
             arrays[f"{number}/latents"] = episode.latents
-        files = {name: [video.path.name, video.frames, _lists(video.stats)] for name, video in images.items()}
+        videos = {name: video for name, video in episode.images.items() if isinstance(video, Video)}
+        files = {name: [video.path.name, video.frames, _lists(video.stats)] for name, video in videos.items()}
         counts = {name: getattr(episode, name) for name in ("source", "start_ns", "stale", "dropped")}
         entries.append({**counts, "videos": files, "origin": episode.origin})
     np.savez(folder / "arrays.npz", **arrays)  # type: ignore[arg-type]
-    (folder / "part.json").write_text(json.dumps({"episodes": entries, "warnings": recording.warnings}))
+    (folder / "part.json").write_text(json.dumps({"episodes": entries, "warnings": warnings}))
 
 
 def _lists(stats: Stats) -> dict[str, list[float]]:
@@ -121,23 +120,31 @@ class Summary:
 
 
 def ingest(
-    sources: Sequence[Path], contract: Contract, out: Path, jobs: int = 1, clip_actions: Sequence[str] = ()
+    paths: Sequence[Path],
+    contract: Contract,
+    out: Path,
+    jobs: int = 1,
+    clip_actions: Sequence[str] = (),
+    kind: str | None = None,
 ) -> Summary:
-    """Ingest all bags under `sources` into the dataset `out`, adding to what is there.
+    """Ingest all recordings under `paths` (only those of `kind`) into the dataset `out`, adding to what is
+    there.
 
-    Bags already in the dataset (by name, size and time) are skipped. Raises UserError for anything wrong with
-    the sources, the contract or `out`, in which case `out` is as it was.
+    Recordings already in the dataset (by name, size and time) are skipped. Raises UserError for anything
+    wrong with the recordings, the contract or `out`, in which case `out` is as it was.
     """
     unknown = set(clip_actions) - {channel.name for channel in contract.actions}
     if unknown:
         raise UserError(f"--clip-actions {min(unknown)}: the contract has no action channel of that name")
     began = time.monotonic()
     summary = Summary()
-    bags = list(dict.fromkeys(bag.resolve() for source in sources for bag in find_bags(source)))
+    found = [one for path in paths for one in sources.find(path, kind)]
+    readers = {one.path.resolve(): one.reader for one in found}
+    bags = list(readers)
     parts = out.absolute().parent / f".tmp-{out.name}-parts"
     with _only_one(parts, out), LeRobotWriter(out, contract) as writer:
         known = {(s["name"], s["size"], s["mtime_ns"]) for s in writer.sources}
-        entries = {bag: _identity(bag) for bag in bags}
+        entries = {bag: _identity(bag, reader) for bag, reader in readers.items()}
         fresh = [bag for bag in bags if tuple(entries[bag].values()) not in known]
         summary.skipped = len(bags) - len(fresh)
         names = {name for name, _, _ in known}
@@ -147,11 +154,17 @@ def ingest(
                     f"{bag} is in the dataset already with another size or time; both are kept"
                 )
         work = [
-            (bag, contract, parts / _key(entries[bag], contract, clip_actions), tuple(clip_actions))
+            (
+                bag,
+                contract,
+                parts / _key(entries[bag], contract, clip_actions),
+                tuple(clip_actions),
+                readers[bag].KIND,
+            )
             for bag in fresh
         ]
         with _progress(sum(entry["size"] for bag, entry in entries.items() if bag in set(fresh))) as advance:
-            for (bag, _, part, _), _ in zip(work, _run(work, jobs), strict=True):
+            for (bag, _, part, _, _), _ in zip(work, _run(work, jobs), strict=True):
                 _add_part(writer, part, entries[bag], summary)
                 advance(entries[bag]["size"], summary.frames)
         if fresh and not writer.episodes:
@@ -178,9 +191,8 @@ def _add_part(writer: LeRobotWriter, part: Path, entry: dict[str, Any], summary:
     summary.warnings += warnings
 
 
-def _identity(bag: Path) -> dict[str, Any]:
-    files = [bag] if bag.is_file() else [path for path in bag.iterdir() if path.is_file()]
-    stats = [path.stat() for path in files]
+def _identity(bag: Path, reader: sources.Reader) -> dict[str, Any]:
+    stats = [path.stat() for path in reader.files(bag)]
     return {
         "name": bag.name,
         "size": sum(stat.st_size for stat in stats),
@@ -210,16 +222,16 @@ def _only_one(parts: Path, out: Path) -> Iterator[None]:
 
 
 def _run(work: list[tuple[Any, ...]], jobs: int) -> Iterator[None]:
-    """Do `ingest_bag` on all of `work`; yields once for each, in order."""
+    """Do `ingest_one` on all of `work`; yields once for each, in order."""
     if jobs <= 1 or len(work) <= 1:
         for task in work:
-            ingest_bag(*task)
+            ingest_one(*task)
             yield
         return
     # Not fork: the progress display has a thread.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(jobs, len(work)), mp_context=context, initializer=_worker) as pool:
-        futures: list[Future[None]] = [pool.submit(ingest_bag, *task) for task in work]
+        futures: list[Future[None]] = [pool.submit(ingest_one, *task) for task in work]
         try:
             for future in futures:
                 future.result()
@@ -296,6 +308,9 @@ class Options:
     jobs: int = os.cpu_count() or 1
     """Bags worked on at the same time."""
 
+    kind: str | None = None
+    """Take only recordings of this kind, where a folder holds several kinds or one could be two."""
+
     clip_actions: tuple[str, ...] = ()
     """Action channels whose commands outside the contract's limits are clipped instead of refused."""
 
@@ -311,7 +326,7 @@ def _main(options: Options) -> None:
             "no bags given; name bags or folders of bags: d4-ingest BAGS --contract robot.yaml --out DATASET"
         )
     contract = Contract.load(options.contract)
-    summary = ingest(options.source, contract, options.out, options.jobs, options.clip_actions)
+    summary = ingest(options.source, contract, options.out, options.jobs, options.clip_actions, options.kind)
     for warning in summary.warnings[:20]:
         print(f"warning: {warning}", file=sys.stderr)
     if len(summary.warnings) > 20:

@@ -1,0 +1,90 @@
+"""What d4-ingest can read: kinds of recordings, each with a module of its own.
+
+A reader is a module with four names:
+
+    KIND                                    what people call it
+    takes(path) -> bool                     whether this file or folder is one recording of this kind
+    files(path) -> list[Path]               the files that belong to it; their sizes and times identify it
+    fill(path, contract, folder, clip)      its episodes, with lossless videos written into `folder`, and
+                                            warnings
+
+Readers are asked in order, and whoever takes a folder keeps what is in it from the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from d4_datasets import recording
+from d4_datasets.contract import Contract
+from d4_datasets.errors import UserError
+from d4_datasets.lerobot import Episode
+
+
+class Reader(Protocol):
+    """A module that reads one kind of recording."""
+
+    KIND: str
+
+    def takes(self, path: Path) -> bool:
+        """Whether this file or folder is one recording of this kind; must not raise."""
+
+    def files(self, path: Path) -> list[Path]:
+        """The files that belong to it."""
+
+    def fill(
+        self, path: Path, contract: Contract, folder: Path, clip: Sequence[str]
+    ) -> tuple[list[Episode], list[str]]:
+        """(episodes, warnings); images are `Video`s in `folder`. Raises UserError naming what is wrong."""
+
+
+READERS: tuple[Reader, ...] = (recording,)
+
+
+class Found(NamedTuple):
+    """A recording and its reader."""
+
+    path: Path
+    reader: Reader
+
+
+def find(source: str | Path, kind: str | None = None) -> list[Found]:
+    """The recordings under `source`, sorted: itself if it is one, else all below it.
+
+    Args: kind: only those of this kind.
+
+    Raises:
+        UserError: there is none, or no such kind.
+    """
+    source = Path(source)
+    readers = [reader for reader in READERS if kind in (None, reader.KIND)]
+    if not readers:
+        raise UserError(f"there is no kind {kind!r}; kinds are {', '.join(r.KIND for r in READERS)}")
+    if not source.exists():
+        raise UserError(f"{source} does not exist; give a recording or a folder of recordings")
+    found = list(_below(source, readers))
+    if not found:
+        ros1 = next(source.rglob("*.bag"), None) if source.is_dir() else source
+        if ros1 is not None and ros1.suffix == ".bag":
+            raise UserError(
+                f"{ros1} is a ROS 1 bag; convert it with: rosbags-convert --src {ros1} --dst <folder>"
+            )
+        kinds = " or ".join(reader.KIND for reader in readers)
+        raise UserError(f"there is no {kinds} in {source}")
+    return found
+
+
+def named(kind: str) -> Reader:
+    """The reader of a kind."""
+    return next(reader for reader in READERS if kind == reader.KIND)
+
+
+def _below(path: Path, readers: Sequence[Reader]) -> Iterator[Found]:
+    reader = next((reader for reader in readers if reader.takes(path)), None)
+    if reader is not None:
+        yield Found(path, reader)
+    elif path.is_dir():
+        for child in sorted(p for p in path.iterdir() if not p.name.startswith(".")):
+            yield from _below(child, readers)
