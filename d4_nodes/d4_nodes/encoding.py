@@ -30,6 +30,7 @@ from d4_nodes.report import Histogram
 from d4_nodes.wire import WireError
 
 _SOON = 0.75  # of a period: a picture that follows sooner is left out, training saw the contract's rate
+_GRACE = 0.25  # of a period: so long a picture waits for vectors that were captured with it
 _KNOCK_S, _LONGEST_WAIT_S = 0.2, 0.1
 _SILENCE_S = 2.0  # a server that shows no life for so long is lost
 
@@ -86,6 +87,7 @@ class Encoding:
         self._lost = "not connected yet"
         self._knocked = -1e9
         self._waits: Sample | None = None  # newest picture, to be handed over
+        self._came = 0.0  # when it came (monotonic)
         self._asked: tuple[Sample, int] | None = None  # at the server, and since when (monotonic)
         self._last: Sample | None = None  # handed over last
         self._newest: Sample | None = None  # came last, whether it is used or not
@@ -130,20 +132,29 @@ class Encoding:
         if self._link is None and time.monotonic() - self._knocked > _KNOCK_S:
             self._knocked = time.monotonic()
             self._link, self._is_new = self._connect(), True
-        link = self._link
+        link, patience = self._link, _LONGEST_WAIT_S
         if link is not None:
-            if link.is_busy and (reply := link.poll()) is not None:
+            if (reply := link.poll()) is not None:
                 self._take(reply, link.weights)
-            if self._waits is not None and not link.is_busy:
-                sample, self._waits = self._waits, None
-                self._ask(link, sample)
-            silence = min(
-                link.heartbeat_age_s(), time.monotonic() - self._knocked
-            )  # the first beat may be due
+            silence = min(link.heartbeat_age_s(), time.monotonic() - self._knocked)  # a first beat may be due
             if silence > _SILENCE_S:
                 raise WireError(f"the inference server has shown no life for {silence:.1f} s")
+            if self._waits is not None and not link.is_busy:
+                patience = min(patience, self._patience_s(self._waits))
+                if patience <= 0:
+                    sample, self._waits, patience = self._waits, None, _LONGEST_WAIT_S
+                    self._ask(link, sample)
         wake: list[Any] = [self.inbox] if link is None else [self.inbox, link]
-        select.select(wake, [], [], _LONGEST_WAIT_S)
+        select.select(wake, [], [], patience)
+
+    def _patience_s(self, sample: Sample) -> float:
+        """Seconds that a picture waits for its vectors: topics overtake each other, and only a sample
+        captured at or after the picture shows that nothing from before it is still on its way.
+        """
+        newest = [self.inbox.newest(vector.name) for vector in self.contract.vectors("input")]
+        if all(v is not None and v.stamp_ns >= sample.stamp_ns for v in newest):
+            return 0.0
+        return self._came + _GRACE * self.contract.period_ns / 1e9 - time.monotonic()
 
     def _receive(self) -> None:
         for name, sample in self.inbox.drain():
@@ -154,7 +165,7 @@ class Encoding:
             self._newest = sample
             if self._follows(sample):
                 self.counts["overtaken"] += self._waits is not None
-                self._waits = sample
+                self._waits, self._came = sample, time.monotonic()
             else:
                 self.counts["left out"] += 1
         start, self._begin_ns = self._begin_ns, None

@@ -51,6 +51,7 @@ class Rig:
         self.got: list[
             tuple[int, int, int]
         ] = []  # number of the picture, stamp in periods, place in the stream
+        self.joints: list[float] = []
         self.said: list[str] = []
         self.begin_server()
         self.encoding = Encoding(
@@ -79,6 +80,7 @@ class Rig:
     def _publish(self, message, latents: np.ndarray, weights: str) -> None:
         assert weights == "w0"
         stamp = (message.header.stamp.sec * 10**9 + message.header.stamp.nanosec - self.origin) / PERIOD
+        self.joints.append(float(latents[1, 0]))
         self.got.append((int(latents[0, 0]), round(stamp, 3), int(latents[0, 1])))
 
     def picture(self, at: float, joints: bool = True):
@@ -202,6 +204,23 @@ def test_a_picture_without_its_joints_is_dropped(rig) -> None:
     rig.show(1)
     rig.picture(3, joints=False)  # the joints are 100 ms older: beyond their tolerance
     rig.until(lambda: rig.encoding.counts["dropped"] == 2)
+
+
+def test_a_picture_waits_a_moment_for_the_joints_that_belong_to_it(rig) -> None:
+    """Topics overtake each other: the joints of a picture were published before it, and came later."""
+    rig.show(0)
+    rig.picture(1, joints=False)
+    time.sleep(0.004)
+    rig.encoding.put(
+        "joints", rig.origin + PERIOD - 10_000, np.full(2, 7, np.float32)
+    )  # older: more may come
+    time.sleep(0.002)
+    rig.encoding.put("joints", rig.origin + PERIOD, np.full(2, 8, np.float32))
+    rig.settle(2)
+    assert rig.joints == [0, 8]
+    rig.picture(2, joints=False)  # and not for ever: these joints lie within their tolerance
+    rig.settle(3)
+    assert rig.joints == [0, 8, 8]
 
 
 def test_a_server_that_fails_costs_a_picture_and_the_past(rig) -> None:
