@@ -36,6 +36,7 @@ from d4_nodes.ros.shell import local, message_class
 
 _LOST_S = 2.0  # without a status, which comes twice a second
 _LOOK_S = 0.05
+_SETTLE_S = 0.1  # a status that comes so soon after the activation may be of before
 _SERVICES = {
     "set_task": SetTask, "stop": Trigger, "reset_stop": Trigger, "change_state": ChangeState,
     "get_state": GetState,
@@ -217,25 +218,26 @@ class PolicyClient:
         """Why a transition was refused: the node says it in its next status."""
         since, text = time.monotonic(), f"{self._where} {what}"
         with self._news:
-            self._news.wait_for(lambda: self._reason_since(since), 1.5)
-            reason = self._reason_since(since)
+            self._news.wait_for(lambda: getattr(self._status_since(since), "reason", ""), 1.5)
+            reason = getattr(self._status_since(since), "reason", "")
         return f"{text}: {reason}" if reason else f"{text}: see its log"
 
-    def _reason_since(self, since: float) -> str:
-        return str(self._status[1].reason) if self._status is not None and self._status[0] > since else ""
+    def _status_since(self, since: float) -> PolicyStatus | None:
+        """The newest status, if it came after a moment (monotonic s)."""
+        return self._status[1] if self._status is not None and self._status[0] > since else None
 
     def _watch(self, timeout_s: float, was_active: bool) -> Result:
-        began = time.monotonic()
+        began, self._is_terminal = time.monotonic(), False
         first = self._status[1] if was_active and self._status is not None else None
         last, has_driven = first, False
         while True:
             with self._news:
                 self._news.wait(_LOOK_S)
-                status = None if self._status is None else self._status[1]
+                status = self._status_since(began + _SETTLE_S)
                 spent, age = time.monotonic() - began, min(self._age_s(), time.monotonic() - began)
-            is_inactive = status is None or status.state == "inactive"
-            has_driven |= not is_inactive
-            last = last if is_inactive else status
+            is_inactive = status is not None and status.state == "inactive"
+            if status is not None and not is_inactive:
+                last, has_driven = status, True
             reason, message = "", ""
             if self._is_terminal:
                 reason, message = "terminal", "the terminal topic said so"
@@ -245,7 +247,7 @@ class PolicyClient:
                 reason, message = "stopped", f"{status.reason}; reset_stop() releases it"
             elif is_inactive and (has_driven or spent > _LOST_S):
                 reason, message = "stopped", f"{self._where} is no longer active"
-                message += f": {status.reason}" if status is not None and status.reason else ""
+                message += f": {status.reason}" if status.reason else ""
             elif spent >= timeout_s:
                 reason, message = "timeout", f"{timeout_s:g} s are over"
             if reason:
@@ -253,7 +255,6 @@ class PolicyClient:
 
     def _listen(self, terminal: str | Signal) -> Any:
         """Subscribe to what ends a run; None if nothing was named."""
-        self._is_terminal = False
         if not terminal:
             return None
         signal = Signal(terminal, "std_msgs/msg/Bool", "data") if isinstance(terminal, str) else terminal
