@@ -263,6 +263,14 @@ def test_it_can_be_taken_down_and_up_again_and_ends_by_a_signal(make, server) ->
     assert "Traceback" not in rig.log.read_text()
 
 
+def test_the_launch_file_explains_its_arguments() -> None:
+    command = ["ros2", "launch", "d4_bringup", "tokenizer.launch.py", "--show-args"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    names = ("run", "contract", "codec", "server_python", "socket", "autostart", "namespace", "use_sim_time")
+    assert [name for name in names if f"'{name}':\n" not in said] == []
+    assert "no description" not in said
+
+
 def test_every_parameter_says_what_it_is(make) -> None:
     rig = make()
     names = rig.call(ListParameters, "tokenizer/list_parameters", ListParameters.Request()).result.names
