@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from d4_interfaces.msg import PolicyStatus
 from d4_interfaces.srv import SetTask
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
@@ -33,42 +33,25 @@ from std_srvs.srv import Trigger
 
 from d4_datasets import fields, messages, signals
 from d4_datasets.contract import Contract, Observation
-from d4_datasets.errors import UserError, sentence
+from d4_datasets.errors import UserError
 from d4_nodes import activation, wire
 from d4_nodes.codec import Codec
 from d4_nodes.guard import RULES, Guard, GuardConfig, Verdict
-from d4_nodes.health import Examiner, Thresholds
+from d4_nodes.health import ERROR, OK, Examiner, Finding, Thresholds
 from d4_nodes.inbox import Inbox
 from d4_nodes.link import Link
 from d4_nodes.loop import Loop, LoopConfig
 from d4_nodes.report import Histogram, Report
 from d4_nodes.ros import qos
+from d4_nodes.ros.lifecycle import Complaints, diagnostics, told
 from d4_nodes.ros.pictures import pick_decoder
 from d4_nodes.ros.policy_parameters import FIXED_WHILE_ACTIVE, PARAMETERS
 from d4_nodes.ros.shell import RosTypes, clock_of, declare, local, message_class, spin
 from d4_nodes.runner import Realtime, Runner
 from d4_nodes.wire import WireError
 
-_SUCCESS, _FAILURE, _ERROR = (
-    TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE, TransitionCallbackReturn.ERROR,
-)  # fmt: skip
-_Transition = Callable[["PolicyNode", LifecycleState], TransitionCallbackReturn]
-
-
-def _told(transition: _Transition) -> _Transition:
-    """rclpy swallows what a transition raises: here a refusal is one sentence, a bug has its traceback."""
-
-    @functools.wraps(transition)
-    def run(self: PolicyNode, state: LifecycleState) -> TransitionCallbackReturn:
-        try:
-            return transition(self, state)
-        except Exception as error:
-            text = str(error) if isinstance(error, WireError) else sentence(error)
-            self.refusal = text or repr(error)
-            self.get_logger().error(text or traceback.format_exc())
-            return _ERROR if text is None else _FAILURE
-
-    return run
+_SUCCESS = TransitionCallbackReturn.SUCCESS
+_ENOUGH = 10  # pictures until their median transport means something
 
 
 class PolicyNode(LifecycleNode):
@@ -82,7 +65,7 @@ class PolicyNode(LifecycleNode):
         self.refusal = ""  # why the last transition was refused
         self._now = clock_of(self)
         self._entities: list[tuple[Callable[[Any], Any], Any]] = []
-        self._complaints: dict[str, float] = {}
+        self._complain = Complaints(self.get_logger().warning)
         self._before: dict[str, tuple[Any, Histogram]] = {}  # newest message and transport while inactive
         self._said_state = ""
         group = MutuallyExclusiveCallbackGroup()
@@ -98,7 +81,7 @@ class PolicyNode(LifecycleNode):
 
     # -- transitions --
 
-    @_told
+    @told
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Read the contract, find the server, make topics."""
         self.refusal = ""
@@ -124,7 +107,7 @@ class PolicyNode(LifecycleNode):
         )
         return _SUCCESS
 
-    @_told
+    @told
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Measure a decision, refuse if it does not fit, and drive."""
         assert self.contract is not None
@@ -154,25 +137,25 @@ class PolicyNode(LifecycleNode):
         self.runner.start()
         return result
 
-    @_told
+    @told
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Stop, wait, safety action last; then publishers off and the report."""
         self._halt()
         return super().on_deactivate(state)
 
-    @_told
+    @told
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Give topics back."""
         self._release()
         return _SUCCESS
 
-    @_told
+    @told
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Stop as in deactivate, whatever else fails."""
         self.secure()
         return _SUCCESS
 
-    @_told
+    @told
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
         """After a bug: stopped and torn down, to be configured anew."""
         self.secure()
@@ -242,7 +225,10 @@ class PolicyNode(LifecycleNode):
             camera = contract.images[0]
             message, transport = self._before.get(camera.name, (None, Histogram()))
             size = None if message is None else self._decode(message).shape[:2]
-            arrives = transport.quantile_ms(0.5) if transport.count else 0.0
+            # the first pictures after a start are late, and would speak for all if there are few
+            few = transport.count < _ENOUGH
+            arrives = transport.smallest / 1e6 if few else transport.quantile_ms(0.5)
+            arrives = max(0.0, arrives) if transport.count else 0.0
             measured = activation.measure(link, contract, size, arrives)
             text = activation.require(measured, contract, self._get("allow_slow"))
             if measured.fits:
@@ -447,13 +433,6 @@ class PolicyNode(LifecycleNode):
         else:
             self.get_logger().info(line)
 
-    def _complain(self, text: str) -> None:
-        """Warn, about one thing at most every 5 s: a flood of warnings costs more than what it warns of."""
-        key, now = text[:60], time.monotonic()
-        if now - self._complaints.get(key, -1e9) > 5.0:
-            self._complaints[key] = now
-            self.get_logger().warning(text)
-
     def _complain_driving(self, text: str) -> None:
         """The promises of a command publisher count while commands are sent, not before the first."""
         if self.runner is not None and self.runner.loop.report.counts["commands"] > 1:
@@ -496,22 +475,12 @@ class PolicyNode(LifecycleNode):
         findings = [] if self.runner is None else self._examiner.look()
         if findings:
             self._look_for_rivals()
-        array = DiagnosticArray()
-        array.header.stamp = self.get_clock().now().to_msg()
-        for finding in findings:
-            status = DiagnosticStatus(
-                level=bytes([finding.level]),
-                name=f"{self.get_name()}: {finding.name}",
-                message=finding.message,
-            )
-            status.hardware_id = "" if self.contract is None else self.contract.name
-            status.values = [KeyValue(key=key, value=value) for key, value in finding.values.items()]
-            array.status.append(status)
         if self.runner is None:
-            level = DiagnosticStatus.ERROR if self.refusal else DiagnosticStatus.OK
-            name = f"{self.get_name()}: commands"
-            array.status = [DiagnosticStatus(level=level, name=name, message=self.refusal or "inactive")]
-        self._diagnostics.publish(array)
+            level = ERROR if self.refusal else OK
+            findings = [Finding("commands", level, self.refusal or "inactive", {})]
+        robot = "" if self.contract is None else self.contract.name
+        stamp = self.get_clock().now().to_msg()
+        self._diagnostics.publish(diagnostics(findings, self.get_name(), robot, stamp))
 
 
 def main() -> None:
