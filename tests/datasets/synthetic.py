@@ -153,7 +153,8 @@ def _rows(episodes: list[Episode], fps: float) -> pa.Table:
 
     def vectors(name: str) -> pa.Array:
         values = np.concatenate([getattr(e, name) for e in episodes] or [np.zeros((0, 2), np.float32)])
-        return pa.FixedSizeListArray.from_arrays(pa.array(values.astype(np.float32).ravel()), 2)
+        flat = pa.array(values.astype(np.float32).ravel())
+        return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
     return pa.table(
         {

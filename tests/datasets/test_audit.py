@@ -14,8 +14,8 @@ import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d4_datasets.audit import Audit, Verdict, audit
-from d4_datasets.scan import estimate_lag
+from d4_datasets.audit import Audit, audit
+from d4_datasets.checks.base import Verdict
 
 
 def _clean() -> list[synthetic.Episode]:
@@ -43,13 +43,14 @@ def test_clean_data_pass(tmp_path: Path) -> None:
     summary = result.summary
     assert (summary["episodes"], summary["frames"]) == (3, 85)
     assert summary["hours"] == pytest.approx(8.5 / 3600)
-    assert summary["labelled_frames"] == pytest.approx(65 / 85)
-    assert summary["labelled_episodes"] == pytest.approx(2 / 3)
-    assert summary["cache_bytes"] == 85 * 16 * 24 * 3
+    assert result.labels["frames"] == pytest.approx(65 / 85)
+    assert result.labels["episodes"] == pytest.approx(2 / 3)
+    assert result.room["cache_bytes"] == 85 * 16 * 24 * 3
     assert [row.frames for row in result.episodes] == [40, 25, 20]
     assert [row.returns for row in result.episodes] == [[1, 0], [0, 1], [0, 0]]
     assert [row.terminal for row in result.episodes] == [True, True, False]
-    assert result.tasks["right"] == {"episodes": 1, "frames": 25, "rewarded_episodes": 1}
+    right = result.tasks["right"]
+    assert (right["episodes"], right["frames"], right["rewarded_episodes"]) == (1, 25, 1)
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["exit_code"] == 0
 
 
@@ -67,7 +68,7 @@ def test_label_share_equals_truth(
     result = _audit(tmp_path_factory.mktemp("share"), made)
     known = [min(known, length) for length, known in plan]
     assert [row.labelled for row in result.episodes] == known
-    assert result.summary["labelled_frames"] == pytest.approx(sum(known) / sum(n for n, _ in plan))
+    assert result.labels["frames"] == pytest.approx(sum(known) / sum(n for n, _ in plan))
 
 
 def test_unlabelled_data_is_a_warning(tmp_path: Path) -> None:
@@ -134,7 +135,9 @@ def test_gap_in_a_recording(tmp_path: Path) -> None:
 def test_many_stale_frames(tmp_path: Path) -> None:
     made = _clean()
     made[0].provenance = {"stale": 30}
-    assert "35.3% stale" in _found(_audit(tmp_path, made), "WARN", "episodes")[0].message
+    result = _audit(tmp_path, made)
+    assert "35.3% stale frames: pictures came at about 6.5 Hz" in _found(result, "WARN", "rate")[0].message
+    assert result.times["achieved_hz"] == pytest.approx(10 * 55 / 85)
 
 
 def test_action_outside_the_contract(tmp_path: Path) -> None:
@@ -225,34 +228,6 @@ def test_tasks_without_data_or_reward(tmp_path: Path) -> None:
     assert warnings[1].startswith("no reward in any episode for right")
     made[1].task = 7
     assert "25 frames have a task" in _found(_audit(tmp_path / "b", made), "ERROR", "tasks")[0].message
-
-
-def _moving(lag: int, frames: int = 300, seed: int = 0) -> synthetic.Episode:
-    """Noise whose amount of change is set by the action of `lag` frames before."""
-    rng = np.random.default_rng(seed)
-    episode = synthetic.episode(frames, seed)
-    change = np.roll(np.abs(episode.action).sum(1), lag)
-    level = np.cumsum(change[:-1] * 20 * rng.choice([-1, 1], frames - 1))
-    episode.images[1:] = (128 + 100 * np.sin(level / 100))[:, None, None, None].astype(np.uint8)
-    episode.images[:, 0, 0, 0] = np.arange(frames) % 256
-    return episode
-
-
-@pytest.mark.parametrize(("lag", "level"), [(-1, "WARN"), (0, "OK"), (2, "OK"), (5, "WARN")])
-def test_lag_of_the_picture_is_measured(tmp_path: Path, lag: int, level: str) -> None:
-    result = _audit(tmp_path, [_moving(lag, seed=seed) for seed in range(2)])
-    assert result.lag["frames"] == lag
-    assert len(_found(result, level, "lag")) == 1
-
-
-def test_lag_is_not_made_up(tmp_path: Path) -> None:
-    result = _audit(tmp_path, [synthetic.episode(12)])
-    assert result.lag["frames"] is None
-    rng = np.random.default_rng(0)
-    noise = [(rng.random(799), rng.random((800, 2)), np.ones(800, bool))]
-    found = estimate_lag(noise)
-    assert found is not None
-    assert found[1][found[0]] < 0.3
 
 
 def _command(*arguments: object) -> subprocess.CompletedProcess[str]:
