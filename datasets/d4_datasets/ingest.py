@@ -126,20 +126,25 @@ def ingest(
     jobs: int = 1,
     clip_actions: Sequence[str] = (),
     kind: str | None = None,
+    skip: Path | None = None,
 ) -> Summary:
     """Ingest all recordings under `paths` (only those of `kind`) into the dataset `out`, adding to what is
     there.
 
-    Recordings already in the dataset (by name, size and time) are skipped. Raises UserError for anything
-    wrong with the recordings, the contract or `out`, in which case `out` is as it was.
+    Recordings already in the dataset (by name, size and time) are skipped, and so are those that `skip` names,
+    see `read_names`. Raises UserError for anything wrong with the recordings, the contract or `out`, in which
+    case `out` is as it was.
     """
     unknown = set(clip_actions) - {channel.name for channel in contract.actions}
     if unknown:
         raise UserError(f"--clip-actions {min(unknown)}: the contract has no action channel of that name")
     began = time.monotonic()
     summary = Summary()
+    unwanted = set() if skip is None else read_names(skip)
     found = [one for path in paths for one in sources.find(path, kind)]
-    readers = {one.path.resolve(): one.reader for one in found}
+    readers = {
+        one.path.resolve(): one.reader for one in found if not {one.path.name, one.path.stem} & unwanted
+    }
     bags = list(readers)
     parts = out.absolute().parent / f".tmp-{out.name}-parts"
     with _only_one(parts, out), LeRobotWriter(out, contract) as writer:
@@ -175,6 +180,21 @@ def ingest(
     shutil.rmtree(parts, ignore_errors=True)
     summary.seconds = time.monotonic() - began
     return summary
+
+
+def read_names(path: Path) -> set[str]:
+    """Names of recordings: the lines of a file, or the names of the files in a folder.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        if path.is_dir():
+            return {entry.name for entry in path.iterdir()}
+        return {name for line in path.read_text(encoding="utf-8").splitlines() if (name := line.strip())}
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"cannot read the list of recordings to leave out, {path}: {reason}") from None
 
 
 def _add_part(writer: LeRobotWriter, part: Path, entry: dict[str, Any], summary: Summary) -> None:
@@ -311,6 +331,9 @@ class Options:
     kind: str | None = None
     """Take only recordings of this kind, where a folder holds several kinds or one could be two."""
 
+    skip: Path | None = None
+    """Leave out the recordings that are named in this file, one a line, or by the files of this folder."""
+
     clip_actions: tuple[str, ...] = ()
     """Action channels whose commands outside the contract's limits are clipped instead of refused."""
 
@@ -326,7 +349,9 @@ def _main(options: Options) -> None:
             "no bags given; name bags or folders of bags: d4-ingest BAGS --contract robot.yaml --out DATASET"
         )
     contract = Contract.load(options.contract)
-    summary = ingest(options.source, contract, options.out, options.jobs, options.clip_actions, options.kind)
+    summary = ingest(
+        options.source, contract, options.out, options.jobs, options.clip_actions, options.kind, options.skip
+    )
     for warning in summary.warnings[:20]:
         print(f"warning: {warning}", file=sys.stderr)
     if len(summary.warnings) > 20:

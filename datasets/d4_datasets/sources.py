@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from d4_datasets import recording
+from d4_datasets import contractor, minerl_streams, recording
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_datasets.lerobot import Episode
@@ -40,7 +40,7 @@ class Reader(Protocol):
         """(episodes, warnings); images are `Video`s in `folder`. Raises UserError naming what is wrong."""
 
 
-READERS: tuple[Reader, ...] = (recording,)
+READERS: tuple[Reader, ...] = (recording, contractor, minerl_streams)
 
 
 class Found(NamedTuple):
