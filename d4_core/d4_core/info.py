@@ -21,7 +21,8 @@ import tyro
 from safetensors import safe_open
 
 from d4_core import checkpoint, threads
-from d4_core.config import PHASES, Preset, from_dict, preset
+from d4_core.config import PHASES, PRESETS, Preset, from_dict, preset
+from d4_core.estimate import training_seconds, work
 from d4_core.memory import available_bytes, costs
 from d4_datasets.bags import Bag, find_bags
 from d4_datasets.contract import Contract
@@ -52,9 +53,10 @@ class InfoArgs:
     path: Annotated[Path | None, tyro.conf.Positional] = None
     """Bag, dataset, run folder or checkpoint folder; without it the installation is described."""
     preset: str | None = None
-    """Count parameters, FLOPs and memory of this preset (nano, small, base, large, paper) for --contract."""
+    """Say what this preset (nano, small, base, large, paper, or all) costs for --contract or the dataset:
+    parameters, FLOPs, memory, and the time that training takes on this machine."""
     contract: Path | None = None
-    """robot.yaml that the preset is counted for."""
+    """robot.yaml that the preset is counted for; a dataset brings its own."""
 
 
 def main() -> None:
@@ -63,12 +65,15 @@ def main() -> None:
 
 
 def _main(args: InfoArgs) -> None:
-    if (args.preset is None) != (args.contract is None):
+    dataset = args.path if args.path is not None and (args.path / "meta" / "d4.json").exists() else None
+    described = args.contract is not None or dataset is not None
+    if (args.contract is not None and args.preset is None) or (args.preset is not None and not described):
         raise UserError(
-            "--preset and --contract belong together: d4-info --preset paper --contract robot.yaml"
+            "--preset and --contract belong together: d4-info --preset paper --contract robot.yaml; "
+            "or name a dataset: d4-info DATASET --preset paper"
         )
-    if args.preset is not None and args.contract is not None:
-        _print(preset_facts(preset(args.preset), Contract.load(args.contract)))
+    if args.preset is not None:
+        _print(_cost_facts(args.preset, args.contract, dataset))
     if args.path is not None:
         _print(path_facts(args.path))
     elif args.preset is None:
@@ -181,12 +186,8 @@ def path_facts(path: Path) -> list[Fact]:
 
 def dataset_facts(root: Path) -> list[Fact]:
     """Episodes, frames, hours, labels and contract of a dataset; reads its metadata only."""
-    path = root / "meta" / "d4.json"
-    try:
-        meta = json.loads(path.read_text())
-        episodes, contract = meta["episodes"], Contract.from_dict(meta["contract"], str(path))
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}); write the dataset again with d4-ingest") from None
+    meta = _dataset_meta(root)
+    episodes, contract = meta["episodes"], Contract.from_dict(meta["contract"], str(root))
     frames = sum(e["frames"] for e in episodes)
     labelled = [e for e in episodes if e["labelled"]]
     share = sum(e["labelled"] for e in episodes) / max(1, frames)
@@ -203,6 +204,16 @@ def dataset_facts(root: Path) -> list[Fact]:
         Fact("on disk", f"{_bytes(size)} without the frame cache"),
         *contract_facts(contract),
     ]  # fmt: skip
+
+
+def _dataset_meta(root: Path) -> dict[str, Any]:
+    path = root / "meta" / "d4.json"
+    try:
+        meta: dict[str, Any] = json.loads(path.read_text())
+        Contract.from_dict(meta["contract"], str(path))
+        return meta | {"episodes": meta["episodes"]}
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}); write the dataset again with d4-ingest") from None
 
 
 def contract_facts(contract: Contract) -> list[Fact]:
@@ -321,6 +332,59 @@ def preset_facts(settings: Preset, contract: Contract) -> list[Fact]:
                        f"about {_bytes(cost.train_bytes)} to train")
         )  # fmt: skip
     return [*facts, Fact("total", f"{_si(total)}parameters for {contract.name}")]
+
+
+def _cost_facts(name: str, path: Path | None, dataset: Path | None) -> list[Fact]:
+    """What a preset (or each of them) costs for a contract, or for a dataset and its contract."""
+    frames = None
+    if dataset is not None:
+        meta = _dataset_meta(dataset)
+        frames = sum(e["frames"] for e in meta["episodes"])
+    contract = Contract.load(path) if path is not None else Contract.from_dict(meta["contract"], str(dataset))
+    if name != "all":
+        return [*preset_facts(preset(name), contract), *time_facts(preset(name), contract, frames)]
+    return [_preset_line(name, settings, contract, frames) for name, settings in PRESETS.items()]
+
+
+def time_facts(settings: Preset, contract: Contract, frames: int | None = None) -> list[Fact]:
+    """How long each phase trains on this machine, and how often it sees each of `frames` frames."""
+    facts, tasks = [], work(settings, contract)
+    seconds = training_seconds(settings, contract, _device())
+    for phase, task in tasks.items():
+        text = f"about {_time(seconds[phase])} for {task.steps} steps"
+        if frames and phase != "imagination":
+            text += f", each frame {task.frames / frames:.3g} times"
+        facts.append(Fact(f"{phase} time", text))
+    where = "GPU" if _device().type == "cuda" else "CPU, as busy as now"
+    return [*facts, Fact("total time", f"about {_time(sum(seconds.values()))} on this machine's {where}")]
+
+
+def _preset_line(name: str, settings: Preset, contract: Contract, frames: int | None) -> Fact:
+    try:
+        cost = costs(settings, contract)
+    except UserError as error:
+        return Fact(name, f"does not fit: {error}")
+    count, size = sum(c.parameters for c in cost.values()), max(c.train_bytes for c in cost.values())
+    took = sum(training_seconds(settings, contract, _device()).values())
+    text = f"{_si(count)}parameters, {_bytes(size)} to train, about {_time(took)} here"
+    seen = work(settings, contract)["dynamics"].frames
+    return Fact(name, text + (f"; dynamics sees each frame {seen / frames:.3g} times" if frames else ""))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _time(seconds: float) -> str:
+    """Two digits and a unit: 12 min, 3.4 days."""
+    for limit, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * limit:
+            return f"{_two(seconds / limit)} {unit}"
+    return f"{_two(seconds)} s"
+
+
+def _two(value: float) -> str:
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def _si(value: float) -> str:

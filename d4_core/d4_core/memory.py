@@ -41,20 +41,17 @@ def costs(preset: Preset, contract: Contract) -> dict[str, Cost]:
         models = build(preset, contract, "agent")
     assert models.dynamics is not None
     assert models.agent is not None
-    tok, dyn = models.tokenizer.cfg, models.dynamics.cfg
-    patches = sum((c.height // tok.patch) * (c.width // tok.patch) for c in tok.cameras)
-    tok_slots = tok.num_latents + patches + len(tok.vectors)
-    dyn_slots = dyn.world_slots + dyn.agent_tokens
+    tok, dyn, width = models.tokenizer.cfg, models.dynamics.cfg, slots(preset, contract)
     t, d = preset.tokenizer_training, preset.dynamics_training
     frames = {"tokenizer": t.batch, "dynamics": d.batch * d.length, "agent": d.batch * d.length}
     shape: dict[str, tuple[nn.Module, TransformerConfig, int, int]] = {
-        "tokenizer": (models.tokenizer, tok.transformer, tok_slots, 2),
-        "dynamics": (models.dynamics, dyn.transformer, dyn_slots, 1),
+        "tokenizer": (models.tokenizer, tok.transformer, width["tokenizer"], 2),
+        "dynamics": (models.dynamics, dyn.transformer, width["dynamics"], 1),
     }
     out = {}
-    for name, (module, cfg, slots, stacks) in shape.items():
-        per_frame = stacks * slots * (_layer_flops(cfg, slots) * cfg.depth)
-        kept = 4 * _ACTIVATIONS * cfg.dim * cfg.depth * slots * stacks * frames[name]
+    for name, (module, cfg, count, stacks) in shape.items():
+        per_frame = stacks * count * (layer_flops(cfg, count) * cfg.depth)
+        kept = 4 * _ACTIVATIONS * cfg.dim * cfg.depth * count * stacks * frames[name]
         out[name] = Cost(_count(module), per_frame, _BYTES_PER_PARAMETER * _count(module) + kept)
     heads = _count(models.agent)
     both = out["dynamics"].train_bytes + _BYTES_PER_PARAMETER * heads
@@ -62,11 +59,21 @@ def costs(preset: Preset, contract: Contract) -> dict[str, Cost]:
     return out
 
 
+def slots(preset: Preset, contract: Contract) -> dict[str, int]:
+    """Tokens of one frame in tokenizer (encoder or decoder) and dynamics."""
+    tok, dyn = preset.tokenizer_config(contract), preset.dynamics_config(contract)
+    patches = sum((c.height // tok.patch) * (c.width // tok.patch) for c in tok.cameras)
+    return {
+        "tokenizer": tok.num_latents + patches + len(tok.vectors),
+        "dynamics": dyn.world_slots + dyn.agent_tokens,
+    }
+
+
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _layer_flops(cfg: TransformerConfig, slots: int) -> float:
+def layer_flops(cfg: TransformerConfig, slots: int) -> float:
     """FLOPs of one layer per token, averaged over space and time layers."""
     width, keys = cfg.dim, cfg.kv_heads * cfg.head_dim
     matrices = 2 * width * width + 2 * width * keys + 3 * width * int(width * cfg.mlp_ratio)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 import toy_run
 
 from d4_core import info
-from d4_core.config import preset
+from d4_core.config import PHASES, PRESETS, preset
 from d4_datasets.bags import BagWriter, new
 from d4_datasets.errors import UserError
 
@@ -181,3 +182,38 @@ def test_numbers_read_well():
     assert said == ["12", "1.5 k", "2.5 M", "1.6 G", "3 T"]
     assert info._bytes(5 * 2**20) == "5 MiB"
     assert info._bytes(3 * 2**30) == "3.0 GiB"
+
+
+def test_a_preset_is_timed_for_a_dataset(place, monkeypatch, capsys):
+    monkeypatch.setattr(info, "training_seconds", lambda *_: dict.fromkeys(PHASES, 3600.0))
+    camera = {**toy_run.contract().to_dict()["observations"][0], "size": [32, 48]}
+    root = toy_run.write_dataset(place / "timed", (6, 10))
+    meta = json.loads((place / "timed/meta/d4.json").read_text())
+    meta["contract"]["observations"][0] = camera
+    (place / "timed/meta/d4.json").write_text(json.dumps(meta))
+    out = call(monkeypatch, capsys, str(place / "timed"), "--preset", "nano")
+    assert re.search(r"tokenizer time +about 60 min for 1500 steps, each frame 6e\+03 times", out)
+    assert re.search(r"total time +about 4 h on this machine's", out)
+    assert re.search(r"episodes +2 ", out)
+    assert root is not None
+    lines = call(monkeypatch, capsys, str(place / "timed"), "--preset", "all").splitlines()
+    assert [line.split()[0] for line in lines[:5]] == list(PRESETS)
+    assert all("parameters" in line for line in lines[:5])
+
+
+def test_a_preset_that_does_not_fit_the_cameras_is_said_among_all(tmp_path, monkeypatch, capsys):
+    (tmp_path / "robot.yaml").write_text(toy_run.contract().to_yaml())  # 16 x 24: no multiple of 16
+    monkeypatch.setattr(info, "training_seconds", lambda *_: dict.fromkeys(PHASES, 1.0))
+    out = call(monkeypatch, capsys, "--preset", "all", "--contract", str(tmp_path / "robot.yaml"))
+    assert re.search(r"^nano +does not fit: camera 'cam' is 16x24", out, re.MULTILINE)
+    assert re.search(r"^small .* about 4 s here$", out, re.MULTILINE)
+
+
+def test_times_read_well():
+    assert [info._time(s) for s in (0.5, 61, 130, 7300, 3.1e6)] == [
+        "0.5 s",
+        "61 s",
+        "2.2 min",
+        "2 h",
+        "36 days",
+    ]

@@ -1,0 +1,97 @@
+"""How long a preset trains: its work is counted, and the speed of this machine is measured for a moment."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from d4_core.config import PHASES, Preset
+from d4_core.loop import bf16_on_cpu
+from d4_core.memory import costs, layer_flops, slots
+from d4_core.transformer import Transformer, TransformerConfig
+from d4_datasets.contract import Contract
+
+_STEP = 3.0  # a step forward and backward, in forward passes
+# Optimiser, losses, data and waiting come on top of the layers: `nano` on two cores (docs/results/demo.md)
+# took 1.9 (tokenizer), 1.9 (dynamics), 2.3 (agent) and 1.1 (imagination) times as long as its layers do.
+_REST = 2.0
+_PROBE_BYTES = 200e6  # of activations while measuring
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a phase has to do.
+
+    Attributes:
+        steps: optimiser steps.
+        frames: recorded frames that the steps train on, counted as often as they are drawn; for imagination
+            the imagined ones.
+        flops: floating-point operations of all steps.
+    """
+
+    steps: int
+    frames: int
+    flops: float
+
+
+def work(preset: Preset, contract: Contract) -> dict[str, Work]:
+    """Steps, frames and operations of every phase; gates and cached latents come on top."""
+    cost = costs(preset, contract)
+    tokenizer, dynamics, heads = (cost[name].flops for name in ("tokenizer", "dynamics", "agent"))
+    t, d, a = preset.tokenizer_training, preset.dynamics_training, preset.agent_training
+    i = preset.imagination_training
+    frames = {
+        "tokenizer": t.steps * t.batch,
+        "dynamics": d.steps * d.batch * d.length,
+        "agent": a.steps * a.batch * a.length,
+        "imagination": i.steps * i.batch * i.settings.horizon,
+    }
+    # The target of the shortcut loss takes two more forward passes of its clips; in the agent phase one half
+    # of the clips has it.
+    targets = [2 * c.bootstrap_rows * (1 - c.bootstrap_warmup) for c in (d, a.dynamics)]
+    per_frame = {
+        "tokenizer": _STEP * tokenizer,
+        "dynamics": (_STEP + targets[0]) * dynamics,
+        "agent": (_STEP + targets[1] / 2) * dynamics + _STEP * heads,
+        # A batch of rollouts serves several steps. Each of its frames is sampled and then committed.
+        "imagination": (i.settings.steps + 1) * dynamics / i.reuse + _STEP * heads,
+    }
+    steps = dict(zip(PHASES, (t.steps, d.steps, a.steps, i.steps), strict=True))
+    return {name: Work(steps[name], frames[name], frames[name] * per_frame[name]) for name in PHASES}
+
+
+def speed(cfg: TransformerConfig, width: int, device: torch.device) -> float:
+    """Floating-point operations per second of a few layers of a network with `width` slots a frame, forward
+    and backward in the precision of training, on this machine as busy as it is now.
+    """
+    small = replace(cfg, depth=cfg.time_every)
+    frames = max(1, int(_PROBE_BYTES / (160 * cfg.dim * small.depth * width)))
+    clip = min(frames, 8)
+    network = Transformer(small).to(device)
+    x = torch.randn(max(1, frames // clip), clip, width, cfg.dim, device=device)
+    reduced = device.type == "cuda" or bf16_on_cpu()
+    taken = []
+    for _ in range(3):
+        began = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
+            network(x).float().square().mean().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - began)
+    flops = _STEP * x.shape[0] * clip * width * layer_flops(cfg, width) * small.depth
+    return flops / min(taken[1:])  # the first pays for the start
+
+
+def training_seconds(preset: Preset, contract: Contract, device: torch.device) -> dict[str, float]:
+    """Seconds of every phase on this machine, gates not included: right within a factor of two or so."""
+    width = slots(preset, contract)
+    speeds = {
+        "tokenizer": speed(preset.tokenizer, width["tokenizer"], device),
+        "dynamics": speed(preset.dynamics, width["dynamics"], device),
+    }
+    return {
+        name: _REST * w.flops / speeds.get(name, speeds["dynamics"])
+        for name, w in work(preset, contract).items()
+    }

@@ -1,0 +1,48 @@
+"""Training time: the work that is counted is the work that is done, and the speed is measured."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import toy_run
+
+from d4_core import estimate
+from d4_core.config import PHASES
+from d4_core.memory import costs
+
+
+def test_work_grows_with_steps_and_batches() -> None:
+    contract, preset = toy_run.contract(), toy_run.PRESET
+    before = estimate.work(preset, contract)
+    t = preset.tokenizer_training
+    after = estimate.work(
+        replace(preset, tokenizer_training=replace(t, steps=2 * t.steps, batch=3 * t.batch)), contract
+    )
+    assert list(before) == list(PHASES)
+    assert after["tokenizer"].steps == 2 * before["tokenizer"].steps
+    assert after["tokenizer"].frames == 6 * before["tokenizer"].frames
+    assert after["tokenizer"].flops == pytest.approx(6 * before["tokenizer"].flops)
+    assert after["dynamics"] == before["dynamics"]
+    per_frame = before["tokenizer"].flops / before["tokenizer"].frames
+    assert per_frame == 3 * costs(preset, contract)["tokenizer"].flops
+
+
+def test_speed_is_what_the_layers_take(monkeypatch) -> None:
+    """A clock that says one second per pass makes the speed the operations of one pass."""
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    cfg = toy_run.PRESET.dynamics
+    monkeypatch.setattr(
+        estimate, "_PROBE_BYTES", 160 * cfg.dim * cfg.time_every * 5 * 4
+    )  # 4 frames of 5 slots
+    found = estimate.speed(cfg, 5, torch.device("cpu"))
+    assert found == pytest.approx(3 * 4 * 5 * estimate.layer_flops(cfg, 5) * cfg.time_every)
+
+
+def test_every_phase_takes_time() -> None:
+    seconds = estimate.training_seconds(toy_run.PRESET, toy_run.contract(), torch.device("cpu"))
+    assert list(seconds) == list(PHASES)
+    assert all(value > 0 for value in seconds.values())
