@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from d4_core.config import PRESETS, Preset
-from d4_datasets.contract import Action, Align, Contract, Episode, Observation, Reward, Tasks
+from d4_datasets.contract import Action, Align, Contract, Episode, Files, Observation, Reward, Tasks
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -202,7 +202,7 @@ def test_contracts_in_documents_are_valid(path: Path) -> None:
 
 def test_the_contract_guide_explains_every_key() -> None:
     text = (ROOT / "docs" / "contract.md").read_text()
-    kinds = (Contract, Observation, Action, Align, Tasks, Reward, Episode)
+    kinds = (Contract, Observation, Action, Align, Tasks, Reward, Episode, Files)
     keys = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     assert sorted(key for key in keys if not re.search(rf"`(\w+\.)?{key}[`.]", text)) == []
 

@@ -38,6 +38,7 @@ class Track:
     values: Any = field(default_factory=list)
     ordinals: Any = field(default_factory=list)
     lag: Any = field(default_factory=list)  # receive time minus stamp
+    known: np.ndarray | None = None  # of commands: False ends the one before and gives none; None: all are
     unstamped: int = 0
 
     def add(self, ordinal: int, receive: int, msg: Any) -> None:
@@ -173,11 +174,13 @@ class Aligned:
         moments = self.anchors + contract.latency_ns + align.command_slack(contract.period_ns)
         column = 0
         for channel in contract.actions:
-            stamps = self.tracks[f"action.{channel.name}"].stamps
-            index = align.sample(stamps, moments, channel.align, contract.period_ns)
-            if len(stamps):
+            track = self.tracks[f"action.{channel.name}"]
+            index = align.sample(track.stamps, moments, channel.align, contract.period_ns)
+            if len(track.stamps):
                 self.action[:, column : column + channel.dim] = self.commands[channel.name][index]
             self.mask &= index >= 0
+            if track.known is not None and len(track.stamps):
+                self.mask &= track.known[index]
             column += channel.dim
         self.action[~self.mask] = 0
 
@@ -283,3 +286,12 @@ class FrameWriter:
             if self.place in self.ends:
                 self.videos.append(self.encoder.close())
                 self.encoder = None
+
+    def abort(self) -> None:
+        """Remove what has been written."""
+        if self.encoder is not None:
+            self.videos.append(self.encoder.close())
+            self.encoder = None
+        for video in self.videos:
+            video.path.unlink()
+        self.videos = []

@@ -33,6 +33,7 @@ ROLES = ("input", "probe")
 KINDS = ("continuous", "binary", "categorical")
 SAFETY = ("none", "hold", "zeros")
 REDUCE = ("last", "sum")
+_NOT_OF_ROBOT = ("lerobot",)
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _TYPE = re.compile(r"[a-zA-Z]\w*/msg/[A-Za-z]\w*")
@@ -62,7 +63,11 @@ class Align:
 
 @dataclass(frozen=True)
 class Observation:
-    """One observed stream: a camera (`size` = height, width) or a vector (`select` = field paths)."""
+    """One observed stream: a camera (`size` = height, width) or a vector (`select` = field paths).
+
+    lerobot: the features, or elements of features, of other people's LeRobotDatasets that it is read from,
+      here and everywhere below; empty for those of the same name.
+    """
 
     name: str
     topic: str
@@ -72,6 +77,7 @@ class Observation:
     select: tuple[str, ...] = ()
     units: tuple[str, ...] = ()
     role: str = "input"
+    lerobot: tuple[str, ...] = ()
 
     @property
     def is_image(self) -> bool:
@@ -100,6 +106,7 @@ class Action:
     high: tuple[float, ...] = ()
     max_rate: tuple[float, ...] | None = None
     classes: int | None = None
+    lerobot: tuple[str, ...] = ()
 
     @property
     def dim(self) -> int:
@@ -114,16 +121,21 @@ class Signal:
     topic: str
     type: str
     select: str
+    lerobot: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Where the task comes from. A string selects a name of `names`, a number its index."""
+    """Where the task comes from. A string selects a name of `names`, a number its index.
+
+    lerobot: the task strings of a LeRobotDataset that stand for the `names`, one for each.
+    """
 
     topic: str
     type: str
     select: str
     names: tuple[str, ...]
+    lerobot: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,7 @@ class Reward:
     type: str
     select: str
     reduce: str = "last"
+    lerobot: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -214,8 +227,10 @@ class Contract:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex) of the canonical form: the same for two files that mean the same."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        """sha256 (hex) of the canonical form, the same for two files that mean the same robot: how recordings
+        lie on somebody's disk (`lerobot`) does not count.
+        """
+        text = json.dumps(_of_robot(self.to_dict()), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -273,6 +288,13 @@ def _limits(channel: Action) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return channel.low, channel.high
     top = 1.0 if channel.kind == "binary" else float((channel.classes or 1) - 1)
     return (0.0,) * channel.dim, (top,) * channel.dim
+
+
+def _of_robot(plain: Any) -> Any:
+    """Plain data without what says only how recordings lie on somebody's disk."""
+    if isinstance(plain, dict):
+        return {key: _of_robot(value) for key, value in plain.items() if key not in _NOT_OF_ROBOT}
+    return [_of_robot(value) for value in plain] if isinstance(plain, list) else plain
 
 
 def _plain(value: Any) -> Any:
@@ -384,6 +406,16 @@ class _Node:
             raise self.error(key, f"an entry stands twice in {values}")
         return tuple(values)
 
+    def features(self, count: int) -> tuple[str, ...]:
+        """`lerobot`: one text, which stands for the whole feature, or `count` texts; empty if absent."""
+        value = self.take("lerobot", None)
+        if value is None:
+            return ()
+        entries = self.texts("lerobot") if not isinstance(value, str) else (self.text("lerobot"),)
+        if len(entries) not in (1, count):
+            raise self.error("lerobot", f"has {len(entries)} entries; write one feature, or {count} elements")
+        return entries
+
     def _list(self, key: str, value: Any, length: int | None) -> list[Any]:
         if not isinstance(value, list) or not value:
             raise self.error(key, "must be a list with at least one entry")
@@ -425,7 +457,9 @@ def _observation(node: _Node) -> Observation:
     role = node.choice("role", ROLES, "input")
     if camera and role != "input":
         raise node.error("role", "a camera is always an input; only vectors can be probes")
-    stream = Observation(name, topic, kind, _align(node, camera=camera), size, select, units, role)
+    features = node.features(max(1, len(select)))
+    align = _align(node, camera=camera)
+    stream = Observation(name, topic, kind, align, size, select, units, role, features)
     node.finish()
     return stream
 
@@ -451,15 +485,18 @@ def _action(node: _Node) -> Action:
             raise node.error("classes", f"must be a whole number of at least 2, not {classes!r}")
     units = () if node.take("units", None) is None else node.texts("units", dim)
     safety = node.choice("safety", SAFETY)
-    align = _align(node, camera=False)
+    align, features = _align(node, camera=False), node.features(dim)
     node.finish()
-    return Action(name, topic, type_, select, safety, align, units, kind, low, high, max_rate, classes)
+    return Action(
+        name, topic, type_, select, safety, align, units, kind, low, high, max_rate, classes, features
+    )
 
 
-def _signal(node: _Node | None) -> Signal | None:
+def _signal(node: _Node | None, is_start: bool = False) -> Signal | None:
     if node is None:
         return None
-    signal = Signal(node.topic(), node.type(), node.text("select", "data"))
+    topic, type_, select = node.topic(), node.type(), node.text("select", "data")
+    signal = Signal(topic, type_, select, () if is_start else node.features(1))
     node.finish()
     return signal
 
@@ -467,7 +504,11 @@ def _signal(node: _Node | None) -> Signal | None:
 def _tasks(node: _Node | None) -> Tasks | None:
     if node is None:
         return None
-    tasks = Tasks(node.topic(), node.type(), node.text("select", "data"), node.texts("names"))
+    topic, type_, select, names = node.topic(), node.type(), node.text("select", "data"), node.texts("names")
+    strings = () if node.take("lerobot", None) is None else node.texts("lerobot")
+    if len(strings) not in (0, len(names)):
+        raise node.error("lerobot", f"has {len(strings)} task strings; write one for each of {list(names)}")
+    tasks = Tasks(topic, type_, select, names, strings)
     node.finish()
     return tasks
 
@@ -476,7 +517,7 @@ def _reward(node: _Node | None) -> Reward | None:
     if node is None:
         return None
     reduce = node.choice("reduce", REDUCE, "last")
-    reward = Reward(node.topic(), node.type(), node.text("select", "data"), reduce)
+    reward = Reward(node.topic(), node.type(), node.text("select", "data"), reduce, node.features(1))
     node.finish()
     return reward
 
@@ -487,6 +528,6 @@ def _episode(node: _Node | None) -> Episode:
     max_s = node.take("max_s", None)
     if max_s is not None:
         max_s = node.number("max_s", above=0.0)
-    episode = Episode(_signal(node.child("start")), _signal(node.child("terminal")), max_s)
+    episode = Episode(_signal(node.child("start"), is_start=True), _signal(node.child("terminal")), max_s)
     node.finish()
     return episode

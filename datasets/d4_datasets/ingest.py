@@ -221,7 +221,7 @@ def _identity(bag: Path, reader: sources.Reader) -> dict[str, Any]:
 
 
 def _key(entry: dict[str, Any], contract: Contract, clip: Sequence[str]) -> str:
-    text = json.dumps([_PART_FORMAT, entry, contract.hash, sorted(clip)])
+    text = json.dumps([_PART_FORMAT, entry, contract.to_dict(), sorted(clip)])  # the hash leaves things out
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from d4_datasets import contractor, minerl_streams, recording
+from d4_datasets import contractor, lerobot_source, minerl_streams, recording
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_datasets.lerobot import Episode
@@ -40,7 +40,7 @@ class Reader(Protocol):
         """(episodes, warnings); images are `Video`s in `folder`. Raises UserError naming what is wrong."""
 
 
-READERS: tuple[Reader, ...] = (recording, contractor, minerl_streams)
+READERS: tuple[Reader, ...] = (recording, lerobot_source, contractor, minerl_streams)
 
 
 class Found(NamedTuple):
@@ -65,6 +65,8 @@ def find(source: str | Path, kind: str | None = None) -> list[Found]:
     if not source.exists():
         raise UserError(f"{source} does not exist; give a recording or a folder of recordings")
     found = list(_below(source, readers))
+    if kind is None:  # a dataset that bags beside it were made into would be these once more
+        found = [one for one in found if one.path == source or not (one.path / "meta" / "d4.json").is_file()]
     if not found:
         ros1 = next(source.rglob("*.bag"), None) if source.is_dir() else source
         if ros1 is not None and ros1.suffix == ".bag":

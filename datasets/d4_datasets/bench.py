@@ -1,0 +1,177 @@
+"""What ingest costs beside decoding alone: python -m d4_datasets.bench ingest-video (or ingest-mcap) FILE.
+
+Both are timed in turns in one run, so that a busy machine slows both, and the fastest of each counts. Every
+picture is used. Without FILE one is made: a minute of 640 x 360 at 20 Hz.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import av
+import cv2
+import numpy as np
+import tyro
+from mcap.reader import make_reader
+from rosbags.typesys import Stores, get_typestore
+
+from d4_datasets import bags, messages
+from d4_datasets.bags import Bag, BagWriter
+from d4_datasets.contract import PICTURE_TYPES, Contract
+from d4_datasets.errors import UserError, run_cli
+from d4_datasets.ingest import ingest
+
+_SIZE, _HZ, _FRAMES = (360, 640), 20, 1200
+_TWIST = "geometry_msgs/msg/Twist"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time d4-ingest against decoding alone of the same file."""
+
+    what: Annotated[Literal["ingest-video", "ingest-mcap"], tyro.conf.Positional]
+    """What to ingest."""
+
+    file: Annotated[Path | None, tyro.conf.Positional] = None
+    """A video, or an MCAP file with a camera; without it one is made."""
+
+    size: int = 64
+    """Height and width that pictures are resized to."""
+
+    repeats: int = 3
+    """How often each is timed."""
+
+
+def contract(rate_hz: float, size: int, topic: str = "/camera", type_: str = PICTURE_TYPES[1]) -> Contract:
+    """A robot with one camera at the rate of its pictures, and a base."""
+    align = {"strategy": "hold", "timeline": "receive", "tolerance_ms": 2000.0 / rate_hz}
+    camera = {"name": "front", "topic": topic, "type": type_, "size": [size, size], "align": align}
+    base = {"name": "base", "topic": "/cmd_vel", "type": _TWIST, "select": ["linear.x", "angular.z"]}
+    limits = {"low": [-1.0, -1.0], "high": [1.0, 1.0], "safety": "zeros", "align": align}
+    robot = {"name": "bench", "rate_hz": rate_hz, "latency_ms": 0, "observations": [camera]}
+    return Contract.from_dict(robot | {"actions": [base | limits]})
+
+
+def pictures(frames: int) -> Any:
+    """A camera that moves over a landscape of clouds, uint8 [H, W, 3] each."""
+    rng, (height, width) = np.random.default_rng(0), _SIZE
+    coarse = rng.integers(0, 256, (24, 40, 3), np.uint8)
+    land = cv2.resize(coarse, (4 * width, 4 * height), interpolation=cv2.INTER_CUBIC).astype(np.int16)
+    land = np.clip(land + rng.integers(-9, 10, land.shape, np.int16), 0, 255).astype(np.uint8)
+    for k in range(frames):
+        x, y = (round(1.5 * w * (1 + np.sin(k / s))) for w, s in ((width, 90), (height, 70)))
+        yield np.ascontiguousarray(land[y : y + height, x : x + width])
+
+
+def make_video(path: Path, frames: int = _FRAMES) -> None:
+    """Write an H.264 video as cameras and recorders write it."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=_HZ, options={"crf": "23", "preset": "fast"})
+        stream.height, stream.width = _SIZE
+        for picture in pictures(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def make_bag(path: Path, frames: int = _FRAMES) -> None:
+    """Write a bag with jpeg pictures and commands."""
+    with BagWriter(path) as writer:
+        for k, picture in enumerate(pictures(frames)):
+            stamp = 1_700_000_000_000_000_000 + k * 1_000_000_000 // _HZ
+            writer.write("/camera", PICTURE_TYPES[1], stamp, bags.compressed_image(picture, stamp, "jpeg"))
+            writer.write("/cmd_vel", _TWIST, stamp, bags.new(_TWIST))
+
+
+def decode_video(path: Path) -> int:
+    """Decode all frames of a video with PyAV, threads as ingest has them."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        return sum(1 for _ in container.decode(stream))
+
+
+def decode_bag(path: Path, topic: str) -> int:
+    """Read all messages with mcap, deserialize them with rosbags and decode the pictures of `topic`."""
+    store, count = get_typestore(Stores.ROS2_HUMBLE), 0
+    for file in [path] if path.is_file() else sorted(path.glob("*.mcap")):
+        with file.open("rb") as stream:
+            for schema, channel, message in make_reader(stream).iter_messages():
+                if schema is not None and schema.name in store.fielddefs:
+                    msg = store.deserialize_cdr(message.data, schema.name)
+                    if channel.topic == topic:
+                        messages.decode(msg)
+                        count += 1
+    return count
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def compare(name: str, path: Path, robot: Contract, decode: Callable[[], int], repeats: int) -> float:
+    """Print both times; returns how many times as long ingest took."""
+    frames = decode()  # the file is in memory for both
+    alone, whole = [], []
+    for _ in range(repeats):
+        alone.append(timed(decode))
+        with tempfile.TemporaryDirectory() as folder:
+            whole.append(timed(partial(ingest, [path], robot, Path(folder) / "dataset")))
+    ratio = min(whole) / min(alone)
+    height, width = robot.images[0].size or (0, 0)
+    for what, seconds in ((name, min(alone)), (f"d4-ingest to {width} x {height}", min(whole))):
+        print(f"{what:<36} {seconds:7.2f} s {frames / seconds:8.0f} frames/s")
+    print(f"ingest takes {ratio:.2f} times as long as decoding alone ({frames} frames, best of {repeats})")
+    return ratio
+
+
+def bench_video(path: Path, size: int = 64, repeats: int = 3) -> float:
+    """Ingest of a video against PyAV; returns the ratio."""
+    with av.open(str(path)) as container:
+        rate = container.streams.video[0].average_rate
+    return compare(
+        "PyAV decodes", path, contract(float(rate or _HZ), size), lambda: decode_video(path), repeats
+    )
+
+
+def bench_bag(path: Path, size: int = 64, repeats: int = 3) -> float:
+    """Ingest of a bag's first camera against mcap and rosbags; returns the ratio."""
+    bag = Bag(path)
+    cameras = [(topic, kind) for topic, kind in bag.topics.items() if kind in PICTURE_TYPES]
+    if not cameras:
+        raise UserError(f"{path} has no camera ({' or '.join(PICTURE_TYPES)})")
+    stamps = np.array([stamp for _, stamp, _ in bag.raw([cameras[0][0]])])
+    rate = 1e9 / float(np.median(np.diff(stamps))) if len(stamps) > 1 else _HZ
+    robot = contract(round(rate, 3), size, *cameras[0])
+    return compare(
+        "mcap, rosbags and OpenCV decode", path, robot, lambda: decode_bag(path, cameras[0][0]), repeats
+    )
+
+
+def main() -> None:
+    """The command python -m d4_datasets.bench."""
+    run_cli(lambda: _main(tyro.cli(Options, prog="python -m d4_datasets.bench")))
+
+
+def _main(options: Options) -> None:
+    is_video = options.what == "ingest-video"
+    run: Callable[[Path, int, int], float] = bench_video if is_video else bench_bag
+    if options.file is not None:
+        run(options.file, options.size, options.repeats)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / ("made.mp4" if is_video else "made")
+        (make_video if is_video else make_bag)(path)
+        run(path, options.size, options.repeats)
+
+
+if __name__ == "__main__":
+    main()
