@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from d4_datasets import files
 from d4_datasets.errors import UserError
+from d4_datasets.files import Files
 from d4_datasets.latents import TYPE as LATENTS_TYPE
 
 PICTURE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
@@ -33,7 +35,7 @@ ROLES = ("input", "probe")
 KINDS = ("continuous", "binary", "categorical")
 SAFETY = ("none", "hold", "zeros")
 REDUCE = ("last", "sum")
-_NOT_OF_ROBOT = ("lerobot",)
+_NOT_OF_ROBOT = ("files", "lerobot")
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _TYPE = re.compile(r"[a-zA-Z]\w*/msg/[A-Za-z]\w*")
@@ -176,6 +178,7 @@ class Contract:
     tasks: Tasks | None = None
     reward: Reward | None = None
     episode: Episode = Episode()
+    files: Files | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Contract:
@@ -206,6 +209,7 @@ class Contract:
             reward=_reward(node.child("reward")),
             episode=_episode(node.child("episode")),
         )
+        contract = dataclasses.replace(contract, files=_files(node.child("files"), contract))
         node.finish()
         if contract.max_ticks is not None and contract.max_ticks < 2:
             raise node.error("episode.max_s", "must last at least two ticks: one frame has no transition")
@@ -228,7 +232,7 @@ class Contract:
     @cached_property
     def hash(self) -> str:
         """sha256 (hex) of the canonical form, the same for two files that mean the same robot: how recordings
-        lie on somebody's disk (`lerobot`) does not count.
+        lie on somebody's disk (`files`, `lerobot`) does not count.
         """
         text = json.dumps(_of_robot(self.to_dict()), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
@@ -301,7 +305,7 @@ def _plain(value: Any) -> Any:
     """Dataclasses to dicts without empty entries, tuples to lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         items = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {name: _plain(item) for name, item in items if item not in (None, (), Episode())}
+        return {name: _plain(item) for name, item in items if item not in (None, (), {}, Episode())}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value
@@ -531,3 +535,10 @@ def _episode(node: _Node | None) -> Episode:
     episode = Episode(_signal(node.child("start"), is_start=True), _signal(node.child("terminal")), max_s)
     node.finish()
     return episode
+
+
+def _files(node: _Node | None, contract: Contract) -> Files | None:
+    columns = [f"observation.{vector.name}.{path}" for vector in contract.vectors() for path in vector.select]
+    rewards = [f"reward.{name}" for name in contract.task_names]
+    names = (*files.SIGNAL_COLUMNS, *contract.action_names, *columns, *rewards)
+    return files.parse(node, [camera.name for camera in contract.images], names)

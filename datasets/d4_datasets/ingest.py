@@ -141,7 +141,7 @@ def ingest(
     began = time.monotonic()
     summary = Summary()
     unwanted = set() if skip is None else read_names(skip)
-    found = [one for path in paths for one in sources.find(path, kind)]
+    found = [one for path in paths for one in sources.find(path, kind, contract)]
     readers = {
         one.path.resolve(): one.reader for one in found if not {one.path.name, one.path.stem} & unwanted
     }
@@ -154,7 +154,7 @@ def ingest(
         summary.skipped = len(bags) - len(fresh)
         names = {name for name, _, _ in known}
         for bag in fresh:
-            if bag.name in names:
+            if entries[bag]["name"] in names:
                 summary.warnings.append(
                     f"{bag} is in the dataset already with another size or time; both are kept"
                 )
@@ -214,7 +214,7 @@ def _add_part(writer: LeRobotWriter, part: Path, entry: dict[str, Any], summary:
 def _identity(bag: Path, reader: sources.Reader) -> dict[str, Any]:
     stats = [path.stat() for path in reader.files(bag)]
     return {
-        "name": bag.name,
+        "name": sources.name(sources.Found(bag, reader)),
         "size": sum(stat.st_size for stat in stats),
         "mtime_ns": max(stat.st_mtime_ns for stat in stats),
     }

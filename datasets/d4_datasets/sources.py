@@ -8,7 +8,9 @@ A reader is a module with four names:
     fill(path, contract, folder, clip)      its episodes, with lossless videos written into `folder`, and
                                             warnings
 
-Readers are asked in order, and whoever takes a folder keeps what is in it from the others.
+Readers are asked in order, and whoever takes a folder keeps what is in it from the others. A reader to whom
+the contract says what to take has `for_contract(contract)` besides, which gives the reader that goes by it;
+one that calls a recording otherwise than its path has `name(path)`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from d4_datasets import contractor, lerobot_source, minerl_streams, recording
+from d4_datasets import contractor, films, lerobot_source, minerl_streams, recording
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_datasets.lerobot import Episode
@@ -40,7 +42,8 @@ class Reader(Protocol):
         """(episodes, warnings); images are `Video`s in `folder`. Raises UserError naming what is wrong."""
 
 
-READERS: tuple[Reader, ...] = (recording, lerobot_source, contractor, minerl_streams)
+# Films take any video, and so come last.
+READERS: tuple[Reader, ...] = (recording, lerobot_source, contractor, minerl_streams, films)
 
 
 class Found(NamedTuple):
@@ -50,10 +53,10 @@ class Found(NamedTuple):
     reader: Reader
 
 
-def find(source: str | Path, kind: str | None = None) -> list[Found]:
+def find(source: str | Path, kind: str | None = None, contract: Contract | None = None) -> list[Found]:
     """The recordings under `source`, sorted: itself if it is one, else all below it.
 
-    Args: kind: only those of this kind.
+    Args: kind: only those of this kind. contract: what its `files` section says is heeded.
 
     Raises:
         UserError: there is none, or no such kind.
@@ -64,7 +67,8 @@ def find(source: str | Path, kind: str | None = None) -> list[Found]:
         raise UserError(f"there is no kind {kind!r}; kinds are {', '.join(r.KIND for r in READERS)}")
     if not source.exists():
         raise UserError(f"{source} does not exist; give a recording or a folder of recordings")
-    found = list(_below(source, readers))
+    readers = [_bound(reader, contract) for reader in readers]
+    found = _unclaimed(list(_below(source, readers)), readers)
     if kind is None:  # a dataset that bags beside it were made into would be these once more
         found = [one for one in found if one.path == source or not (one.path / "meta" / "d4.json").is_file()]
     if not found:
@@ -78,9 +82,33 @@ def find(source: str | Path, kind: str | None = None) -> list[Found]:
     return found
 
 
+def name(found: Found) -> str:
+    """What a recording is called."""
+    own = getattr(found.reader, "name", None)
+    return found.path.name if own is None else own(found.path)
+
+
+def _bound(reader: Reader, contract: Contract | None) -> Reader:
+    """The reader that goes by a contract, if there is one."""
+    make = getattr(reader, "for_contract", None)
+    return reader if make is None or contract is None else make(contract)
+
+
 def named(kind: str) -> Reader:
     """The reader of a kind."""
     return next(reader for reader in READERS if kind == reader.KIND)
+
+
+def _unclaimed(found: list[Found], readers: Sequence[Reader]) -> list[Found]:
+    """Without those whose file belongs to a recording of a reader before theirs, as a video to its lines."""
+    claimed: set[Path] = set()
+    dropped: set[Path] = set()
+    for one in sorted(found, key=lambda one: readers.index(one.reader)):
+        if one.path in claimed:
+            dropped.add(one.path)
+        elif one.path.is_file():
+            claimed.update(one.reader.files(one.path))
+    return [one for one in found if one.path not in dropped]
 
 
 def _below(path: Path, readers: Sequence[Reader]) -> Iterator[Found]:
