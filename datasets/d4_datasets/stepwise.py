@@ -13,6 +13,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from d4_datasets.aligned import Aligned, FrameWriter, Track
 from d4_datasets.contract import Align, Contract
@@ -20,6 +21,7 @@ from d4_datasets.errors import UserError
 from d4_datasets.minecraft import resize
 from d4_datasets.video import Video
 
+_MANY = 0.2  # people turn faster than contracts allow in up to a tenth of the ticks; more is another unit
 Paint = Callable[[int, np.ndarray], None]
 
 
@@ -67,7 +69,7 @@ def require(name: str, contract: Contract, offers: Collection[str], rate_hz: flo
 def align(name: str, contract: Contract, steps: Steps, clip: Sequence[str], warnings: list[str]) -> Aligned:
     """Put a recording on the ticks of a contract.
 
-    Continuous actions are clipped to the contract's limits, and how many is told in the warnings.
+    Continuous actions are clipped to the contract's limits; if those were many, the warnings say how many.
     """
     count, period = len(steps.known), contract.period_ns
     stamps = np.arange(count) * period
@@ -77,7 +79,7 @@ def align(name: str, contract: Contract, steps: Steps, clip: Sequence[str], warn
         values = steps.actions[channel.name][rows]
         if channel.kind == "continuous":
             values, outside = _clip(values, channel.low, channel.high)
-            if outside:
+            if outside > _MANY * max(1, len(rows)):
                 warnings.append(
                     f"{name}: {outside} of {len(rows)} rows of {channel.name} beyond the contract's "
                     "limits clipped"
@@ -139,7 +141,7 @@ def count_frames(path: Path) -> int:
 
 
 def decode(path: Path) -> Iterator[av.VideoFrame]:
-    """The frames of a video file in order.
+    """The frames of a video file in order, as the codec has them.
 
     Raises:
         UserError: it is no video, or damaged.
@@ -170,10 +172,12 @@ def encode(
     if not len(recording.episodes):
         return {}
     cameras = [FrameWriter(recording, camera, folder) for camera in recording.contract.images]
+    convert = VideoReformatter()  # one for all frames: setting it up takes longer than using it
     last, number = max(int(camera.wanted[-1]) for camera in cameras), -1
     for number, frame in enumerate(decode(path), -first):
         if any(camera.uses(number) for camera in cameras):
-            rgb = np.array(frame.to_ndarray(format="rgb24"))  # a copy: the decoder owns what it hands out
+            # A copy: what the decoder hands out is its own, and is drawn into.
+            rgb = np.array(convert.reformat(frame, format="rgb24").to_ndarray())
             if paint is not None:
                 paint(number, rgb)
             for camera in cameras:

@@ -169,6 +169,13 @@ def test_absurd_angles_are_clipped_and_told(tmp_path):
     assert any("2 of 4 rows of camera beyond the contract's limits clipped" in text for text in warnings)
 
 
+def test_people_who_turn_fast_now_and_then_are_not_reported(tmp_path):
+    path = write_recording(tmp_path, [line(dx=100 if k == 3 else 5) for k in range(10)])
+    episodes, warnings = fill(path, tmp_path)
+    assert episodes[0].action.max() == 10
+    assert warnings == []
+
+
 @pytest.mark.parametrize(("topic", "is_mixed"), [("/minecraft/pov", True), ("/minecraft/pov_linear", False)])
 def test_pictures_are_made_smaller_as_the_contract_says(tmp_path, topic, is_mixed):
     """VPT's networks want linear interpolation, which from 4 columns takes the middle two."""
