@@ -377,7 +377,7 @@ def _device() -> torch.device:
 
 def _time(seconds: float) -> str:
     """Two digits and a unit: 12 min, 3.4 days."""
-    for limit, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
+    for limit, unit in ((31_557_600, "years"), (86_400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * limit:
             return f"{_two(seconds / limit)} {unit}"
     return f"{_two(seconds)} s"

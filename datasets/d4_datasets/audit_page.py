@@ -23,6 +23,7 @@ Chart = dict[str, Any]  # title, picture, note
 _ORDER = ("ERROR", "WARN", "OK")
 _EPISODES = 100  # rows of the table
 _BINS = 30
+_SATURATED = 0.05  # share of the frames at a limit from which its bars are marked
 
 
 def page(found: Found, windows: Windows | None) -> str:
@@ -154,7 +155,8 @@ def _action_charts(found: Found) -> list[Chart]:
     charts = []
     for name, a in found["actions"].items():
         values = a["histogram"]
-        marked = {} if a["discrete"] else dict.fromkeys((0, len(values) - 1), "--s2")
+        saturated = a["at_limit"] > _SATURATED and not a["discrete"]
+        marked = dict.fromkeys((0, len(values) - 1), "--s2") if saturated else {}
         ticks = [str(i) for i in range(len(values))] if a["discrete"] and len(values) <= 16 else []
         picture = bars(values, (f"{a['low']:g}", f"{a['high']:g}"), f"histogram of {name}", ticks, marked)
         note = f"uses {a['used']:.0%} of its range, at a limit in {a['at_limit']:.0%} of the frames"

@@ -32,7 +32,9 @@ def test_a_planted_lag_is_found(tmp_path: Path, lag: int, level: str) -> None:
     (verdict,) = (v for v in result.verdicts if v.check == "lag")
     assert verdict.level == level
     plural = "" if abs(lag) == 1 else "s"
-    assert f"shows commands {lag} frame{plural} ({100 * lag} ms) later" in verdict.message
+    count = f"{abs(lag)} frame{plural} ({100 * abs(lag)} ms)"
+    said = f"moves {count} before its commands" if lag < 0 else f"shows commands after {count}"
+    assert f"camera cam {said} (90% interval {lag} to {lag}" in verdict.message
 
 
 @settings(deadline=None, max_examples=15)

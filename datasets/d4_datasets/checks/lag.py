@@ -144,9 +144,8 @@ def verdicts(table: dict[str, Any], rate_hz: float) -> Iterator[Verdict]:
         if c["frames"] is None:
             yield ok("lag", f"camera {name}: when commands show cannot be measured: {c['reason']}")
             continue
-        text = f"camera {name} shows commands {_frames(c['frames'], rate_hz)} later "
-        text += f"(90% interval {c['low']} to {c['high']}, correlation {c['correlation']:.2f}); "
-        text += f"the contract's latency makes {wanted}"
+        text = f"camera {name} {_when(c['frames'], rate_hz)} (90% interval {c['low']} to {c['high']}, "
+        text += f"correlation {c['correlation']:.2f}); the contract's latency makes {wanted}"
         if c["high"] < wanted:
             hint = "labels come too late, or pictures are stamped too early: check `timeline` and latency_ms"
             yield warn("lag", text, hint)
@@ -162,6 +161,12 @@ def verdicts(table: dict[str, Any], rate_hz: float) -> Iterator[Verdict]:
         text = f"camera {last} is behind camera {first} by about "
         text += f"{_frames(known[last]['frames'] - known[first]['frames'], rate_hz)}"
         yield warn("lag", text, "check the stamps of both: a robot's cameras must show the same moment")
+
+
+def _when(lag: int, rate_hz: float) -> str:
+    if lag < 0:
+        return f"moves {_frames(-lag, rate_hz)} before its commands"
+    return f"shows commands after {_frames(lag, rate_hz)}"
 
 
 def _frames(count: int, rate_hz: float) -> str:
