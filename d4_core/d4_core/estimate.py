@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ import torch
 from d4_core.config import PHASES, Preset
 from d4_core.loop import bf16_on_cpu
 from d4_core.memory import costs, layer_flops, slots
+from d4_core.threads import cgroup_quota
 from d4_core.transformer import Transformer, TransformerConfig
 from d4_datasets.contract import Contract
 
@@ -64,7 +66,10 @@ def work(preset: Preset, contract: Contract) -> dict[str, Work]:
 
 def speed(cfg: TransformerConfig, width: int, device: torch.device) -> float:
     """Floating-point operations per second of a few layers of a network with `width` slots a frame, forward
-    and backward in the precision of training, on this machine as busy as it is now.
+    and backward in the precision of training.
+
+    On a CPU one core is measured by the time that it worked, and all of them are taken to be free: what else
+    runs at the moment says nothing about the night.
     """
     small = replace(cfg, depth=cfg.time_every)
     frames = max(1, int(_PROBE_BYTES / (160 * cfg.dim * small.depth * width)))
@@ -72,16 +77,20 @@ def speed(cfg: TransformerConfig, width: int, device: torch.device) -> float:
     network = Transformer(small).to(device)
     x = torch.randn(max(1, frames // clip), clip, width, cfg.dim, device=device)
     reduced = device.type == "cuda" or bf16_on_cpu()
-    taken = []
+    on_cpu, threads, taken = device.type == "cpu", torch.get_num_threads(), []
+    clock = time.process_time if on_cpu else time.perf_counter
+    torch.set_num_threads(1)
     for _ in range(3):
-        began = time.perf_counter()
+        began = clock()
         with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
             network(x).float().square().mean().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - began)
+        taken.append(clock() - began)
+    torch.set_num_threads(threads)
     flops = _STEP * x.shape[0] * clip * width * layer_flops(cfg, width) * small.depth
-    return flops / min(taken[1:])  # the first pays for the start
+    cores = max(1.0, min(len(os.sched_getaffinity(0)), cgroup_quota())) if on_cpu else 1.0
+    return cores * flops / min(taken[1:])  # the first pays for the start
 
 
 def training_seconds(preset: Preset, contract: Contract, device: torch.device) -> dict[str, float]:

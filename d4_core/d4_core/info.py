@@ -355,7 +355,7 @@ def time_facts(settings: Preset, contract: Contract, frames: int | None = None) 
         if frames and phase != "imagination":
             text += f", each frame {task.frames / frames:.3g} times"
         facts.append(Fact(f"{phase} time", text))
-    where = "GPU" if _device().type == "cuda" else "CPU, as busy as now"
+    where = "GPU" if _device().type == "cuda" else "CPU if all its cores are free"
     return [*facts, Fact("total time", f"about {_time(sum(seconds.values()))} on this machine's {where}")]
 
 

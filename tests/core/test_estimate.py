@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from dataclasses import replace
 
@@ -31,15 +33,19 @@ def test_work_grows_with_steps_and_batches() -> None:
 
 
 def test_speed_is_what_the_layers_take(monkeypatch) -> None:
-    """A clock that says one second per pass makes the speed the operations of one pass."""
+    """A clock that says one second per pass makes the speed of a core the operations of one pass."""
     clock = iter(range(100))
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(time, "process_time", lambda: next(clock))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(estimate, "cgroup_quota", lambda: math.inf)
+    threads = torch.get_num_threads()
     cfg = toy_run.PRESET.dynamics
     monkeypatch.setattr(
         estimate, "_PROBE_BYTES", 160 * cfg.dim * cfg.time_every * 5 * 4
     )  # 4 frames of 5 slots
     found = estimate.speed(cfg, 5, torch.device("cpu"))
-    assert found == pytest.approx(3 * 4 * 5 * estimate.layer_flops(cfg, 5) * cfg.time_every)
+    assert torch.get_num_threads() == threads
+    assert found == pytest.approx(3 * 3 * 4 * 5 * estimate.layer_flops(cfg, 5) * cfg.time_every)
 
 
 def test_every_phase_takes_time() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,13 @@ from d4_datasets.checks import lag as lags
 from d4_datasets.checks.lag import Lag, Stretch, affine_flow, estimate
 from d4_datasets.contract import Contract
 from d4_datasets.ingest import ingest
+from d4_datasets.scan import Scan
+from d4_datasets.windows import Windows
 
+ROOT = Path(__file__).parents[2]
+CAR = (
+    Path(os.environ.get("D4_TEST_DATA") or ROOT.parent / "shared" / "data") / "donkeycar/full_compressed_mcap"
+)
 ROBOT = Contract.from_dict(planted.spec())
 
 
@@ -179,3 +186,22 @@ def test_two_cameras_that_show_different_moments_are_told() -> None:
                                         "right": {**camera, "frames": 2, "low": 2, "high": 2}}}  # fmt: skip
     messages = [v.message for v in lags.verdicts(table, 10) if v.level == "WARN"]
     assert messages == ["camera right is behind camera left by about 2 frames (200 ms)"]
+
+
+@pytest.mark.skipif(not CAR.is_dir(), reason=f"no recording {CAR}")
+def test_a_lag_planted_in_a_real_drive_is_found(tmp_path: Path) -> None:
+    """The driven car answers after four frames; shifting its labels shifts that by as many."""
+    ingest([CAR], Contract.load(ROOT / "docs" / "examples" / "donkeycar.yaml"), tmp_path / "data")
+    windows = Windows(tmp_path / "data")
+    action, found = np.asarray(windows.action).copy(), {}
+    for shift in (-3, 0, 3):
+        scan = Scan(windows, [], 20)
+        windows.action = np.roll(action, -shift, 0)
+        scan.run()
+        (estimated,) = scan.lag.estimates().values()
+        assert not isinstance(estimated, str)
+        assert estimated.confidence > 0.9
+        found[shift] = estimated.frames
+    assert abs(found[0] - 4) <= 1
+    assert abs(found[3] - found[0] - 3) <= 1
+    assert abs(found[-3] - found[0] + 3) <= 1
