@@ -176,6 +176,7 @@ def test_a_wheel_holds_what_the_code_reads() -> None:
         str(path.relative_to(package.parent)) for package in PACKAGES for path in package.rglob("*.py")
     ]
     data = ["d4_sim/yard.xml", "d4_sim/yard.yaml", "d4_core/report_style.css", "d4_core/report_template.html"]
+    data += ["d4_datasets/audit_page.css", "d4_datasets/audit_page.html"]
     assert sorted({*sources, *data} - files) == []
 
 
