@@ -131,20 +131,16 @@ def ingest(
     """Ingest all recordings under `paths` (only those of `kind`) into the dataset `out`, adding to what is
     there.
 
-    Recordings already in the dataset (by name, size and time) are skipped, and so are those that `skip` names,
-    see `read_names`. Raises UserError for anything wrong with the recordings, the contract or `out`, in which
-    case `out` is as it was.
+    Recordings already in the dataset (by name, size and time) are skipped, and so are those that `skip`
+    names, see `read_names`. Raises UserError for anything wrong with the recordings, the contract or `out`,
+    in which case `out` is as it was.
     """
     unknown = set(clip_actions) - {channel.name for channel in contract.actions}
     if unknown:
         raise UserError(f"--clip-actions {min(unknown)}: the contract has no action channel of that name")
     began = time.monotonic()
     summary = Summary()
-    unwanted = set() if skip is None else read_names(skip)
-    found = [one for path in paths for one in sources.find(path, kind, contract)]
-    readers = {
-        one.path.resolve(): one.reader for one in found if not {one.path.name, one.path.stem} & unwanted
-    }
+    readers = _readers(paths, kind, contract, set() if skip is None else read_names(skip))
     bags = list(readers)
     parts = out.absolute().parent / f".tmp-{out.name}-parts"
     with _only_one(parts, out), LeRobotWriter(out, contract) as writer:
@@ -180,6 +176,14 @@ def ingest(
     shutil.rmtree(parts, ignore_errors=True)
     summary.seconds = time.monotonic() - began
     return summary
+
+
+def _readers(
+    paths: Sequence[Path], kind: str | None, contract: Contract, unwanted: set[str]
+) -> dict[Path, sources.Reader]:
+    """All recordings under `paths` but those of these names, each with its reader."""
+    found = [one for path in paths for one in sources.find(path, kind, contract)]
+    return {one.path.resolve(): one.reader for one in found if not {one.path.name, one.path.stem} & unwanted}
 
 
 def read_names(path: Path) -> set[str]:

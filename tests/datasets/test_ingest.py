@@ -543,7 +543,6 @@ def test_the_command_fails_in_one_sentence(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: there is no bag or ")
-    assert done.stderr.endswith(f" in {tmp_path}/bags\n")
     assert sorted(os.listdir(tmp_path)) == ["bags", "robot.yaml"]
     help_ = subprocess.run(
         [*command_line(tmp_path)[:3], "--help"], capture_output=True, text=True, check=True
