@@ -191,8 +191,8 @@ class EpisodeLog:
             add("signal.reward", contract.reward, self.ticks, rewards)
             streams[-1].hardest = int(np.argmax(np.ptp(rewards, axis=1)))
         if contract.episode.terminal is not None:
-            ends = np.flatnonzero(self.columns["is_terminal"][:, 0])
-            add("signal.terminal", contract.episode.terminal, self.ticks[ends], [True] * len(ends))
+            over = self.columns["is_terminal"][:, 0]
+            add("signal.terminal", contract.episode.terminal, self.ticks, over)
         return streams
 
     def _task(self, index: int) -> str | int:

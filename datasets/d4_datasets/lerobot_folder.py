@@ -219,37 +219,31 @@ class Folder:
 
     # -- pictures --
 
-    def pictures(self, episode: Listed, feature: str, frames: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """(row, RGB uint8 [H, W, 3]) of those rows of an episode that have a picture, `frames` being their
-        `frame_index` [T].
+    def pictures(
+        self, episode: Listed, feature: str, rows: dict[int, int]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """(row, RGB uint8 [H, W, 3]) of those `rows`, by their `frame_index`, that have a picture.
 
         Raises:
             UserError: the file is missing or cannot be decoded.
         """
         if self.dtype(feature) == "image":
-            yield from self._stills(episode, feature, frames)
-            return
+            return self._stills(episode, feature, rows)
         path, start = episode.videos[feature]
         _require(path)
-        last = -1
-        for number, picture in _decode(path, start, self.fps):
-            if number > frames[-1]:
-                return
-            row = int(np.searchsorted(frames, number))
-            if row > last and frames[row] == number:
-                last = row
-                yield row, picture
+        return _decode(path, start, self.fps, rows)
 
-    def _stills(self, episode: Listed, feature: str, frames: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    def _stills(
+        self, episode: Listed, feature: str, rows: dict[int, int]
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """Pictures out of an image column: encoded in the cell, or in a file that the cell names."""
         with open_table(episode.data) as file:
-            for rows in _batches(file, episode.number, ["episode_index", "frame_index", feature]):
-                mine = np.flatnonzero(rows["episode_index"].to_numpy() == episode.number)
-                numbers = rows["frame_index"].to_numpy()
-                for place in mine:
-                    row = int(np.searchsorted(frames, numbers[place]))
-                    where = f"{episode.data}: {feature} of frame {numbers[place]}"
-                    yield row, _still(rows[feature][int(place)].as_py(), self.root, where)
+            for batch in _batches(file, episode.number, ["episode_index", "frame_index", feature]):
+                numbers, episodes = batch["frame_index"].to_numpy(), batch["episode_index"].to_numpy()
+                for place, number in enumerate(numbers.tolist()):
+                    if episodes[place] == episode.number and number in rows:
+                        where = f"{episode.data}: {feature} of frame {number}"
+                        yield rows[number], _still(batch[feature][place].as_py(), self.root, where)
 
 
 # ---- files ----
@@ -348,8 +342,11 @@ def _matrix(column: pa.ChunkedArray, name: str, path: Path) -> np.ndarray:
     return flat.to_numpy(zero_copy_only=False).reshape(count, -1 if count else 1)
 
 
-def _decode(path: Path, start_s: float, fps: float) -> Iterator[tuple[int, np.ndarray]]:
-    """(frame number since second `start_s`, RGB uint8 [H, W, 3]) of a video, in order, from there on."""
+def _decode(path: Path, start_s: float, fps: float, rows: dict[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+    """(row, RGB uint8 [H, W, 3]) of those `rows`, by the number of frames since second `start_s` of a video,
+    that are in it.
+    """
+    left, last = dict(rows), max(rows, default=-1)
     # One reformatter on one thread: setting up a converter per frame takes longer than the decoding.
     convert = av.video.reformatter.VideoReformatter()
     try:
@@ -366,7 +363,11 @@ def _decode(path: Path, start_s: float, fps: float) -> Iterator[tuple[int, np.nd
                 if frame.time is None or frame.time < first:
                     continue
                 number = round((frame.time - start_s) * fps)
-                yield number, convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                if number > last:
+                    return
+                row = left.pop(number, None)
+                if row is not None:
+                    yield row, convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
     except av.FFmpegError as error:
         raise UserError(f"{path} cannot be decoded ({error}); copy the dataset again") from None
 

@@ -351,9 +351,9 @@ class _Converter:
         for camera in self.contract.images:
             feature = self.mapping.pictures[camera.name]
             writer = FrameWriter(aligned, camera, aside)
-            for row, picture in self.folder.pictures(listed, feature, frames):
-                if writer.uses(row):
-                    writer.add(row, picture)
+            rows = {number: row for row, number in enumerate(frames.tolist()) if writer.uses(row)}
+            for row, picture in self.folder.pictures(listed, feature, rows):
+                writer.add(row, picture)
             if len(writer.videos) < len(aligned.episodes):
                 raise _frames_missing(self.folder, listed, feature)
             videos[camera.name] = [
@@ -382,7 +382,8 @@ def _copy(folder: Folder, listed: Listed, dataset: Dataset, out: Path) -> Episod
     videos: dict[str, np.ndarray | Video] = {}
     for camera in contract.images if origin is None else ():
         assert camera.size is not None
-        pictures = folder.pictures(listed, camera.key, rows["frame_index"])
+        place = {number: row for row, number in enumerate(rows["frame_index"].tolist())}
+        pictures = folder.pictures(listed, camera.key, place)
         path = out / f"{listed.number:06d}-{camera.name}.mp4"
         video = encode_video(path, (picture for _, picture in pictures), contract.rate_hz, camera.size)
         if video.frames != listed.length:

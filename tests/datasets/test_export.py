@@ -171,7 +171,7 @@ def test_a_bag_is_what_foxglove_and_ros_expect(tmp_path):
     of = {topic: [msg for t, _, msg in messages if t == topic] for topic in schemas}
     assert {topic: len(found) for topic, found in of.items()} == {
         "/cam": 4, "/side": 4, "/joint_states": 4, "/cmd_vel": 3, "/legs": 3, "/task": 1, "/reward": 4,
-        "/episode": 1, "/terminal": 1,
+        "/episode": 1, "/terminal": 4,
     }  # fmt: skip
     assert of["/joint_states"][0].name == ["hip", "knee"]
     assert len(of["/joint_states"][0].effort) == 2
