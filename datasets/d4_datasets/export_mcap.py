@@ -337,9 +337,6 @@ def command_stamps(
         if held >= begin and (values[held:end] == values[end - 1]).all():
             use[held : end - 1] = False
             stamps[end - 1] = early
-        elif begin == 0 and (values[:end] == values[end - 1]).all():
-            use[: end - 1] = False
-            stamps[end - 1] = early
     return stamps[use], rows[use]
 
 

@@ -137,6 +137,26 @@ def test_a_video_as_cameras_record_it_is_found_by_timestamps(tmp_path):
         assert np.abs(frames - row[TOP]).max() <= 4
 
 
+def test_pictures_may_lie_in_files_of_their_own(tmp_path):
+    row = foreign.episode(3)
+    root = foreign.write(tmp_path / "arms", [row], "v2.1", names=JOINTS, kind="image")
+    path = root / "data/chunk-000/episode_000000.parquet"
+    cells = pq.read_table(path)[TOP].to_pylist()
+    (root / "images").mkdir()
+    for number, cell in enumerate(cells):
+        (root / f"images/{number}.png").write_bytes(cell["bytes"])
+        cells[number] = {"bytes": None, "path": f"images/{number}.png"}
+    edit_rows(root, TOP, pa.array(cells), path)
+    dataset, _ = take(tmp_path, root, arm())
+    np.testing.assert_array_equal(np.stack(list(dataset.frames("top", 0))), row[TOP])
+    for damage, message in ((b"no picture", "cannot be decoded"), (None, "1.png is missing")):
+        (root / "images/1.png").unlink()
+        if damage:
+            (root / "images/1.png").write_bytes(damage)
+        with pytest.raises(UserError, match=message):
+            ingest([root], arm(), tmp_path / "more")
+
+
 def test_a_gap_in_the_rows_splits_an_episode(tmp_path):
     row = foreign.episode(12)
     root = foreign.write(tmp_path / "arms", [row], names=JOINTS)
@@ -265,8 +285,8 @@ def edit_info(root, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def edit_rows(root, name, values):
-    path = root / "data/chunk-000/file-000.parquet"
+def edit_rows(root, name, values, path=None):
+    path = path or root / "data/chunk-000/file-000.parquet"
     table = pq.read_table(path)
     pq.write_table(table.set_column(table.column_names.index(name), name, values), path)
 
