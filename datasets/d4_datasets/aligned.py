@@ -7,10 +7,12 @@ of them ticks use is known before the second reading, in which `FrameWriter` tak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from d4_datasets.latents import Origin
 from d4_datasets.lerobot import Episode
 from d4_datasets.video import Video, VideoEncoder
 
+_T = TypeVar("_T")
 _LIMIT_SLACK = 1e-3  # of the range: rounding in a driver is no violation
 _UNSTAMPED_AFTER_NS = 60_000_000_000  # a zero stamp is genuine only near the start of simulated time
 
@@ -248,6 +251,21 @@ class Aligned:
         total = int(ended[0]) + 1 if len(ended) else len(ticks)
         mine = self.episodes[groups == group]
         return total - int((mine[:, 1] - mine[:, 0]).sum())
+
+
+def ahead(items: Generator[_T, None, None], count: int = 2) -> Iterator[_T]:
+    """The items of a generator, of which a thread makes up to `count` in advance: decoding goes on while the
+    frames before are resized and encoded, all of which lets other threads run.
+    """
+    end: Any = object()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            waiting = deque(pool.submit(next, items, end) for _ in range(count))
+            while (item := waiting.popleft().result()) is not end:
+                waiting.append(pool.submit(next, items, end))
+                yield item
+        finally:  # in the thread that files were opened in: sqlite insists
+            pool.submit(items.close).result()
 
 
 class FrameWriter:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,7 +49,7 @@ class Footage(Protocol):
     stamps: np.ndarray
     warnings: list[str]
 
-    def read(self, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    def read(self, wanted: np.ndarray) -> Generator[tuple[int, np.ndarray], None, None]:
         """(n, RGB uint8 [H, W, 3]) of the frames with `wanted` (bool [N]), in order; may raise Damaged."""
 
 
@@ -155,7 +155,7 @@ class VideoFile:
 
     # -- pictures --
 
-    def read(self, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    def read(self, wanted: np.ndarray) -> Generator[tuple[int, np.ndarray], None, None]:
         """See `Footage.read`."""
         left = np.flatnonzero(wanted)
         seen = np.zeros(len(self.stamps), bool)
@@ -346,7 +346,7 @@ class PictureFolder:
         if same := len(names) - len(self.names):
             self.warnings.append(f"{folder}: {same} pictures have the time of another and are left out")
 
-    def read(self, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    def read(self, wanted: np.ndarray) -> Generator[tuple[int, np.ndarray], None, None]:
         """See `Footage.read`."""
         good = np.ones(len(self.names), bool)
         for number in np.flatnonzero(wanted):

@@ -7,7 +7,7 @@ recording.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from d4_datasets import fields, latents, messages, signals
-from d4_datasets.aligned import Aligned, FrameWriter, Track
+from d4_datasets.aligned import Aligned, FrameWriter, Track, ahead
 from d4_datasets.bags import Bag, is_bag
 from d4_datasets.contract import PICTURE_TYPES, Action, Align, Contract, Observation
 from d4_datasets.errors import UserError
@@ -179,17 +179,27 @@ def encode_frames(recording: Recording, folder: Path) -> dict[str, list[Video]]:
     topics: dict[str, list[FrameWriter]] = {}
     for camera in cameras:
         topics.setdefault(camera.camera.topic, []).append(camera)
+    for topic, ordinal, rgb in ahead(_pictures(recording, topics)):
+        for camera in topics[topic]:
+            if camera.uses(ordinal):
+                camera.add(ordinal, rgb)
+    return {camera.camera.name: camera.videos for camera in cameras}
+
+
+def _pictures(
+    recording: Recording, topics: dict[str, list[FrameWriter]]
+) -> Generator[tuple[str, int, np.ndarray], None, None]:
+    """(topic, number on the topic, RGB) of the pictures that any tick uses."""
     seen = dict.fromkeys(topics, 0)
     for topic, receive, data in recording.bag.raw(list(topics)):
-        for camera in topics[topic]:
-            if not camera.uses(seen[topic]):
-                continue
+        ordinal = seen[topic]
+        seen[topic] += 1
+        if any(camera.uses(ordinal) for camera in topics[topic]):
             try:
-                camera.add(seen[topic], messages.decode(recording.bag.decode(topic, data)))
+                rgb = messages.decode(recording.bag.decode(topic, data))
             except UserError as error:
                 raise UserError(f"{recording.bag.path}: {topic} at {receive / 1e9:.3f} s: {error}") from None
-        seen[topic] += 1
-    return {camera.camera.name: camera.videos for camera in cameras}
+            yield topic, ordinal, rgb
 
 
 # ---- as a reader of `sources` ----
