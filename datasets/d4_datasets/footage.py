@@ -29,6 +29,7 @@ from d4_datasets.errors import UserError
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MOST_PIXELS = 1 << 26  # of one picture, 8192 x 8192: a header that says more is damaged or means harm
+_LARGE = 1 << 20  # pixels
 _MOST_BYTES = 1 << 28  # of one picture file
 _FASTEST_HZ = 2000.0  # pictures per second above which stamps are broken
 _SPARE_S = 100_000.0  # a day and a bit; with the next, how long so many frames can last
@@ -197,7 +198,7 @@ class VideoFile:
     def _decode(self) -> Iterator[Any]:
         """All frames that can be decoded, in the order in which they are shown."""
         with _opened(self.path) as (container, stream):
-            stream.thread_type = "AUTO"
+            share_decoding(stream)
             packets = container.demux(stream)
             while True:
                 try:
@@ -222,6 +223,14 @@ class VideoFile:
         self.stamps = self.stamps[seen]
         self._pts = None if self._pts is None else self._pts[seen]
         raise Damaged
+
+
+def share_decoding(stream: Any) -> None:
+    """Let several threads decode large pictures. Small ones take as long to resize and encode as to decode,
+    which goes on beside, and more threads than that only stand in the way of each other.
+    """
+    if stream.codec_context.width * stream.codec_context.height > _LARGE:
+        stream.thread_type = "AUTO"
 
 
 class _Backwards(Exception):
