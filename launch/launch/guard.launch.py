@@ -15,6 +15,8 @@ from launch_ros.event_handlers import OnStateTransition
 from launch_ros.events.lifecycle import ChangeState
 from lifecycle_msgs.msg import Transition
 
+from d4_nodes.launching import switch
+
 ARGUMENTS = [
     ("contract", None, "robot.yaml of the robot"),
     ("input_prefix", "policy", "what the policy wants is received on this, then the command topic"),
@@ -34,9 +36,9 @@ def _up(context):
     parameters = {
         "contract": get["contract"],
         "input_prefix": get["input_prefix"],
-        "shadow": get["shadow"] == "true",
+        "shadow": switch("shadow", get["shadow"]),
         "dead_man_button": int(get["dead_man_button"]),
-        "use_sim_time": get["use_sim_time"] == "true",
+        "use_sim_time": switch("use_sim_time", get["use_sim_time"]),
     }
     node = LifecycleNode(
         package="d4_nodes",

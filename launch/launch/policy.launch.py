@@ -25,6 +25,8 @@ from launch_ros.event_handlers import OnStateTransition
 from launch_ros.events.lifecycle import ChangeState
 from lifecycle_msgs.msg import Transition
 
+from d4_nodes.launching import switch
+
 ARGUMENTS = [
     ("checkpoint", None, "run folder of d4-train, or a checkpoint folder of its agent or imagination phase"),
     ("contract", "", "robot.yaml of the robot; empty: the one that the checkpoint was trained with"),
@@ -68,7 +70,7 @@ def _up(context):
         "--device",
         get["device"],
     ]
-    command += ["--argmax"] if get["argmax"] == "true" else []
+    command += ["--argmax"] if switch("argmax", get["argmax"]) else []
     command += ["--threads", get["threads"]] if get["threads"] else []
     server = ExecuteProcess(
         cmd=command,
@@ -77,16 +79,16 @@ def _up(context):
         emulate_tty=True,
         # the server's Python has its own packages; those of ROS would only shadow them
         additional_env={"PYTHONPATH": "", "OMP_WAIT_POLICY": "PASSIVE"},
-        respawn=get["respawn"] == "true",
+        respawn=switch("respawn", get["respawn"]),
         respawn_delay=1.0,
     )
     parameters = {
         "contract": contract,
         "socket": socket,
         "task": get["task"],
-        "shadow": get["shadow"] == "true",
-        "allow_slow": get["allow_slow"] == "true",
-        "use_sim_time": get["use_sim_time"] == "true",
+        "shadow": switch("shadow", get["shadow"]),
+        "allow_slow": switch("allow_slow", get["allow_slow"]),
+        "use_sim_time": switch("use_sim_time", get["use_sim_time"]),
     }
     node = LifecycleNode(
         package="d4_nodes",

@@ -12,6 +12,8 @@ from launch import LaunchDescription
 from launch.actions import DeclareLaunchArgument, ExecuteProcess, OpaqueFunction
 from launch.substitutions import LaunchConfiguration
 
+from d4_nodes.launching import switch
+
 ARGUMENTS = [
     ("contract", "", "robot.yaml; or give a checkpoint"),
     ("checkpoint", "", "run or checkpoint folder whose contract.yaml is taken"),
@@ -43,7 +45,7 @@ def _up(context):
     bag = os.path.join(folder, f"{contract.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     command = ["ros2", "bag", "record", "--storage", get["storage"], "--output", bag]
     command += ["--storage-preset-profile", get["preset"]] if get["preset"] else []
-    command += ["--use-sim-time"] if get["use_sim_time"] == "true" else []
+    command += ["--use-sim-time"] if switch("use_sim_time", get["use_sim_time"]) else []
     command += [*topics, *get["extra"].split()]
     return [ExecuteProcess(cmd=command, name="rosbag2", output="screen", emulate_tty=True)]
 

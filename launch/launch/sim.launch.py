@@ -45,8 +45,10 @@ def _up(context):
         f"__ns:=/{get['namespace']}",
     ]
     for name in ("world", "episodes", "seed", "results", "speed", "publish_clock", "wait_for_commands"):
-        if get[name]:
-            command += ["-p", f"{name}:={get[name]}"]
+        # a whole number is no double to ROS: speed:=2 must work all the same
+        value = str(float(get[name])) if name == "speed" else get[name]
+        if value:
+            command += ["-p", f"{name}:={value}"]
     sim = ExecuteProcess(cmd=command, name="d4_sim", output="screen", emulate_tty=True)
     over = EmitEvent(event=Shutdown(reason="the simulation has ended"))
     return [sim, RegisterEventHandler(OnProcessExit(target_action=sim, on_exit=[over]))]

@@ -25,6 +25,8 @@ from launch_ros.event_handlers import OnStateTransition
 from launch_ros.events.lifecycle import ChangeState
 from lifecycle_msgs.msg import Transition
 
+from d4_nodes.launching import switch
+
 ARGUMENTS = [
     ("run", None, "run folder of d4-train, or its tokenizer checkpoint"),
     ("contract", "", "robot.yaml of the robot; empty: the one that the tokenizer was trained with"),
@@ -62,14 +64,14 @@ def _up(context):
         emulate_tty=True,
         # the server's Python has its own packages; those of ROS would only shadow them
         additional_env={"PYTHONPATH": "", "OMP_WAIT_POLICY": "PASSIVE"},
-        respawn=get["respawn"] == "true",
+        respawn=switch("respawn", get["respawn"]),
         respawn_delay=1.0,
     )
     parameters = {
         "contract": contract,
         "socket": socket,
         "codec": get["codec"],
-        "use_sim_time": get["use_sim_time"] == "true",
+        "use_sim_time": switch("use_sim_time", get["use_sim_time"]),
     }
     node = LifecycleNode(
         package="d4_nodes",

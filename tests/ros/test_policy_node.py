@@ -12,6 +12,8 @@ pytest.importorskip("rclpy")
 pytestmark = pytest.mark.ros
 
 from d4_interfaces.srv import SetTask  # noqa: E402
+from lifecycle_msgs.msg import Transition  # noqa: E402
+from lifecycle_msgs.srv import ChangeState  # noqa: E402
 from policy_rig import SLACK_S, TWO_PERIODS_S, PolicyProcess, Server, World  # noqa: E402
 from sensor_msgs.msg import Joy  # noqa: E402
 from std_msgs.msg import Bool  # noqa: E402
@@ -322,3 +324,37 @@ def test_nothing_is_left_of_a_crash(make, server, tmp_path):
         world.close()
         second.end()
         again.kill()
+
+
+def test_a_transition_that_is_none_does_not_end_the_node(make):
+    """A second launch configured the node of the first again, and its executor died of that."""
+    process, world = make()
+    assert world.configure()
+    assert world.activate()
+    world.until_state("driving")
+    request = ChangeState.Request(transition=Transition(id=Transition.TRANSITION_CONFIGURE))
+    client = world.node.create_client(ChangeState, "policy/change_state")
+    client.call_async(request)
+    time.sleep(0.5)
+    assert process.process.poll() is None
+    assert world.call(Trigger, "policy/stop", Trigger.Request()).success
+    world.until_state("emergency_stop")
+
+
+def test_interrupt_while_waiting_for_the_server_ends_at_once(make, server):
+    server.kill()
+    process, world = make("-p", "server_wait_s:=60.0")
+    client = world.node.create_client(ChangeState, "policy/change_state")
+    assert client.wait_for_service(20.0)
+    client.call_async(ChangeState.Request(transition=Transition(id=Transition.TRANSITION_CONFIGURE)))
+    time.sleep(0.5)
+    began = time.monotonic()
+    process.end(signal.SIGINT)
+    assert time.monotonic() - began < 3.0
+
+
+def test_a_whole_number_for_a_double_is_one_sentence(make):
+    process, _ = make("-p", "watchdog_ms:=150")
+    assert process.process.wait(20) == 2
+    assert "error:" in process.said()
+    assert "Traceback" not in process.said()

@@ -1,5 +1,6 @@
 """rclpy's own messages: commands of every type and pictures of every encoding, through serialisation."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -132,10 +133,10 @@ def test_cv_bridge_gives_the_same_pixels(encoding):
         np.testing.assert_array_equal(decode(msg), messages.decode(msg))
 
 
-def test_a_cv_bridge_that_does_not_work_is_not_taken(monkeypatch):
-    from d4_nodes.ros import pictures
-
-    monkeypatch.setattr(pictures, "_bridge", lambda: (_ for _ in ()).throw(ImportError("built for NumPy 1")))
+def test_a_cv_bridge_that_does_not_work_is_not_taken(monkeypatch, tmp_path):
+    """One built for another NumPy does not raise: it ends the process that imports it."""
+    (tmp_path / "cv_bridge.py").write_text("import os; os.write(2, b'built for NumPy 1'); os.abort()")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     assert pick_decoder("auto")[1] == "opencv"
     with pytest.raises(UserError, match="built for NumPy 1"):
         pick_decoder("cv_bridge")

@@ -31,7 +31,7 @@ class Soak:
     def __init__(self, folder) -> None:
         self.folder, self.server = folder, Server(folder)
         self.process, self.world = PolicyProcess(folder), World()
-        self.pauses: list[float] = []  # in which nothing is sent, because the node was inactive
+        self.pauses: list[tuple[int, int]] = []  # in which nothing is sent: the node was inactive
         assert self.world.configure()
         assert self.world.activate()
         self.world.until_state("driving")
@@ -66,9 +66,11 @@ class Soak:
             time.sleep(seconds)
             assert world.call(Trigger, "policy/reset_stop", Trigger.Request()).success
         else:
+            began = time.time_ns()
             assert world.deactivate()
-            self.pauses.append(time.time_ns())
             assert world.activate()
+            world.until_state("driving", 20.0)
+            self.pauses.append((began, time.time_ns()))
 
 
 @pytest.fixture
@@ -91,8 +93,11 @@ def test_soak(soak) -> None:
         time.sleep(float(rng.uniform(0.0, 0.5)))
     twists = np.array(soak.world.twists)
     gaps = np.diff(twists[:, 0]) / 1e9
-    inactive = [int(np.searchsorted(twists[:, 0], t)) - 1 for t in soak.pauses]
-    active = np.delete(gaps, [i for i in inactive if i < len(gaps)])
+    began, ended = twists[:-1, 0], twists[1:, 0]
+    inactive = np.zeros(len(gaps), bool)
+    for begin, end_ns in soak.pauses:
+        inactive |= (began < end_ns) & (ended > begin)
+    active = gaps[~inactive]
     told = {"seconds": seconds, "faults": counts, "slowest_recovery_s": round(slowest, 3),
             "commands": len(twists), "longest_gap_ms": round(1e3 * active.max(), 1),
             "gap_p99.9_ms": round(1e3 * np.quantile(active, 0.999), 1)}  # fmt: skip

@@ -7,6 +7,8 @@ taken only after it has given the same pixels for every encoding that it knows.
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -65,12 +67,23 @@ def _decode(msg: Any) -> np.ndarray:
 
 
 def _why_not() -> str:
-    """Why cv_bridge cannot be used; empty if it can."""
+    """Why cv_bridge cannot be used; empty if it can. Asked in a process of its own: one that was built for
+    another NumPy does not raise but ends the process.
+    """
+    code = "import sys; from d4_nodes.ros import pictures; sys.exit(pictures.compare())"
     try:
-        for encoding, channels in SHARED.items():
-            image = picture(encoding, channels)
-            if not np.array_equal(_decode(image), messages.decode(image)):
-                return f"it decodes {encoding} differently"
-    except Exception as error:  # missing, or built for another NumPy: all kinds of errors
-        return f"{type(error).__name__}: {error}"
-    return ""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode == 0:
+        return ""
+    return (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
+
+
+def compare() -> str | int:
+    """0 if cv_bridge decodes all shared encodings as we do, else what differs; may crash."""
+    for encoding, channels in SHARED.items():
+        image = picture(encoding, channels)
+        if not np.array_equal(_decode(image), messages.decode(image)):
+            return f"it decodes {encoding} differently"
+    return 0

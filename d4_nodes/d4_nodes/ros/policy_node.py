@@ -46,7 +46,7 @@ from d4_nodes.ros import qos
 from d4_nodes.ros.lifecycle import Complaints, diagnostics, told
 from d4_nodes.ros.pictures import pick_decoder
 from d4_nodes.ros.policy_parameters import FIXED_WHILE_ACTIVE, PARAMETERS
-from d4_nodes.ros.shell import RosTypes, clock_of, declare, local, message_class, spin
+from d4_nodes.ros.shell import INTERRUPTED, RosTypes, clock_of, declare, local, message_class, spin
 from d4_nodes.runner import Realtime, Runner
 from d4_nodes.wire import WireError
 
@@ -200,9 +200,8 @@ class PolicyNode(LifecycleNode):
             try:
                 link = Link(self._socket, contract)
             except WireError as error:
-                if time.monotonic() > until or "refuses" in str(error):
+                if time.monotonic() > until or "refuses" in str(error) or INTERRUPTED.wait(0.2):
                     raise
-                time.sleep(0.2)
                 continue
             link.close()
             return link.card
@@ -457,6 +456,8 @@ class PolicyNode(LifecycleNode):
         if runner is None or self.contract is None:
             return msg
         loop, report = runner.loop, runner.loop.report
+        if state == "waiting":
+            msg.reason = "no picture has been answered yet"
         if state in RULES:
             msg.reason = self.guard.tally[state].reason
         msg.task = self.contract.task_names[loop.task]

@@ -11,6 +11,7 @@ from typing import Any
 
 import rclpy
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
@@ -71,6 +72,20 @@ def clock_of(node: Node) -> Callable[[], int]:
     return time.time_ns
 
 
+# set by SIGINT and SIGTERM: whoever waits in a callback looks at it
+INTERRUPTED = threading.Event()
+
+
+def _spin_once(executor: SingleThreadedExecutor, node: Node) -> None:
+    """One round; what a stranger's wrong call raises (a transition that is none now) is no end."""
+    try:
+        executor.spin_once(timeout_sec=0.1)
+    except ExternalShutdownException:
+        raise
+    except Exception as error:
+        node.get_logger().error(f"a callback failed: {error}")
+
+
 def spin(make: Callable[[], Node], args: list[str] | None = None) -> int:
     """Run a node until SIGINT or SIGTERM, or until it sets its own `ended`; returns the exit code. Its
     `secure` is called before anything is torn down.
@@ -79,21 +94,21 @@ def spin(make: Callable[[], Node], args: list[str] | None = None) -> int:
     sent any more.
     """
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    ended = threading.Event()
+    INTERRUPTED.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
+        signal.signal(number, lambda *_: INTERRUPTED.set())
     try:
         node = make()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, InvalidParameterTypeException, InvalidParameterValueException) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         rclpy.try_shutdown()
         return 2
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     own_end = getattr(node, "ended", threading.Event())
     try:
-        while not ended.is_set() and not own_end.is_set() and rclpy.ok():
-            executor.spin_once(timeout_sec=0.1)
+        while not INTERRUPTED.is_set() and not own_end.is_set() and rclpy.ok():
+            _spin_once(executor, node)
     except ExternalShutdownException:
         pass
     finally:

@@ -38,7 +38,7 @@ from d4_nodes.link import TokenizerLink
 from d4_nodes.ros import qos
 from d4_nodes.ros.lifecycle import Complaints, diagnostics, told
 from d4_nodes.ros.pictures import pick_decoder
-from d4_nodes.ros.shell import Parameter, clock_of, declare, local, message_class, spin
+from d4_nodes.ros.shell import INTERRUPTED, Parameter, clock_of, declare, local, message_class, spin
 from d4_nodes.wire import WireError
 
 _SUCCESS = TransitionCallbackReturn.SUCCESS
@@ -185,9 +185,8 @@ class TokenizerNode(LifecycleNode):
             try:
                 link = TokenizerLink(self._socket, contract)
             except WireError as error:
-                if time.monotonic() > until or "refuses" in str(error):
+                if time.monotonic() > until or "refuses" in str(error) or INTERRUPTED.wait(0.2):
                     raise
-                time.sleep(0.2)
                 continue
             link.close()
             return link.weights, str(link.card.get("checkpoint"))
