@@ -88,7 +88,8 @@ class Verdict:
 
 @dataclass
 class _Stream:
-    stamp_ns: int = 0
+    stamp_ns: int = 0  # from which it ages
+    newest_ns: int = 0  # of a sample; those before it do not count
     repeats: int = 0
     complaint: str = ""
 
@@ -124,9 +125,11 @@ class Guard:
     # -- what it is told --
 
     def begin(self, now_ns: int) -> None:
-        """Begin watching: streams count as fresh now, the last command is forgotten, a stop is not."""
+        """Begin watching: streams count as fresh now; a stop stays, and so does what was last sent, from
+        which rates are limited and which `hold` holds.
+        """
         self._streams = {name: _Stream(now_ns) for name in self._tolerance}
-        self._last, self._fault = None, ""
+        self._last_ns, self._fault = now_ns, ""
         self._life = dict.fromkeys(self._life, now_ns)
 
     def see(self, stream: str, stamp_ns: int, now_ns: int) -> bool:
@@ -135,10 +138,11 @@ class Guard:
         ahead = (stamp_ns - now_ns) / 1e6
         if ahead > self.config.ahead_ms:
             seen.complaint = f"; a stamp was {ahead:.0f} ms ahead of the clock"
-        elif stamp_ns < seen.stamp_ns:
-            seen.complaint = f"; a stamp went back by {(seen.stamp_ns - stamp_ns) / 1e6:.0f} ms"
+        elif stamp_ns < seen.newest_ns:
+            seen.complaint = f"; a stamp went back by {(seen.newest_ns - stamp_ns) / 1e6:.0f} ms"
         else:
-            seen.stamp_ns, seen.complaint = stamp_ns, ""
+            seen.stamp_ns = seen.newest_ns = stamp_ns
+            seen.complaint = ""
         return not seen.complaint
 
     def look(self, camera: str, is_same: bool) -> None:
@@ -205,7 +209,7 @@ class Guard:
             is_held, seen_ns = self._switch
             if not is_held:
                 return "dead_man", "the dead-man switch is not held"
-            if now_ns - seen_ns > self.config.dead_man_ms * 1e6:
+            if abs(now_ns - seen_ns) > self.config.dead_man_ms * 1e6:  # also where the clock was set back
                 return "dead_man", f"the dead-man switch was last seen {(now_ns - seen_ns) / 1e6:.0f} ms ago"
         for process, seen_ns in self._life.items():
             if now_ns - seen_ns > self.config.watchdog_ms * 1e6:
@@ -240,7 +244,8 @@ class Guard:
     def _safety(self, rule: str, reason: str, now_ns: int) -> Verdict:
         """Each channel's safety action, not slewed: a stop is a stop, how to brake is the robot's."""
         last = np.zeros_like(self._low) if self._last is None else self._last
-        values = np.clip(np.where(self._holds, last, 0.0), self._low, self._high)
+        # zeros are zeros: within limits that leave zero out they would be the slowest drive, not a stop
+        values = np.where(self._holds, np.clip(last, self._low, self._high), 0.0)
         send = ~self._silent & ~(self._holds & (self._last is None))
         return self._sent(values, send, now_ns, True, (rule,), reason)
 

@@ -32,7 +32,6 @@ from d4_nodes.report import Report
 from d4_nodes.ticks import Tick, Ticker
 from d4_nodes.wire import WireError
 
-_EARLY_NS = 300_000  # wake so long before a deadline and spin: the scheduler is not that precise
 _JUMP_NS = 100_000_000  # clock against monotonic time: more in one look is a jump
 _NEVER = -(10**9)  # a tick that is long ago
 _SILENCE = 1.5  # periods without any command until the safety action is sent
@@ -53,6 +52,9 @@ class LoopConfig:
         in a row must be in time before commands flow again. commands_per_tick: commands sent per tick,
         interpolated between this tick's and the next one's. forget_after: ticks without a request after which
         the server must forget the past: its frames no longer follow each other.
+        early_ns: wakes so long before a deadline and spins, because the scheduler is not that precise; 0
+        where the clock is another's, for which nothing must be held up. decision_ms: what a decision takes; a
+        frame may come as late as leaves time for it. None: half the latency.
     """
 
     max_misses: int = 2
@@ -60,6 +62,8 @@ class LoopConfig:
     commands_per_tick: int = 1
     forget_after: int = 4
     longest_wait_s: float = 0.02
+    early_ns: int = 300_000
+    decision_ms: float | None = None
 
 
 @dataclass
@@ -118,7 +122,10 @@ class Loop:
         self._decode, self.reward = decode, 0.0
         self._camera = contract.images[0].name
         self._longest = {s.name: _longest(s.align, contract.period_ns) for s in contract.observations}
-        self._ticker = Ticker(contract.period_ns, contract.latency_ns // 2)
+        left = contract.latency_ns // 2
+        if config.decision_ms is not None:
+            left = max(0, contract.latency_ns - round(1e6 * config.decision_ms))
+        self._ticker = Ticker(contract.period_ns, left)
         self._blend = np.repeat(
             [c.kind == "continuous" for c in contract.actions], [c.dim for c in contract.actions]
         )
@@ -126,7 +133,7 @@ class Loop:
         self._knock: threading.Thread | None = None
         self._due: deque[_Due] = deque()
         self._stop, self._is_over, self._restart = threading.Event(), False, ""
-        self._beat_ns = self._sent_ns = time.monotonic_ns()
+        self._beat_ns, self._sent_ns = time.monotonic_ns(), clock()
         self._raw: dict[str, Any] = {}
         self._forget()
 
@@ -209,9 +216,10 @@ class Loop:
                     self._log(f"the loop failed: {error!r}")
                     self.report.reasons["the loop failed"] += 1
                     self._forget()
-                    self._rest()
+                    self._rest_anyhow()
+                    time.sleep(self.contract.period_ns / 4e9)  # an error that stays must not flood
         finally:
-            self._rest()
+            self._rest_anyhow()
             self._is_over = self._stop.is_set()
             if self._link is not None:
                 self._link.close()
@@ -225,14 +233,14 @@ class Loop:
         while len(self._due) > 1 and now >= self._due[1].time_ns:  # we were held up: never catch up
             self.report.counts["commands left out"] += 1
             self._due.popleft()
-        if self._due and now >= self._due[0].time_ns - _EARLY_NS:
+        if self._due and now >= self._due[0].time_ns - self.config.early_ns:
             self._publish(self._due.popleft())
             return
         tick = self._ticker.next(now)
         if tick is not None:
             self._begin_tick(tick)
             return
-        if not self._due and time.monotonic_ns() - self._sent_ns > _SILENCE * self.contract.period_ns:
+        if not self._due and abs(now - self._sent_ns) > _SILENCE * self.contract.period_ns:
             self._rest()  # no frames, no ticks: the robot still hears from us
         self._wait(now)
 
@@ -429,8 +437,8 @@ class Loop:
                     return
             began = time.monotonic_ns()
             self._send(verdict, now)
-            self._sent_ns = time.monotonic_ns()
-            self.report.add("publish", self._sent_ns - began)
+            self._sent_ns = now
+            self.report.add("publish", time.monotonic_ns() - began)
         self._after(due, verdict, now)
 
     def _after(self, due: _Due, verdict: Verdict, now: int) -> None:
@@ -498,7 +506,7 @@ class Loop:
     # -- waiting and resting --
 
     def _wait(self, now: int) -> None:
-        times = [d.time_ns - _EARLY_NS for d in list(self._due)[:1]]
+        times = [d.time_ns - self.config.early_ns for d in list(self._due)[:1]]
         deadline = self._ticker.deadline()
         times += [] if deadline is None else [deadline]
         left_s = min([(t - now) / 1e9 for t in times], default=1.0)
@@ -511,8 +519,16 @@ class Loop:
         """Send the safety action now."""
         with self.lock:
             now = self._clock()
+            self._command = None  # what the robot does now is not what the model chose
+            self._sent_ns = now
             self._send(self.guard.check(None, now), now)
-            self._sent_ns = time.monotonic_ns()
+
+    def _rest_anyhow(self) -> None:
+        """The same where nothing may end the loop: a failing middleware may work again at the next try."""
+        try:
+            self._rest()
+        except Exception as error:
+            self._log(f"the safety action could not be sent: {error!r}")
 
 
 def _longest(align: Align, period_ns: int) -> int | None:

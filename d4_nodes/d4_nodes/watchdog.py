@@ -4,6 +4,7 @@ same.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Protocol
 
@@ -60,4 +61,5 @@ class Watchdog:
     def _run(self) -> None:
         while not self._ended.wait(self._period_s / 2):
             if self._loop.beat_age_s() > _PERIODS * self._period_s:
-                self.count += self._loop.rest_from_outside(self._period_s)
+                with contextlib.suppress(Exception):  # a failing middleware must not end the watching
+                    self.count += self._loop.rest_from_outside(self._period_s)

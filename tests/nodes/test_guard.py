@@ -1,5 +1,6 @@
 """The guard lets nothing through that the contract forbids, and says which rule acted."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -182,3 +183,37 @@ def test_the_tally_says_how_often_and_when(guard) -> None:
     tally = guard.tally["no_command"]
     assert (tally.count, tally.first_ns, tally.last_ns) == (3, START, START + 2 * MS)
     assert set(guard.tally) == set(RULES)
+
+
+def test_zeros_are_zeros_where_the_limits_leave_zero_out(contract) -> None:
+    """The safety action of a throttle of 0.3 to 1 was clipped to 0.3: the emergency stop drove the car."""
+    base = replace(contract.actions[0], low=(0.3, -2.0))
+    guard = Guard(replace(contract, actions=(base, contract.actions[1])))
+    guard.begin(START)
+    guard.stop("pressed")
+    assert guard.check(np.array([0.5, 0.0, 0.0]), START).values[0] == 0.0
+
+
+def test_a_new_episode_does_not_free_the_rate(guard) -> None:
+    guard.check(np.array([0.9, 0.0, 0.0]), START)
+    guard.begin(START + 50 * MS)
+    see(guard, START + 50 * MS)
+    verdict = guard.check(np.array([-0.9, 0.0, 0.0]), START + 60 * MS)
+    assert verdict.values[0] >= 0.0 - 1e-6 or abs(verdict.values[0]) <= 10 * 0.06
+    assert "slew" in verdict.rules
+
+
+def test_a_frame_from_before_the_begin_is_no_stamp_that_went_back(guard) -> None:
+    """The first frame of an episode is captured before the message that starts it, and may come after it."""
+    guard.begin(START)
+    assert guard.see("eye", START - 14 * MS, START + MS)
+    assert not guard.see("eye", START - 20 * MS, START + 2 * MS)
+
+
+def test_a_clock_that_is_set_back_does_not_hold_the_dead_man_switch(contract) -> None:
+    guard = Guard(contract, GuardConfig(dead_man=True))
+    guard.switch(True, START)
+    early = START - 3600 * 10**9
+    guard.begin(early)
+    see(guard, early)
+    assert rule(guard.check(np.zeros(3), early)) == "dead_man"

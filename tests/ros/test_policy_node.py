@@ -358,3 +358,22 @@ def test_a_whole_number_for_a_double_is_one_sentence(make):
     assert process.process.wait(20) == 2
     assert "error:" in process.said()
     assert "Traceback" not in process.said()
+
+
+def test_the_emergency_stop_outlives_cleanup_and_is_heard_before_configuring(make):
+    _, world = make()
+    assert world.state() == "unconfigured"
+    world.until(lambda: world.stop.get_subscription_count() > 0)
+    world.stop.publish(Bool(data=True))
+    time.sleep(0.3)
+    for _ in range(2):
+        assert world.configure()
+        assert world.activate()
+        world.until_state("emergency_stop")
+        assert all(x == 0 for _, x, _ in world.twists)
+        assert world.deactivate()
+        assert world.cleanup()
+    assert world.call(Trigger, "policy/reset_stop", Trigger.Request()).success
+    assert world.configure()
+    assert world.activate()
+    world.until_state("driving")

@@ -78,6 +78,10 @@ class PolicyNode(LifecycleNode):
         self.create_timer(1.0, self._on_diagnostics, callback_group=group)
         self.add_on_set_parameters_callback(self._on_parameters)
         self._status_due = 0.0
+        self._stopped = ""  # the emergency stop outlives guards: it holds from the first moment of the node
+        self._publishers_of: dict[str, Any] = {}
+        for profile in (qos.EVENT, qos.LATCHED):  # one that was pressed before this node began counts too
+            self.create_subscription(Bool, "emergency_stop", self._on_emergency_stop, profile)
 
     # -- transitions --
 
@@ -99,8 +103,14 @@ class PolicyNode(LifecycleNode):
         self._card = self._find_server(contract)
         self.contract = contract
         self.guard = Guard(contract, self._guard_config())
-        self._subscribe()
-        self._publish_to()
+        if self._stopped:
+            self.guard.stop(self._stopped)
+        try:
+            self._subscribe()
+            self._publish_to()
+        except Exception:
+            self._release()
+            raise
         self.get_logger().info(
             f"configured for {contract.name}: {contract.rate_hz:g} Hz, {contract.latency_ms:g} ms from "
             f"capture to command, pictures decoded by {which}, policy {self._card['checkpoint']}"
@@ -121,6 +131,7 @@ class PolicyNode(LifecycleNode):
         config = LoopConfig(
             max_misses=self._get("max_misses"), recover_after=self._get("recover_after"),
             commands_per_tick=self._get("commands_per_tick"), longest_wait_s=0.002 if is_simulated else 0.02,
+            early_ns=0 if is_simulated else 300_000, decision_ms=self._measured.p99,
         )  # fmt: skip
         loop = Loop(
             contract, self.guard, Inbox(tuple(s.name for s in contract.observations if s.role != "probe")),
@@ -187,7 +198,7 @@ class PolicyNode(LifecycleNode):
         while self._entities:
             destroy, entity = self._entities.pop()
             destroy(entity)
-        self._publishers_of: dict[str, Any] = {}
+        self._publishers_of = {}
         self._before.clear()
         self.contract = None
 
@@ -229,6 +240,7 @@ class PolicyNode(LifecycleNode):
             arrives = transport.smallest / 1e6 if few else transport.quantile_ms(0.5)
             arrives = max(0.0, arrives) if transport.count else 0.0
             measured = activation.measure(link, contract, size, arrives)
+            self._measured = measured
             text = activation.require(measured, contract, self._get("allow_slow"))
             if measured.fits:
                 self.get_logger().info(text)
@@ -267,7 +279,6 @@ class PolicyNode(LifecycleNode):
             self._listen(c.tasks.topic, c.tasks.type, self._on_task, qos.EVENT)
         if c.episode.start is not None:
             self._listen(c.episode.start.topic, c.episode.start.type, self._on_start, qos.EVENT)
-        self._listen("emergency_stop", "std_msgs/msg/Bool", self._on_emergency_stop, qos.EVENT)
         if self._get("dead_man_button") >= 0:
             self._listen("joy", "sensor_msgs/msg/Joy", self._on_joy, qos.EVENT)
 
@@ -354,20 +365,20 @@ class PolicyNode(LifecycleNode):
         return response
 
     def _on_stop(self, request: Any, response: Any) -> Any:
-        response.success = self._stop("the service stop was called")
-        response.message = (
-            "stopped; ~/reset_stop releases it" if response.success else "the node is not configured"
-        )
+        self._stop("the service stop was called")
+        response.success, response.message = True, "stopped; ~/reset_stop releases it"
         return response
 
     def _on_reset_stop(self, request: Any, response: Any) -> Any:
-        response.success = self._with_guard(lambda guard: guard.reset_stop())
-        response.message = "released" if response.success else "the node is not configured"
+        self._stopped = ""
+        self._with_guard(lambda guard: guard.reset_stop())
+        response.success, response.message = True, "released"
         return response
 
-    def _stop(self, reason: str) -> bool:
+    def _stop(self, reason: str) -> None:
+        self._stopped = self._stopped or reason
         self.get_logger().warning(f"emergency stop: {reason}")
-        return self._with_guard(lambda guard: guard.stop(reason))
+        self._with_guard(lambda guard: guard.stop(reason))
 
     def _with_guard(self, act: Callable[[Guard], None]) -> bool:
         """Tell the guard something, under the loop's lock while there is one; False if there is no guard."""

@@ -87,15 +87,15 @@ def _spin_once(executor: SingleThreadedExecutor, node: Node) -> None:
 
 
 def spin(make: Callable[[], Node], args: list[str] | None = None) -> int:
-    """Run a node until SIGINT or SIGTERM, or until it sets its own `ended`; returns the exit code. Its
-    `secure` is called before anything is torn down.
+    """Run a node until SIGINT, SIGTERM or SIGHUP, or until it sets its own `ended`; returns the exit code.
+    Its `secure` is called before anything is torn down.
 
     rclpy's own signal handlers would shut the middleware down first, and the last safety action could not be
     sent any more.
     """
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     INTERRUPTED.clear()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: INTERRUPTED.set())
     try:
         node = make()
