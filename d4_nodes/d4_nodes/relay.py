@@ -157,11 +157,18 @@ class Relay:
                 except Exception as error:
                     self._log(f"the relay failed: {error!r}")
                     self.report.reasons["the relay failed"] += 1
-                    self._pass_on(None, f"the relay failed: {error!r}")
+                    self._rest_anyhow(f"the relay failed: {error!r}")
                     self._stop.wait(self.contract.period_ns / 4e9)  # a bug that stays must not fill the log
         finally:
-            self._pass_on(None, "the relay has ended")
+            self._rest_anyhow("the relay has ended")
             self._is_over = self._stop.is_set()
+
+    def _rest_anyhow(self, reason: str) -> None:
+        """The safety action, where nothing may end the relay: failing middleware may work again next time."""
+        try:
+            self._pass_on(None, reason)
+        except Exception as error:
+            self._log(f"the safety action could not be sent: {error!r}")
 
     def begin(self) -> None:
         """Begin: streams count as fresh now, and a command is awaited."""

@@ -5,6 +5,8 @@
 The other policy publishes on policy/<command topic>, for example /policy/cmd_vel; remap its topic to that.
 """
 
+import os
+
 from launch import LaunchDescription
 from launch.actions import DeclareLaunchArgument, EmitEvent, OpaqueFunction, RegisterEventHandler
 from launch.conditions import IfCondition
@@ -33,6 +35,8 @@ ARGUMENTS = [
 
 def _up(context):
     get = {name: LaunchConfiguration(name).perform(context) for name, _, _ in ARGUMENTS}
+    for name in {"socket", "server_python", "params_file"} & get.keys():
+        get[name] = os.path.expanduser(get[name])
     parameters = {
         "contract": get["contract"],
         "input_prefix": get["input_prefix"],

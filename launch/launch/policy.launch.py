@@ -55,6 +55,8 @@ ARGUMENTS = [
 
 def _up(context):
     get = {name: LaunchConfiguration(name).perform(context) for name, _, _ in ARGUMENTS}
+    for name in {"socket", "server_python", "params_file"} & get.keys():
+        get[name] = os.path.expanduser(get[name])
     checkpoint = os.path.abspath(os.path.expanduser(get["checkpoint"]))
     contract = os.path.expanduser(get["contract"]) or _contract_of(checkpoint)
     socket = get["socket"] or os.path.join(tempfile.mkdtemp(prefix="d4-"), "policy.sock")

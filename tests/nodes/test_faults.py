@@ -237,3 +237,21 @@ def test_commands_never_pause_longer_than_two_periods(rig) -> None:
         rig.faults.unlink()
         time.sleep(0.3)
     assert rig.motors.gaps.largest < 1e9 * (TWO_PERIODS_S + SLACK_S)
+
+
+def test_a_middleware_that_fails_for_a_while_ends_neither_loop_nor_watchdog(rig) -> None:
+    """Two failed publishes in a row ended the thread, and nobody noticed."""
+    send, failing = rig.loop._send, True
+
+    def unreliable(verdict, now_ns):
+        if failing:
+            raise RuntimeError("no middleware")
+        send(verdict, now_ns)
+
+    rig.loop._send = unreliable
+    time.sleep(0.4)
+    failing = False
+    rig.until_driving()
+    count = len(rig.motors.commands)
+    rig.until(lambda: len(rig.motors.commands) > count + 5, 2)
+    rig.motors.gaps = type(rig.motors.gaps)()

@@ -422,6 +422,7 @@ class PolicyNode(LifecycleNode):
         )  # fmt: skip
 
     def _on_parameters(self, parameters: list[Any]) -> SetParametersResult:
+        task = None
         for parameter in parameters:
             if self.runner is not None and parameter.name in FIXED_WHILE_ACTIVE:
                 return SetParametersResult(
@@ -429,9 +430,11 @@ class PolicyNode(LifecycleNode):
                 )
             if parameter.name == "task" and self.contract is not None:
                 try:
-                    self._choose(self._task_of(self.contract, parameter.value))
+                    task = self._task_of(self.contract, parameter.value)
                 except UserError as error:
                     return SetParametersResult(successful=False, reason=str(error))
+        if task is not None:  # all or nothing: only when no other parameter was refused
+            self._choose(task)
         return SetParametersResult(successful=True)
 
     # -- what it says --
