@@ -1,1 +1,1 @@
-"""Minecraft, and games played like it: the benchmark, its tasks and ladder, the games behind one interface."""
+"""Minecraft and games played like it: the benchmark, its tasks and ladder, games behind one interface."""
