@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import abc
+import copy
 import ctypes
 import functools
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from d4_sim.driver import Driver
 
+# of a world that does not say otherwise
 RATE_HZ = 10
 LATENCY_MS = 40
 HORIZON = 30
@@ -28,6 +31,7 @@ IMAGE_SIZE = 64  # pixels, square
 MOTOR_LAG = 0.04  # s, time constant of every actuator: inertia / kv in the models
 
 _HERE = Path(__file__).parent
+_FIXED = ("_camera", "_mj", "_data", "contract")  # attributes of a world that an episode does not change
 _GL_HELP = (
     "install libegl1 and libgl1-mesa-dri (MUJOCO_GL=egl) or libosmesa6 (MUJOCO_GL=osmesa) with apt-get, "
     "or unset MUJOCO_GL to let d4 choose"
@@ -60,13 +64,15 @@ class _Camera:
     """A model and the GL context that draws it, shared by all worlds of one class in this process."""
 
     def __init__(self, world: type[MujocoWorld]) -> None:
-        backend = choose_gl()
+        backend, self._name, size = choose_gl(), world.camera, world.image_size
         try:
             import mujoco
 
-            self.model = mujoco.MjModel.from_xml_path(str(_HERE / f"{world.robot}.xml"))
+            self.model = world.build()
             world.dress(self.model)
-            self._renderer = mujoco.Renderer(self.model, IMAGE_SIZE, IMAGE_SIZE, max_geom=64)
+            self._renderer = mujoco.Renderer(self.model, size, size, max_geom=world.most_geoms)
+        except UserError:
+            raise
         except (
             Exception
         ) as error:  # the GL stack raises ImportError, AttributeError, RuntimeError, GLError, ...
@@ -77,8 +83,8 @@ class _Camera:
             self._renderer.scene.flags[flag] = 0
 
     def render(self, data: mujoco.MjData) -> np.ndarray:
-        """The overhead picture, uint8 [64, 64, 3] RGB, a fresh array."""
-        self._renderer.update_scene(data, camera="overhead")
+        """The world's picture, uint8 [H, W, 3] RGB, a fresh array."""
+        self._renderer.update_scene(data, camera=self._name)
         return self._renderer.render()
 
 
@@ -87,13 +93,29 @@ def _camera(world: type[MujocoWorld]) -> _Camera:
     return _Camera(world)
 
 
+@dataclass(frozen=True)
+class Physics:
+    """Physical states of any leading shape, as `MujocoWorld.score` judges them."""
+
+    qpos: np.ndarray  # [..., nq]
+    qvel: np.ndarray  # [..., nv]
+    ctrl: np.ndarray  # [..., nu], in force when the state was reached
+    sensors: np.ndarray  # [..., nsensordata]
+
+
 class MujocoWorld(abc.ABC):
-    """A `d4_sim.world.World` from an MJCF with a camera `overhead` and a velocity actuator on every joint.
+    """A `d4_sim.world.World` from an MJCF with a camera, whose actuators take the action as it is.
 
     Not thread-safe: all worlds of one class in a process draw with one GL context.
     """
 
     robot: ClassVar[str]  # <robot>.xml and <robot>.yaml lie beside this module
+    camera: ClassVar[str] = "overhead"
+    rate_hz: ClassVar[float] = RATE_HZ
+    latency_ms: ClassVar[float] = LATENCY_MS
+    image_size: ClassVar[int] = IMAGE_SIZE
+    most_geoms: ClassVar[int] = 64  # that may be in the picture
+    goals: ClassVar[int | None] = None  # of `score`; None: the tasks alone
     horizon = HORIZON
     tasks: tuple[str, ...]
     success_reward: float
@@ -106,8 +128,8 @@ class MujocoWorld(abc.ABC):
 
         self._mj = mujoco
         self._data = mujoco.MjData(self._camera.model)
-        self._substeps = round(1.0 / RATE_HZ / self._camera.model.opt.timestep)
-        self._late = round(LATENCY_MS / 1000 / self._camera.model.opt.timestep)
+        self._substeps = round(1.0 / self.rate_hz / self._camera.model.opt.timestep)
+        self._late = round(self.latency_ms / 1000 / self._camera.model.opt.timestep)
         self._task = self._tick = 0
         self._over = False
         self._command = np.zeros_like(self.action_low)
@@ -116,6 +138,13 @@ class MujocoWorld(abc.ABC):
     def contract_path(cls) -> Path:
         """The contract file of this world."""
         return _HERE / f"{cls.robot}.yaml"
+
+    @classmethod
+    def build(cls) -> mujoco.MjModel:
+        """The compiled model."""
+        import mujoco
+
+        return mujoco.MjModel.from_xml_path(str(_HERE / f"{cls.robot}.xml"))
 
     @classmethod  # noqa: B027  (not abstract: most worlds look as their file says)
     def dress(cls, model: mujoco.MjModel) -> None:
@@ -171,7 +200,7 @@ class MujocoWorld(abc.ABC):
         return self._observe()
 
     def step(self, action: np.ndarray) -> tuple[Observation, np.ndarray, bool, bool]:
-        """Holds the previous command for 40 ms, then `action` (float32 [A], clipped) until the next tick."""
+        """Holds the previous command for the latency, then `action` (float32 [A], clipped) to the end."""
         self.advance(self._late)
         self.command(action)
         self.advance(self._substeps - self._late)
@@ -193,17 +222,70 @@ class MujocoWorld(abc.ABC):
         for _ in range(substeps):
             if self._over:
                 return
-            self._data.ctrl[:] = self._command
+            self._actuate()
             self._mj.mj_step(self._camera.model, self._data)
             self._over = self._is_over()
 
     def frame(self) -> tuple[Observation, np.ndarray, bool, bool]:
         """The next tick's (observation, reward float32 [K], terminal, truncated), as it is now."""
         self._tick += 1
-        return self._observe(), self.rewards, self._over, self._tick >= HORIZON
+        return self._observe(), self.rewards, self._over, self._tick >= self.horizon
 
-    def _observe(self) -> Observation:
-        # Positions are fresh after a reset or a step only once the kinematics have run again.
+    def _actuate(self) -> None:
+        """Hands the command in force to the model."""
+        self._data.ctrl[:] = self._command
+
+    def _refresh(self) -> None:
+        """Positions are fresh after a reset or a step only once the kinematics have run again."""
         self._mj.mj_kinematics(self._camera.model, self._data)
         self._mj.mj_camlight(self._camera.model, self._data)
+
+    def _observe(self) -> Observation:
+        self._refresh()
         return Observation(self._camera.render(self._data), self._vectors())
+
+    # -- what a planner on the true simulator needs --
+
+    @property
+    def model(self) -> mujoco.MjModel:
+        """The compiled model; worlds of one class share it, so that nobody may change it."""
+        return self._camera.model
+
+    @property
+    def in_force(self) -> np.ndarray:
+        """The command in force, float32 [A]."""
+        return self._command
+
+    @property
+    def substeps(self) -> tuple[int, int]:
+        """Substeps of a tick, and those of them before a new command takes hold."""
+        return self._substeps, self._late
+
+    def physics(self) -> np.ndarray:
+        """The state that decides what happens next (mjSTATE_FULLPHYSICS): time, qpos, qvel, ..."""
+        kind = self._mj.mjtState.mjSTATE_FULLPHYSICS
+        out = np.zeros(self._mj.mj_stateSize(self.model, kind))
+        self._mj.mj_getState(self.model, self._data, out, kind)
+        return out
+
+    def save(self) -> dict[str, Any]:
+        """Everything that `restore` needs to go on from here as if nothing had happened since."""
+        kind = self._mj.mjtState.mjSTATE_INTEGRATION
+        state = np.zeros(self._mj.mj_stateSize(self.model, kind))
+        self._mj.mj_getState(self.model, self._data, state, kind)
+        own = {k: copy.copy(v) for k, v in vars(self).items() if k not in _FIXED}
+        return {"state": state, "own": own}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Back to where `save` was called, in this world or another one of its class."""
+        self._mj.mj_setState(self.model, self._data, saved["state"], self._mj.mjtState.mjSTATE_INTEGRATION)
+        vars(self).update({k: copy.copy(v) for k, v in saved["own"].items()})
+        self._refresh()
+
+    def score(self, at: Physics, goal: int) -> np.ndarray:
+        """How good these states [..., T, :] are for goal number `goal`, float [..., T]; a planner adds it up.
+
+        The first goals are the tasks, others are what a driver does that was given the wrong one.
+        Raises UserError if nobody has said what is good in this world.
+        """
+        raise UserError(f"the world {self.contract.name} does not say what a planner should do in it.")

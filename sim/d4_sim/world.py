@@ -97,7 +97,10 @@ def world_class(name: str) -> type[World]:
     if name not in _WORLDS:
         raise UserError(f"unknown world '{name}': choose one of {', '.join(_WORLDS)}.")
     module, _, attribute = _WORLDS[name].partition(":")
-    world: type[World] = getattr(importlib.import_module(module), attribute)
+    try:
+        world: type[World] = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise UserError(f"the world '{name}' cannot be imported: {error}.") from error
     return world
 
 
