@@ -31,6 +31,7 @@ _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": opera
 _OPERATORS["n/a"] = lambda *_: True
 HORIZONS = (1, 2, 4, 8, 16)
 CONTEXT = 4  # real frames before an open-loop rollout
+_EXACT_DB = 100.0  # PSNR of equal pictures, which would be infinite
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,9 @@ def tokenizer_gates(
     other = centred[torch.randperm(len(centred), generator=torch.Generator().manual_seed(0))]
     cosine = torch.nn.functional.cosine_similarity(centred, other, dim=-1).mean()
     gates = [not_measured("PSNR above the mean image", "the dataset holds latents, not pictures")]
-    if pictures is not None:
+    if pictures is not None and max(baseline) < 1e-7:
+        gates = [not_measured("PSNR above the mean image", "all held-out pictures are the mean image")]
+    elif pictures is not None:
         psnr, mean_psnr = (float(-10 * np.log10(np.mean(x))) for x in (squared, baseline))
         gates = [
             Gate("PSNR above the mean image (dB)", psnr - mean_psnr, ">=", 3.0,
@@ -182,6 +185,10 @@ def tokenizer_gates(
         error = (probe(torch.from_numpy(latents[frames])) - truth).square().mean(0).sqrt()
         spread = truth.std(0)
         moving = spread > 1e-6  # a coordinate that never changes cannot be missed
+        if not moving.any():
+            reason = f"{name} does not change in the held-out episodes"
+            gates.append(not_measured(f"probe of {name} (rmse / spread)", reason))
+            continue
         gates.append(
             Gate(f"probe of {name} (rmse / spread)", float((error / spread)[moving].mean()), "<=", 0.2,
                  f"the latents do not carry {name}: PSNR can hide that; train longer or use smaller patches",
@@ -305,23 +312,32 @@ def dynamics_gates(
         reason = f"no held-out episode has the {CONTEXT + 1} frames that an open-loop rollout needs"
         return [not_measured("open loop against copy-last", reason)], {}
     run = partial(open_loop, dynamics, logs, latents, frames, steps=steps, finest_label=finest_label)
-    gates: list[Gate] = []
     curves = horizon_curves(tokenizer, logs, probes, run(seed=0)) | {"steps": steps}
-    for kind, op, limit in (("position", "<", 1.0), ("psnr", ">", 0.0)):
-        values = curves.get(kind)
-        for i, h in enumerate(curves.get("horizons", [])):
-            if values is None or h < 4:
-                continue
-            model, copy = values["model"][i], values["copy_last"][i]
-            value = model / copy if kind == "position" else model - copy
-            name = "position error / copy-last" if kind == "position" else "PSNR above copy-last (dB)"
-            gates.append(Gate(f"{name}, {h} steps", value, op, limit,
-                              "open loop loses to copying the last frame: train longer or on more episodes",
-                              {"model": model, "copy_last": copy}))  # fmt: skip
+    gates = _copy_gates(curves)
     gates += action_gates(dynamics, logs, latents, train, held_out)
     if logs.labelled[held_out].any():
         gates += mirror_gates(probes, run)
     return gates, curves
+
+
+def _copy_gates(curves: dict[str, Any]) -> list[Gate]:
+    """Position error and PSNR from 4 frames ahead on, against those of copying the last frame."""
+    gates = []
+    for kind, op, limit in (("position", "<", 1.0), ("psnr", ">", 0.0)):
+        for i, h in enumerate(curves["horizons"] if kind in curves else []):
+            if h < 4:
+                continue
+            model, copy = curves[kind]["model"][i], curves[kind]["copy_last"][i]
+            name = "position error / copy-last" if kind == "position" else "PSNR above copy-last (dB)"
+            if copy == (0.0 if kind == "position" else _EXACT_DB):
+                reason = "nothing moves in the held-out clips, and copying the last frame is exact"
+                gates.append(not_measured(f"{name}, {h} steps", reason))
+                continue
+            value = model / copy if kind == "position" else model - copy
+            gates.append(Gate(f"{name}, {h} steps", value, op, limit,
+                              "open loop loses to copying the last frame: train longer or on more episodes",
+                              {"model": model, "copy_last": copy}))  # fmt: skip
+    return gates
 
 
 def action_gates(
@@ -333,8 +349,11 @@ def action_gates(
         reason = "training or held-out data have no labelled episode of 8 frames"
         return [not_measured("next-frame loss, shuffled / true actions", reason)]
     plain = next_frame_error(dynamics, logs, latents, short)
-    ratio = next_frame_error(dynamics, logs, latents, short, shuffle=True) / plain
+    shuffled = next_frame_error(dynamics, logs, latents, short, shuffle=True)
     seen = next_frame_error(dynamics, logs, latents, labelled_clips(logs, train, 8, 512))
+    if plain == 0.0 or seen == 0.0:
+        reason = "next frames are predicted without any error: nothing moves in these clips"
+        return [not_measured("next-frame loss, shuffled / true actions", reason)]
     dark = train[~logs.labelled[train]]
     unlabelled = whole_clips(logs, dark, 8, 512)
     unknown = next_frame_error(dynamics, logs, latents, unlabelled) if len(unlabelled) else None
@@ -345,7 +364,7 @@ def action_gates(
         "copy_last": _copy_error(latents, short),
     }
     return [
-        Gate("next-frame loss, shuffled / true actions", ratio, ">=", 1.2,
+        Gate("next-frame loss, shuffled / true actions", shuffled / plain, ">=", 1.2,
              "the model ignores the actions: more labelled episodes or longer training", detail),
         Gate("next-frame loss, held out / labelled training", plain / seen, "<=", 2.0,
              "the model memorises the labelled episodes: record more of them", detail),
@@ -422,7 +441,7 @@ def _pixels(tokenizer: Tokenizer, camera: str, context: Tensor, tokens: Tensor) 
 
 
 def _psnr(a: Tensor, b: Tensor) -> float:
-    return float(-10 * torch.log10((a - b).square().mean()))
+    return float(-10 * torch.log10((a - b).square().mean())) if not torch.equal(a, b) else _EXACT_DB
 
 
 def ssim(a: Tensor, b: Tensor) -> float:

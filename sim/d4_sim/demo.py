@@ -97,7 +97,8 @@ def plan(args: Args, jobs: int) -> list[Stage]:
     size: dict[str, Any] = {"episodes": args.episodes, "labelled": args.labelled, "seed": args.seed}
     record = command("d4-record", world=WORLD, **size, out=bags, jobs=jobs)
     ingest = command("d4-ingest", bags, contract=out / "robot.yaml", out=dataset, jobs=jobs)
-    audit = command("d4-audit", dataset, json=out / "audit.json", sheet=out / "audit.png")
+    pages = {"json": out / "audit.json", "html": out / "audit.html", "sheet": out / "audit.png"}
+    audit = command("d4-audit", dataset, **pages)
     return [
         stage("record", "", "drive the simulated robot and log it to bags", record, makes=(bags,)),
         stage("ingest", "record", "turn the bags into a dataset", ingest, makes=(dataset,)),
@@ -200,7 +201,8 @@ class Demo:
     def _show(self, stage: Stage, since: float) -> None:
         """Name the pictures made since a time (unix seconds), and bring the report up to date."""
         run = self.args.out / "run"
-        found = [*self.args.out.glob("*.png"), *(run / "media").glob("*.png"), *(run / "media").glob("*.mp4")]
+        out, media = self.args.out, run / "media"
+        found = [*out.glob("audit.html"), *out.glob("*.png"), *media.glob("*.png"), *media.glob("*.mp4")]
         new = sorted(path for path in found if path.stat().st_mtime >= since)
         for path in new[:_MOST_PICTURES]:
             self.say(f"look at {path}")

@@ -396,6 +396,28 @@ def test_without_probes_control_is_measured_in_the_tokens(world) -> None:
     assert not OPEN_LOOP & by_name(right).keys()
 
 
+def test_a_world_in_which_nothing_moves_is_not_measured(world, pose_probe) -> None:
+    """Copying the last frame is exact then: it was divided by zero."""
+    logs, latents = world(policy=lambda place, noise: 0 * noise)
+    gates, curves = dynamics_gates(Eye(), Physics(), logs, latents, pose_probe, TRAIN, HELD_OUT, count=64)
+    dark = {f"{name} (not measured)" for name in OPEN_LOOP | PICTURES}
+    assert by_name(gates).keys() >= dark
+    assert failed(gates) <= {SHUFFLED, MIRRORED}  # that the actions do nothing is true
+    json.dumps(curves, allow_nan=False)
+
+
+def test_pictures_that_never_change_are_not_measured(pictures) -> None:
+    tokenizer, logs, latents = pictures
+    logs.images["front"][:], logs.vectors["level"][:] = 77, 0.3
+    tokenizer.set_statistics({"front": torch.full((8, 12, 3), 77 / 255)}, {"front": torch.tensor(0.25)})
+    gates = tokenizer_gates(tokenizer, logs, latents, {"level": level_of}, np.array([2, 3]))
+    names = {gate.name for gate in gates if gate.op == "n/a"}
+    assert names == {
+        "PSNR above the mean image (not measured)", "probe of level (rmse / spread) (not measured)",
+    }  # fmt: skip
+    assert failed(gates) == {"latent spread (std per channel)"}  # which says to look for static video
+
+
 @pytest.mark.parametrize(("length", "longest"), [(24, 16), (12, 8), (10, 4), (5, 1)])
 def test_short_episodes_are_measured_as_far_as_they_go(world, pose_probe, length: int, longest: int) -> None:
     logs, latents = world(length=length)

@@ -33,6 +33,8 @@ if made:
     folder = pathlib.Path(words[words.index(made) + 1])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "made").write_text(" ".join(words))
+if "--html" in words:
+    pathlib.Path(words[words.index("--html") + 1]).write_text("a page")
 if "--run" in words:
     folder = pathlib.Path(words[words.index("--run") + 1]) / "media"
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +94,7 @@ def test_a_run_calls_everything_in_order_and_a_second_run_nothing(chain: Chain, 
     assert "[1/10] record" in said
     assert "[10/10] report" in said
     assert f"$ d4-train {chain.out}/dataset --run {chain.out}/run --preset nano --seed 0 --scale 1.0" in said
+    assert f"look at {chain.out}/audit.html" in said
     assert f"look at {chain.out}/run/media/tokenizer.png" in said
     assert said.rstrip().endswith(f"report: {chain.out}/run/report.html")
     assert (chain.out / "run" / "report.html").stat().st_size > 0
