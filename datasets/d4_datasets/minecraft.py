@@ -212,6 +212,11 @@ class Events:
 
     def step(self, stats: Mapping[str, Any] | None, items: Mapping[str, Any] | None) -> np.ndarray:
         """Tasks accomplished in the tick that ended with these counters and item counts, bool [K]."""
+        return self.amounts(stats, items) > 0
+
+    def amounts(self, stats: Mapping[str, Any] | None, items: Mapping[str, Any] | None) -> np.ndarray:
+        """How much of each task was accomplished in that tick, float64 [K]: planks come four at a time."""
+        nothing = np.zeros(len(self._tasks))
         if stats is not None:
             now = np.array([sum(_count(stats.get(key)) for key in task.stats) for task in self._tasks])
             before, self._counters = self._counters, now
@@ -220,8 +225,8 @@ class Events:
             before = self._most
             self._most = now if before is None else np.maximum(before, now)
         else:
-            return np.zeros(len(self._tasks), bool)
-        return np.zeros(len(now), bool) if before is None else now > before
+            return nothing
+        return nothing if before is None else np.maximum(now - before, 0)
 
 
 def _count(value: Any) -> float:
