@@ -52,6 +52,7 @@ class Stage:
         gated: a gate may fail in it, so that a result made with --force is not one made without.
         keeps: what it makes holds training time, and is set aside instead of cleared away.
         recipe: what shapes its result besides the commands, such as the settings of a preset.
+        weight: slots that it takes among stages that run side by side.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Stage:
     gated: bool = True
     keeps: bool = False
     recipe: str = ""
+    weight: int = 1
 
 
 def command(name: str, *positional: Path | str, **options: Any) -> Command:

@@ -8,22 +8,15 @@ nothing here: the page shows it.
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from d4_sim import stages
-from d4_sim.stages import Command, Interrupted, Stage, State, clock, command, handled_by, keys
+from d4_sim.chains import PHASES, Chains
+from d4_sim.lanes import Runner
+from d4_sim.stages import Command, Stage, command, keys
 from d4_sim.world import world_class
 
 SEEDS = (0, 1, 2)  # full chains, and imagination seeds within the first of them
@@ -32,9 +25,6 @@ LOOKS = ("yard", "yard_dusk")  # the second is the first one's world in other co
 LABELS = (0.0, 0.01, 0.04, 0.1, 0.2, 1.0)
 POLICIES = ("random", "data", "bc_scratch", "vpt", "wm_bc", "imagination", "expert")
 ABLATION_SCALE = 0.5  # training steps of the arms that are only compared with each other
-
-# seconds on one core at the default size
-PHASES = {"tokenizer": 240.0, "dynamics": 700.0, "agent": 560.0, "imagination": 210.0}
 
 _SETTINGS = "imagination_training.settings"
 _BOOTSTRAP = "dynamics_training.bootstrap_rows=0.0"
@@ -93,64 +83,12 @@ class Args:
     only: tuple[str, ...] = ()
 
 
-class Plan:
+class Plan(Chains):
     """Collects the stages of a study in the order in which they matter."""
 
     def __init__(self, args: Args) -> None:
-        self.args = args
-        self.stages: list[Stage] = []
-
-    def add(
-        self,
-        name: str,
-        needs: Sequence[str],
-        typical_s: float,
-        *commands: Command,
-        makes: tuple[Path, ...] = (),
-        recipe: str = "",
-    ) -> str:
-        """Add a stage; returns its name."""
-        keeps = any(path.name == "run" for path in makes)
-        title = " then ".join(words[0] for words in commands)
-        stage = Stage(name, title, commands, tuple(needs), makes, typical_s, True, keeps, recipe)
-        self.stages.append(stage)
-        return name
-
-    def train(self, run: Path, dataset: Path, phase: str, seed: int, scale: float, **options: Any) -> Command:
-        """One phase of training, in one process, whatever its gates say."""
-        return command(
-            "d4-train", dataset, run=run, phases=phase, seed=seed, preset=self.args.preset,
-            scale=self.args.scale * scale, procs=1, force=True, **options,
-        )  # fmt: skip
-
-    def recipe(self, phase: str) -> str:
-        """The preset's settings as far as they shape a phase: other ones give other results."""
-        from d4_core.config import preset
-
-        return json.dumps(preset(self.args.preset).up_to(phase), sort_keys=True)
-
-    def drive(self, run: Path, dataset: Path, *policies: str, **options: Any) -> Command:
-        """Policies in the simulator, always on the same starts."""
-        size = {"episodes": self.args.eval_episodes, "scale": self.args.scale, "force": True}
-        return command("d4-eval", run, dataset=dataset, policies=policies, **size, **options)
-
-    def driving(self, *policies: str) -> Callable[[Path, Path], Command]:
-        """`drive` for a run that is yet to be named."""
-        return lambda run, dataset: self.drive(run, dataset, *policies)
-
-    def data(self, place: Path, recordings: Sequence[tuple[str, int, float, int]]) -> str:
-        """Bags of (world, seed, share of labels, episodes), in one dataset with the first one's contract."""
-        bags, dataset = place / "bags", place / "dataset"
-        record = [
-            command("d4-record", world=w, episodes=n, labelled=share, seed=s, out=bags / f"{w}-{s}")
-            for w, s, share, n in recordings
-        ]
-        contract = self.args.out / f"{recordings[0][0]}.yaml"
-        ingest = command(
-            "d4-ingest", *(bags / f"{w}-{s}" for w, s, *_ in recordings), contract=contract, out=dataset
-        )
-        count = sum(n for *_, n in recordings)
-        return self.add(f"{place.name}/data", [], 0.02 * count, *record, ingest, makes=(bags, dataset))
+        super().__init__(args)
+        self.args: Args = args
 
     def chain(self, world: str, seed: int) -> None:
         """A whole demo with all baselines."""
@@ -268,108 +206,12 @@ def plan(args: Args) -> list[Stage]:
     return planned.stages
 
 
-class Lane:
-    """A stage at work: its commands one after another, their output in a file."""
-
-    def __init__(self, stage: Stage, log: Path, env: dict[str, str]) -> None:
-        self.stage, self.log, self._env = stage, log, env
-        self.began = time.monotonic()
-        self._left = list(stage.commands)
-        self._child: subprocess.Popen[bytes] | None = None
-
-    def poll(self) -> int | None:
-        """None while at work, else the exit code: 0, or that of the command that failed."""
-        if self._child is not None:
-            code = self._child.poll()
-            if code is None or code:
-                return code
-        if not self._left:
-            return 0
-        name, *arguments = self._left.pop(0)
-        argv = [sys.executable, "-m", stages.MODULES[name], *arguments]
-        with self.log.open("ab") as file:
-            file.write(f"$ {shlex.join([name, *arguments])}\n".encode())
-            file.flush()
-            # a process group of its own: Ctrl-C reaches it once, through us
-            self._child = subprocess.Popen(
-                argv, env=self._env, stdout=file, stderr=subprocess.STDOUT, process_group=0
-            )
-        return None
-
-    def stop(self) -> None:
-        """Let the command save and leave, and wait for that."""
-        self._left.clear()
-        if self._child is not None:
-            # not SIGINT, which shells let background jobs ignore, and their children with them
-            self._child.terminate()
-            self._child.wait()
-
-
-class Study:
+class Study(Runner):
     """Runs stages side by side and talks about them."""
 
     def __init__(self, args: Args) -> None:
-        self.args, self.stages = args, plan(args)
-        self.console = Console(highlight=False, soft_wrap=True)
-        (args.out / "logs").mkdir(parents=True, exist_ok=True)
+        self.args = args
+        own_keys = keys(plan(replace(args, out=Path("out"))))
+        super().__init__(args.out, plan(args), own_keys, args.jobs, args.only)
         for world in WORLDS:
             (args.out / f"{world}.yaml").write_bytes(world_class(world).contract_path().read_bytes())
-        self.state = State(args.out, self.stages, keys(plan(replace(args, out=Path("out")))), force=True)
-        self.env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        self.lanes: list[Lane] = []
-        self.failed: set[str] = set()
-
-    def run(self) -> int:
-        """Run everything that is not done yet; returns 1 if a stage failed, else 0.
-
-        Raises:
-            Interrupted: after SIGINT, SIGTERM or SIGHUP, once all commands have saved and left.
-        """
-        self.state.clear_stale()
-        received: list[int] = []
-        with handled_by(lambda number, _: received.append(number)):
-            while not received:
-                self._start()
-                if not self.lanes:
-                    break
-                time.sleep(0.2)
-                self._reap()
-            for lane in self.lanes:
-                lane.stop()
-                self.state.note(lane.stage, time.monotonic() - lane.began, done=False)
-        if received:
-            raise Interrupted(received[0])
-        return int(bool(self.failed))
-
-    def _start(self) -> None:
-        """Begin the most important stages that can begin."""
-        busy = {lane.stage.name for lane in self.lanes}
-        for stage in self.stages:
-            if len(self.lanes) >= self.args.jobs:
-                return
-            is_open = stage.name not in busy | self.failed and not self.state.is_done(stage.name)
-            is_wanted = not self.args.only or stage.name.startswith(self.args.only)
-            if is_open and is_wanted and all(map(self.state.is_done, stage.needs)):
-                self.lanes.append(Lane(stage, self._log(stage), self.env))
-                self._say(f"begin {stage.name} ({stage.title})")
-
-    def _reap(self) -> None:
-        for lane in list(self.lanes):
-            code = lane.poll()
-            if code is None:
-                continue
-            self.lanes.remove(lane)
-            seconds, name = time.monotonic() - lane.began, lane.stage.name
-            self.state.note(lane.stage, seconds, done=code == 0)
-            if code:
-                self.failed.add(name)
-            verdict = f"failed with exit code {code}, see {lane.log}" if code else f"done in {clock(seconds)}"
-            left = clock(self.state.left_s() / self.args.jobs)
-            self._say(f"{name} {verdict}; about {left} left in all")
-
-    def _log(self, stage: Stage) -> Path:
-        return self.args.out / "logs" / f"{stage.name.replace('/', '.')}.log"
-
-    def _say(self, text: str) -> None:
-        self.console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
-        self.console.file.flush()

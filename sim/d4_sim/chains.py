@@ -1,0 +1,110 @@
+"""Parts of every experiment over seeds: recording, the four phases of training and drives, as stages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from d4_sim.stages import Command, Stage, command
+
+# seconds on one core at the default size
+PHASES = {"tokenizer": 240.0, "dynamics": 700.0, "agent": 560.0, "imagination": 210.0}
+
+
+class Sizes(Protocol):
+    """What every experiment must know."""
+
+    @property
+    def out(self) -> Path:
+        """Folder of everything."""
+        ...
+
+    @property
+    def scale(self) -> float:
+        """Multiplies the training steps."""
+        ...
+
+    @property
+    def preset(self) -> str:
+        """Model size and training settings."""
+        ...
+
+    @property
+    def eval_episodes(self) -> int:
+        """Episodes per policy and seed."""
+        ...
+
+
+class Chains:
+    """Collects the stages of an experiment in the order in which they matter."""
+
+    def __init__(self, args: Sizes) -> None:
+        self.args = args
+        self.stages: list[Stage] = []
+
+    def add(
+        self,
+        name: str,
+        needs: Sequence[str],
+        typical_s: float,
+        *commands: Command,
+        makes: tuple[Path, ...] = (),
+        recipe: str = "",
+        weight: int = 1,
+    ) -> str:
+        """Add a stage; returns its name."""
+        keeps = any(path.name == "run" for path in makes)
+        title = " then ".join(words[0] for words in commands)
+        stage = Stage(name, title, commands, tuple(needs), makes, typical_s, True, keeps, recipe, weight)
+        self.stages.append(stage)
+        return name
+
+    def train(self, run: Path, dataset: Path, phase: str, seed: int, scale: float, **options: Any) -> Command:
+        """One phase of training, in one process, whatever its gates say."""
+        return command(
+            "d4-train", dataset, run=run, phases=phase, seed=seed, preset=self.args.preset,
+            scale=self.args.scale * scale, procs=1, force=True, **options,
+        )  # fmt: skip
+
+    def recipe(self, phase: str) -> str:
+        """The preset's settings as far as they shape a phase: other ones give other results."""
+        from d4_core.config import preset
+
+        return json.dumps(preset(self.args.preset).up_to(phase), sort_keys=True)
+
+    def drive(self, run: Path, dataset: Path, *policies: str, **options: Any) -> Command:
+        """Policies in the simulator, always on the same starts."""
+        size = {"episodes": self.args.eval_episodes, "scale": self.args.scale, "force": True}
+        return command("d4-eval", run, dataset=dataset, policies=policies, **size, **options)
+
+    def driving(self, *policies: str) -> Callable[[Path, Path], Command]:
+        """`drive` for a run that is yet to be named."""
+        return lambda run, dataset: self.drive(run, dataset, *policies)
+
+    def data(
+        self,
+        place: Path,
+        recordings: Sequence[tuple[str, int, float, int]],
+        typical_s: float | None = None,
+        jobs: int = 1,
+    ) -> str:
+        """Bags of (world, seed, share of labels, episodes), in one dataset with the first one's contract.
+
+        `jobs` are processes that record and ingest; the stage then takes as many slots.
+        """
+        bags, dataset = place / "bags", place / "dataset"
+        many: dict[str, Any] = {"jobs": jobs} if jobs > 1 else {}
+        record = [
+            command("d4-record", world=w, episodes=n, labelled=share, seed=s, out=bags / f"{w}-{s}", **many)
+            for w, s, share, n in recordings
+        ]
+        sources = (bags / f"{w}-{s}" for w, s, *_ in recordings)
+        contract = self.args.out / f"{recordings[0][0]}.yaml"
+        ingest = command("d4-ingest", *sources, contract=contract, out=dataset, **many)
+        if typical_s is None:
+            typical_s = 0.02 * sum(n for *_, n in recordings)
+        return self.add(
+            f"{place.name}/data", [], typical_s, *record, ingest, makes=(bags, dataset), weight=jobs
+        )

@@ -1,0 +1,148 @@
+"""Stages at work side by side: one process each, their output in files, resumable and interruptible."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from d4_sim import stages
+from d4_sim.stages import Interrupted, Stage, State, clock, handled_by
+
+
+class Lane:
+    """A stage at work: its commands one after another, their output in a file."""
+
+    def __init__(self, stage: Stage, log: Path, env: dict[str, str]) -> None:
+        self.stage, self.log, self._env = stage, log, env
+        self.began = time.monotonic()
+        self._left = list(stage.commands)
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def poll(self) -> int | None:
+        """None while at work, else the exit code: 0, or that of the command that failed."""
+        if self._child is not None:
+            code = self._child.poll()
+            if code is None or code:
+                return code
+        if not self._left:
+            return 0
+        name, *arguments = self._left.pop(0)
+        argv = [sys.executable, "-m", stages.MODULES[name], *arguments]
+        with self.log.open("ab") as file:
+            file.write(f"$ {shlex.join([name, *arguments])}\n".encode())
+            file.flush()
+            # a process group of its own: Ctrl-C reaches it once, through us
+            self._child = subprocess.Popen(
+                argv, env=self._env, stdout=file, stderr=subprocess.STDOUT, process_group=0
+            )
+        return None
+
+    def stop(self) -> None:
+        """Let the command save and leave, and wait for that."""
+        self._left.clear()
+        if self._child is not None:
+            # not SIGINT, which shells let background jobs ignore, and their children with them
+            self._child.terminate()
+            self._child.wait()
+
+
+class Runner:
+    """Runs stages side by side and talks about them. A failed stage stops those that need it, no others.
+
+    Args:
+        out: folder of everything; output of the stages goes to <out>/logs.
+        planned: the stages; earlier ones matter more.
+        keys: theirs, see `d4_sim.stages.keys`.
+        jobs: slots; a stage takes as many as its `weight` says, and at most all of them.
+        only: beginnings of the names of stages to run; empty: all of them.
+        seconds: nothing is begun later than this, and what is still at work then is told to save and leave.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        planned: Sequence[Stage],
+        keys: Mapping[str, str],
+        jobs: int,
+        only: tuple[str, ...] = (),
+        seconds: float | None = None,
+    ) -> None:
+        self.out, self.stages, self.jobs, self.only, self.seconds = out, list(planned), jobs, only, seconds
+        self.console = Console(highlight=False, soft_wrap=True)
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+        self.state = State(out, self.stages, keys, force=True)
+        self.env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        self.lanes: list[Lane] = []
+        self.failed: set[str] = set()
+        self.began = time.monotonic()
+
+    def run(self) -> int:
+        """Run everything that is not done yet; returns 1 if a stage failed, else 0.
+
+        Raises:
+            Interrupted: after SIGINT, SIGTERM or SIGHUP, once all commands have saved and left.
+        """
+        self.state.clear_stale()
+        received: list[int] = []
+        with handled_by(lambda number, _: received.append(number)):
+            while not received and not self.is_late:
+                self._start()
+                if not self.lanes:
+                    break
+                time.sleep(0.2)
+                self._reap()
+            for lane in self.lanes:
+                lane.stop()
+                self.state.note(lane.stage, time.monotonic() - lane.began, done=False)
+        if received:
+            raise Interrupted(received[0])
+        if self.is_late and self.lanes:
+            self._say("time is up: " + ", ".join(lane.stage.name for lane in self.lanes) + " not finished")
+        return int(bool(self.failed))
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the time is up."""
+        return self.seconds is not None and time.monotonic() - self.began > self.seconds
+
+    def _start(self) -> None:
+        """Begin the most important stages that can begin."""
+        busy = {lane.stage.name for lane in self.lanes}
+        for stage in self.stages:
+            free = self.jobs - sum(lane.stage.weight for lane in self.lanes)
+            if free <= 0:
+                return
+            is_open = stage.name not in busy | self.failed and not self.state.is_done(stage.name)
+            is_wanted = not self.only or stage.name.startswith(self.only)
+            fits = stage.weight <= free or not self.lanes
+            if is_open and is_wanted and fits and all(map(self.state.is_done, stage.needs)):
+                self.lanes.append(Lane(stage, self._log(stage), self.env))
+                self._say(f"begin {stage.name} ({stage.title})")
+
+    def _reap(self) -> None:
+        for lane in list(self.lanes):
+            code = lane.poll()
+            if code is None:
+                continue
+            self.lanes.remove(lane)
+            seconds, name = time.monotonic() - lane.began, lane.stage.name
+            self.state.note(lane.stage, seconds, done=code == 0)
+            if code:
+                self.failed.add(name)
+            verdict = f"failed with exit code {code}, see {lane.log}" if code else f"done in {clock(seconds)}"
+            left = clock(self.state.left_s() / self.jobs)
+            self._say(f"{name} {verdict}; about {left} left in all")
+
+    def _log(self, stage: Stage) -> Path:
+        return self.out / "logs" / f"{stage.name.replace('/', '.')}.log"
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False)
+        self.console.file.flush()
