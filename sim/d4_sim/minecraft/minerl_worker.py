@@ -1,0 +1,216 @@
+"""MineRL v1.0 behind the wire, in an interpreter of its own: `python minerl_worker.py FD wire.py OPTIONS`.
+
+MineRL wants an old gym, so this file needs nothing of d4: Python 3.8, NumPy, MineRL. It is run as a file, by
+whatever interpreter `--python` names. Options: {"env": name of a registered environment}.
+
+`python minerl_worker.py --spaces` writes what the package says about spaces and actions as JSON, and
+`--wire` the text that it would send for actions that it reads from standard input; neither needs the game.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from typing import Any
+
+# The folder of this file holds modules of d4, which MineRL's must not be mistaken for.
+sys.path[:] = [
+    path for path in sys.path if os.path.abspath(path or ".") != os.path.dirname(os.path.abspath(__file__))
+]
+
+import numpy as np  # noqa: E402
+
+ENV = "MineRLHumanSurvival-v0"  # everything a person sees and may do, and no end but death
+KEYS = (
+    "attack", "use", "forward", "back", "left", "right", "jump", "sneak", "sprint", "drop", "swapHands",
+    "pickItem", "inventory", "ESC", *(f"hotbar.{slot}" for slot in range(1, 10)),
+)  # fmt: skip
+# where the environment has the counters that recordings call minecraft.<family>:minecraft.<name>
+FAMILIES = ("mine_block", "craft_item", "use_item")
+_DISPLAY_S = 20.0
+
+
+def to_env(action: Any) -> dict[str, Any]:
+    """Float64 [25] as the environment's dictionary: a number a key, `camera` float32 [2], pitch and yaw."""
+    out: dict[str, Any] = {key: int(action[column] > 0.5) for column, key in enumerate(KEYS)}
+    out["camera"] = np.asarray(action[len(KEYS) :], np.float32)
+    return out
+
+
+def counters(seen: dict[str, Any]) -> dict[str, int] | None:
+    """The counters of an observation that are not 0, by the names of recordings; None if it has none."""
+    found: dict[str, int] = {}
+    for family in FAMILIES:
+        for name, count in seen.get(family, {}).items():
+            if count > 0:
+                found[f"minecraft.{family}:minecraft.{name}"] = int(count)
+    for name, count in seen.get("full_stats", {}).items():
+        if name.startswith("interact_with_") and count > 0:
+            found[f"minecraft.custom:minecraft.{name}"] = int(count)
+    return found if any(family in seen for family in FAMILIES) else None
+
+
+def say(seen: dict[str, Any], over: bool, monitors: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """An observation as the JSON and the data of a message; the picture shows the pointer already."""
+    pov = np.ascontiguousarray(seen["pov"], np.uint8)
+    items = {
+        name: int(count) for name, count in seen.get("inventory", {}).items() if count > 0 and name != "air"
+    }
+    place = seen.get("location_stats", {})
+    more = {name: float(place[name]) for name in ("yaw", "pitch", "xpos", "ypos", "zpos") if name in place}
+    said = {
+        "shape": list(pov.shape), "items": items, "stats": counters(seen),
+        "gui": bool(monitors.get("isGuiOpen")), "pointer": None, "slot": None, "over": bool(over),
+        "late_ms": 0.0, "more": more,
+    }  # fmt: skip
+    return said, pov.tobytes()
+
+
+class Player:
+    """One MineRL environment."""
+
+    def __init__(self, name: str) -> None:
+        import gym
+        import minerl  # noqa: F401 - registers its environments
+
+        self.env = gym.make(name)
+        self._display: subprocess.Popen | None = None
+        if not os.environ.get("DISPLAY"):
+            self._start_display()
+
+    def _start_display(self) -> None:
+        """A display of our own: the game draws into a window, which needs one."""
+        if shutil.which("Xvfb") is None:
+            raise SystemExit("there is no display for Minecraft: set DISPLAY, or apt-get install xvfb")
+        mine, its = os.pipe()
+        self._display = subprocess.Popen(
+            ["Xvfb", "-displayfd", str(its), "-screen", "0", "1024x768x24", "-nolisten", "tcp"],
+            pass_fds=(its,),
+        )
+        os.close(its)
+        number, deadline = b"", time.monotonic() + _DISPLAY_S
+        while not number.endswith(b"\n") and time.monotonic() < deadline:
+            part = os.read(mine, 16)
+            if not part:
+                break
+            number += part
+        if not number.endswith(b"\n"):
+            raise SystemExit("Xvfb does not start: see the log beside the results")
+        os.environ["DISPLAY"] = ":" + number.decode().strip()
+
+    def reset(self, seed: int) -> tuple[dict[str, Any], bytes]:
+        """An episode in the world of this seed."""
+        self.env.seed(seed)  # forgotten by every reset, so it has to be said each time
+        return say(self.env.reset(), False, {})
+
+    def step(self, action: Any) -> tuple[dict[str, Any], bytes]:
+        """The next tick; MineRL says in `info` that it lost the game and made its observation up."""
+        seen, _, over, info = self.env.step(to_env(action))
+        if "error" in info:
+            raise RuntimeError(f"MineRL lost the game: {info['error']}")
+        return say(seen, over, info)
+
+    def close(self) -> None:
+        """End the game."""
+        self.env.close()
+        if self._display is not None:
+            self._display.kill()
+
+
+def serve(line: Any, wire: Any, options: dict[str, Any]) -> None:
+    """Answer until the benchmark closes or is gone."""
+    player = Player(options.get("env") or ENV)
+    try:
+        line.send(wire.HELLO, {"realtime": False})
+        while True:
+            kind, said, data = line.receive()
+            if kind == wire.RESET:
+                line.send(wire.VIEW, *player.reset(int(said["seed"])))
+            elif kind == wire.STEP:
+                line.send(wire.VIEW, *player.step(np.frombuffer(data, "<f8")))
+            else:
+                return
+    finally:
+        player.close()
+
+
+def spaces() -> dict[str, Any]:
+    """What the package says, as JSON: kind, limits and type of every part of the spaces."""
+    import gym
+    import minerl  # noqa: F401
+
+    env = gym.make(ENV)
+    actions: dict[str, Any] = {}
+    for key, space in env.action_space.spaces.items():
+        if hasattr(space, "n"):
+            actions[key] = {"n": int(space.n)}
+        else:
+            limits = float(space.low.min()), float(space.high.max())
+            actions[key] = {"shape": list(space.shape), "limits": limits, "dtype": str(space.dtype)}
+    seen = env.observation_space.spaces
+    known = {name: sorted(seen[name].spaces) for name in (*FAMILIES, "inventory", "full_stats")}
+    return {"actions": actions, "pov": list(seen["pov"].shape), "known": known}
+
+
+def wire_texts(rows: list[list[float]]) -> list[dict[str, Any]]:
+    """For each row [25]: whether the dictionary is contained in the space, and the text for the game."""
+    import gym
+    import minerl  # noqa: F401
+
+    env = gym.make(ENV)
+    inner, out = env.unwrapped, []
+    for row in rows:
+        action = to_env(np.array(row))
+        text = inner._process_action(inner.task.agent_names[0], action)
+        out.append({"contained": bool(env.action_space.contains(action)), "text": text})
+    return out
+
+
+def main() -> None:
+    """Serve, or answer a question about the package."""
+    if sys.argv[1] == "--spaces":
+        print(json.dumps(spaces()))
+        return
+    if sys.argv[1] == "--wire":
+        print(json.dumps(wire_texts(json.load(sys.stdin))))
+        return
+    spec = importlib.util.spec_from_file_location("d4_wire", sys.argv[2])
+    assert spec is not None
+    assert spec.loader is not None
+    wire = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(wire)
+    line = wire.Wire(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        serve(line, wire, json.loads(sys.argv[3]))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass
+    except (ImportError, SystemExit) as error:
+        text = (
+            str(error)
+            if isinstance(error, SystemExit)
+            else f"{sys.executable} cannot import MineRL ({error})"
+        )
+        _tell(line, wire, text, True)
+    except Exception as error:
+        traceback.print_exc()
+        _tell(line, wire, f"{type(error).__name__}: {error}".splitlines()[0], False)
+    finally:
+        sys.stderr.flush()
+        os._exit(0)  # the keeper ends what MineRL started
+
+
+def _tell(line: Any, wire: Any, text: str, user: bool) -> None:
+    with contextlib.suppress(OSError):
+        line.send(wire.FAILED, {"sentence": text, "user": user})
+
+
+if __name__ == "__main__":
+    main()
