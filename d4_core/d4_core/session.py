@@ -72,6 +72,10 @@ class PolicySession:
         self._known.fill_(False)
         self._task.copy_(torch.from_numpy(np.asarray(tasks)))
 
+    def ask(self, tasks: np.ndarray) -> None:
+        """Ask for these tasks (n,) from the next frame on; what was seen stays in memory."""
+        self._task.copy_(torch.from_numpy(np.asarray(tasks)))
+
     @torch.no_grad()
     def act(
         self, images: np.ndarray | dict[str, np.ndarray], vectors: dict[str, np.ndarray], alive: np.ndarray
@@ -126,6 +130,10 @@ class ScratchSession:
         """Start n new episodes."""
         self._gen = torch.Generator().manual_seed(self.seed)
         self._task, self._stacks = torch.from_numpy(np.asarray(tasks)), []
+
+    def ask(self, tasks: np.ndarray) -> None:
+        """Ask for these tasks (n,) from the next frame on."""
+        self._task = torch.from_numpy(np.asarray(tasks))
 
     @torch.no_grad()
     def act(self, images: np.ndarray, vectors: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray:

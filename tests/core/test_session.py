@@ -243,3 +243,25 @@ def test_actions_stay_what_they_were_when_the_next_frame_comes(models, pictures)
     for frame in pictures[1:]:
         session.act(frame, {}, ALIVE)
     np.testing.assert_array_equal(first, kept)
+
+
+# ---- another task on the way
+
+
+def test_asking_for_another_task_keeps_what_was_seen(models, pictures) -> None:
+    """A session that is asked for another task acts by it and still remembers; a new episode forgets."""
+    half = FRAMES // 2
+    heads = [Listener(models.policy), Listener(models.policy)]
+    asked, forgot = (PolicySession(models, WORLDS, argmax=True, head=head) for head in heads)
+    play(asked, pictures[:half])
+    play(forgot, pictures[:half])
+    asked.ask(TASKS[::-1].copy())
+    forgot.reset(WORLDS, TASKS[::-1].copy())
+    for session in (asked, forgot):
+        session.act(pictures[half], {}, ALIVE)
+    same = opinions(models, pictures[: half + 1])[-1]
+    assert not torch.allclose(heads[0].said[-1], same)
+    assert not torch.allclose(heads[0].said[-1], heads[1].said[-1])
+    asked.ask(TASKS)
+    asked.act(pictures[half], {}, ALIVE)
+    assert torch.isfinite(heads[0].said[-1]).all()

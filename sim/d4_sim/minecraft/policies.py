@@ -1,0 +1,175 @@
+"""Policies as they play: a session of its own for every environment, so that none waits for another.
+
+Networks are shared and sessions hold only their caches. An episode is seeded by its own number, so what a
+policy does in it depends on nothing but the episode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from d4_datasets.contract import Contract
+from d4_datasets.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+RANDOM = "random"  # in place of a checkpoint: every key and turn is drawn anew at every tick
+ACTING = ("imagination", "agent", "bc_scratch", "vpt")  # phases that leave a policy, the best first
+
+
+class _Session(Protocol):
+    """Plays one environment after the other (`d4_core.session`, with a batch of one)."""
+
+    seed: int
+
+    def reset(self, n: int, tasks: np.ndarray) -> None: ...
+
+    def ask(self, tasks: np.ndarray) -> None: ...
+
+    def act(self, images: np.ndarray, vectors: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray: ...
+
+
+class Policy:
+    """What plays: a contract, and a session for each of several environments.
+
+    Attributes:
+        contract: of the observations and actions.
+        identity: names the weights; results of other weights are not mixed with these.
+        title: what a person calls it.
+    """
+
+    def __init__(self, contract: Contract, identity: str, title: str, sessions: Sequence[_Session]) -> None:
+        self.contract, self.identity, self.title = contract, identity, title
+        self._sessions = list(sessions)
+        self._alive = np.ones(1, bool)
+
+    def task_number(self, name: str) -> int:
+        """The number of a task in the contract.
+
+        Raises:
+            UserError: the policy does not know it.
+        """
+        names = self.contract.task_names
+        if name not in names:
+            raise UserError(
+                f"the contract {self.contract.name} has no task {name!r}, which the ladder asks for; it has "
+                f"{', '.join(names)}: train with that task, or give one of these with --prompt"
+            )
+        return names.index(name)
+
+    def begin(self, place: int, seed: int, task: str) -> None:
+        """An episode begins in environment number `place`."""
+        session = self._sessions[place]
+        session.seed = seed
+        session.reset(1, np.array([self.task_number(task)]))
+
+    def ask(self, place: int, task: str) -> None:
+        """Ask for another task from now on; what was seen stays in memory."""
+        self._sessions[place].ask(np.array([self.task_number(task)]))
+
+    def act(self, place: int, image: np.ndarray, vectors: dict[str, np.ndarray]) -> np.ndarray:
+        """The row float32 [A] for a picture uint8 [H, W, 3] of the contract's size and proprioception."""
+        batch = {name: values[None] for name, values in vectors.items()}
+        return self._sessions[place].act(image[None], batch, self._alive)[0]
+
+
+def load_policy(
+    what: str, places: int, device: torch.device | str, contract: Contract | None = None
+) -> Policy:
+    """The policy of a checkpoint or run folder, or RANDOM, for this many environments.
+
+    Args: contract: what a random policy acts by; checkpoints bring their own.
+
+    Raises:
+        UserError: there is no checkpoint that acts, or no contract for the random policy.
+    """
+    if what == RANDOM:
+        if contract is None:
+            raise UserError("a random policy needs --contract, such as docs/examples/minecraft.yaml")
+        return Policy(contract, RANDOM, RANDOM, [_Random(contract) for _ in range(places)])
+    from d4_core import checkpoint
+    from d4_core.models import weights_hash
+
+    folder = _acting(Path(what))
+    phase = str(checkpoint.load_config(folder)["phase"])
+    own = Contract.load(checkpoint.resolve(folder) / "contract.yaml")
+    if phase in ("bc_scratch", "vpt"):
+        sessions = _scratch(folder, own, places)
+    else:
+        sessions = _sessions(folder, places, device)
+    return Policy(own, weights_hash(folder), f"{folder} ({phase})", sessions)
+
+
+def _acting(path: Path) -> Path:
+    """The checkpoint folder of a path: itself, or the newest phase of a run that acts."""
+    from d4_core import checkpoint
+
+    for folder in (path, *(path / phase for phase in ACTING)):
+        if checkpoint.exists(folder):
+            phase = checkpoint.load_config(folder).get("phase")
+            if phase not in ACTING:
+                raise UserError(
+                    f"{folder} is a checkpoint of the phase {phase}, which does not act: give one of "
+                    f"{', '.join(ACTING)}"
+                )
+            return folder
+    raise UserError(
+        f"{path} has no checkpoint that acts: give a run folder of d4-train, or one of its phases"
+    )
+
+
+def _sessions(folder: Path, places: int, device: Any) -> list[_Session]:
+    from d4_core.models import load
+    from d4_core.session import PolicySession
+
+    models = load(folder, None, device)
+    return [PolicySession(models, 1) for _ in range(places)]
+
+
+def _scratch(folder: Path, contract: Contract, places: int) -> list[_Session]:
+    """Sessions of a policy that was cloned without a world model."""
+    from d4_core import checkpoint
+    from d4_core.baselines import ScratchPolicy, ScratchTraining
+    from d4_core.config import action_parts
+    from d4_core.phase import freeze
+    from d4_core.session import ScratchSession
+    from d4_core.tokenizer import Vector
+
+    noted = checkpoint.load_config(folder)["config"].get("training", {})
+    known = {field.name for field in fields(ScratchTraining)}
+    cfg = ScratchTraining(**{name: value for name, value in noted.items() if name in known})
+    size = contract.images[0].size
+    assert size is not None
+    vectors = tuple(Vector(name=v.name, size=len(v.select)) for v in contract.vectors("input"))
+    tasks = max(1, len(contract.task_names))
+    policy = ScratchPolicy(action_parts(contract), cfg.bins, tasks, size, cfg.frames, vectors)
+    checkpoint.load_modules(folder, {"policy": policy}, contract)
+    freeze(policy)
+    return [ScratchSession(policy) for _ in range(places)]
+
+
+class _Random:
+    """Keys half of the time, classes and angles evenly."""
+
+    def __init__(self, contract: Contract) -> None:
+        self.seed, self._channels = 0, contract.actions
+        self._low, self._high = contract.action_low, contract.action_high
+        self._whole = np.array([c.kind != "continuous" for c in contract.actions for _ in c.select])
+        self._rng = np.random.default_rng()
+
+    def reset(self, n: int, tasks: np.ndarray) -> None:
+        self._rng = np.random.default_rng(self.seed)
+
+    def ask(self, tasks: np.ndarray) -> None:
+        pass
+
+    def act(self, images: np.ndarray, vectors: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray:
+        even = self._rng.uniform(self._low, self._high)
+        whole = self._rng.integers(self._low.astype(np.int64), self._high.astype(np.int64), endpoint=True)
+        return np.where(self._whole, whole, even).astype(np.float32)[None]
