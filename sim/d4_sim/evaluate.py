@@ -44,6 +44,10 @@ class EvalArgs:
     """What to evaluate; results of other policies in eval.json are kept while their weights are in force."""
     episodes: int = 100
     """Episodes per policy."""
+    planner_episodes: int | None = None
+    """Of these, those that the planner drives, which is slow; default is all of them."""
+    world: str | None = None
+    """World with the same contract to drive in; default is the one that is called as the contract."""
     seed: int = 0
     """Decides the start states and all sampling; baselines are trained with the seed of the run."""
     scratch_steps: int = 1500
@@ -94,8 +98,10 @@ class Evaluation:
         self.logs.keep_labels(self.train, about.get("labels", 1.0), about.get("labels_from", "*"))
         # baselines are trained from the run's own seed: starts are shared between runs, training is not
         self.training_seed = int(about.get("seed", args.seed))
-        self.world = self.logs.contract.name
+        self.world = args.world or self.logs.contract.name
         world = make_world(self.world)
+        if args.world and world.contract.hash != self.logs.contract.hash:
+            raise UserError(f"the world {self.world} has another contract than {args.dataset}")
         self.horizon, self.success_reward = world.horizon, world.success_reward
         self.seeds = EVAL_SEED + 10_000 * args.seed + np.arange(args.episodes)
         num_tasks = max(1, len(self.logs.contract.task_names))
@@ -168,21 +174,26 @@ class Evaluation:
         session, extra = self._session(name)
         recorder = Recorder(session)
         keep = name in FOLDERS or name == "expert"
-        batch = run_episodes(
-            self.world, self.seeds.tolist(), self.tasks.tolist(), recorder, self.horizon, keep_frames=keep
-        )
+        count = self._count(name)
+        seeds, tasks = self.seeds[:count].tolist(), self.tasks[:count].tolist()
+        batch = run_episodes(self.world, seeds, tasks, recorder, self.horizon, keep_frames=keep)
         if batch.frames is not None:
             self._film(name, batch)
         row = {
             "return": batch.returns.tolist(),
             "success": batch.success.astype(int).tolist(),
             "fallen": batch.terminal.any(1).astype(int).tolist(),
-            "task": self.tasks.tolist(),
+            "task": tasks,
             **extra,
         }
         if recorder.features:
             row |= calibrate(session, recorder.features, batch)
         return row
+
+    def _count(self, name: str) -> int:
+        """Episodes of a policy."""
+        few = self.args.planner_episodes if name == "planner" else None
+        return self.args.episodes if few is None else min(few, self.args.episodes)
 
     def _session(self, name: str) -> tuple[Any, dict[str, Any]]:
         """The policy as a session, and what else its row of eval.json says."""
@@ -190,7 +201,7 @@ class Evaluation:
         from d4_core.session import PolicySession, RandomSession, ScratchSession
         from d4_sim.driver import ScriptedPolicy
 
-        contract, seed, n = self.logs.contract, self.args.seed, self.args.episodes
+        contract, seed, n = self.logs.contract, self.args.seed, self._count(name)
         if name == "random":
             return RandomSession(contract.action_low, contract.action_high, seed), {}
         if name == "expert":
@@ -284,7 +295,7 @@ class Evaluation:
         """Video of the best and the worst two episodes."""
         from d4_sim.film import write_film
 
-        write_film(self.args.run / "media", name, batch)
+        write_film(self.args.run / "media", name, batch, fps=self.logs.contract.rate_hz)
 
     def write(self) -> None:
         """eval.json, aside and renamed, with what others have added to it meanwhile."""

@@ -16,7 +16,7 @@ _SCALE = 3
 _TILES = 11  # pictures of an episode in a filmstrip
 
 
-def write_film(media: Path, name: str, batch: EpisodeBatch, count: int = 3) -> None:
+def write_film(media: Path, name: str, batch: EpisodeBatch, count: int = 3, fps: float = 10) -> None:
     """The best `count` episodes above the worst `count`, in the real simulator.
 
     <media>/real_<name>.mp4 plays them, <media>/real_<name>.png shows them as filmstrips.
@@ -31,7 +31,7 @@ def write_film(media: Path, name: str, batch: EpisodeBatch, count: int = 3) -> N
     grid = np.concatenate([np.concatenate(list(half), 2) for half in np.split(frames, 2)], 1)
     size = (grid.shape[2] * _SCALE, grid.shape[1] * _SCALE)
     film = np.stack([cv2.resize(f, size, interpolation=cv2.INTER_NEAREST) for f in grid])
-    (media / f"real_{name}.mp4").write_bytes(mp4_bytes(film, 10))
+    (media / f"real_{name}.mp4").write_bytes(mp4_bytes(film, fps))
     shown = np.linspace(0, frames.shape[1] - 1, min(_TILES, frames.shape[1])).round().astype(int)
     strips = [
         Strip(row[shown], f"task {batch.task[i]}\nreturn {batch.returns[i]:.1f}", [f"t = {t}" for t in shown])

@@ -32,6 +32,7 @@ MODULES = {
     # steps of a study that are no command of their own
     "measure": "d4_sim.measure",
     "ladder": "d4_sim.ladder",
+    "reference": "d4_sim.reference",
 }
 Command = tuple[str, ...]
 

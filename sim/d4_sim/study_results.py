@@ -32,24 +32,24 @@ def collect(out: Path) -> dict[str, Any]:
         + [f"cascade-{name}" for name in CASCADE]
     )
     variants += [f"labels-{share:g}" for share in LABELS] + [f"looks-{k}" for k in ("none", "first", "both")]
-    chains = {w: {str(s): _run(out / f"{w}-{s}" / "run") for s in SEEDS} for w in WORLDS}
-    done = _read(out / "stages.json") or {}
+    chains = {w: {str(s): run_results(out / f"{w}-{s}" / "run") for s in SEEDS} for w in WORLDS}
+    done = read_json(out / "stages.json") or {}
     return {
         "chains": {w: {s: run for s, run in seeds.items() if run} for w, seeds in chains.items()},
-        "runs": {name: run for name in variants if (run := _run(out / name / "run"))},
-        "ladder": _read(out / "ladder.json"),
+        "runs": {name: run for name in variants if (run := run_results(out / name / "run"))},
+        "ladder": read_json(out / "ladder.json"),
         "stages": {name: entry["seconds"] for name, entry in done.items() if entry["done"]},
     }
 
 
-def _run(run: Path) -> dict[str, Any]:
+def run_results(run: Path) -> dict[str, Any]:
     """Results of one run folder; empty if there are none yet."""
-    evaluation = _read(run / "eval.json") or {}
+    evaluation = read_json(run / "eval.json") or {}
     configs = {path.parent.name: json.loads(path.read_text()) for path in sorted(run.glob("*/config.json"))}
     kept = ("wall_s", "cpu_s", "kl")
     found = {
         "policies": evaluation.get("policies"), "imagined": evaluation.get("imagined"),
-        "open_loop": _read(run / "open_loop.json"), "gates": _read(run / "gates.json"),
+        "open_loop": read_json(run / "open_loop.json"), "gates": read_json(run / "gates.json"),
         "training": {
             phase: {k: v for k, v in config["metrics"].items() if k in kept} | config.get("origin", {})
             for phase, config in configs.items()
@@ -58,7 +58,8 @@ def _run(run: Path) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None where there is none."""
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -95,14 +96,21 @@ def differences(chains: Mapping[str, Any], a: str, b: str) -> dict[str, Any] | N
     shared = [s for s in first if s in second]
     if not shared:
         return None
-    gains = [np.subtract(first[s]["return"], second[s]["return"]) for s in shared]
+    pairs = {s: _on_the_same_starts(first[s], second[s]) for s in shared}
+    gains = [np.subtract(*pair) for pair in pairs.values()]
     out: dict[str, Any] = {
-        "seeds": {s: paired_difference(first[s]["return"], second[s]["return"]) for s in shared},
+        "seeds": {s: paired_difference(*pair) for s, pair in pairs.items()},
         "nested": nested_mean(gains),
     }
     if len(shared) > 1:
         out["student"] = student([float(g.mean()) for g in gains])
     return out
+
+
+def _on_the_same_starts(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Returns of both rows; a slow policy may have driven the first ones of the shared starts only."""
+    count = min(len(a["return"]), len(b["return"]))
+    return a["return"][:count], b["return"][:count]
 
 
 def student(means: list[float]) -> Interval:

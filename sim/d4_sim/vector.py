@@ -47,6 +47,20 @@ class EpisodeBatch:
         return own[:, 1:].sum(axis=1)
 
 
+def join_batches(batches: Sequence[EpisodeBatch]) -> EpisodeBatch:
+    """The episodes of several batches of one world and one horizon, in their order."""
+
+    def join(name: str) -> np.ndarray:
+        return np.concatenate([getattr(batch, name) for batch in batches])
+
+    probes = {name: np.concatenate([batch.probes[name] for batch in batches]) for name in batches[0].probes}
+    return EpisodeBatch(
+        action=join("action"), reward=join("reward"), terminal=join("terminal"), probes=probes,
+        length=join("length"), task=join("task"), success=join("success"),
+        frames=None if batches[0].frames is None else join("frames"),
+    )  # fmt: skip
+
+
 def run_episodes(
     world: str,
     seeds: Sequence[int],

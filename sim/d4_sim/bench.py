@@ -1,0 +1,295 @@
+"""`d4-sim bench SUITE`: from nothing to a table of policies on any registered worlds, over seeds.
+
+Every world gets a reference (random and expert on the shared starts), and for every seed a recording of its
+own, the four phases of training, the baselines and the policies in the simulator. Stages run side by side and
+go on where they were; whatever is there at the end is on one page (`d4_sim.bench_page`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from d4_core import threads
+from d4_datasets.errors import UserError, run_cli
+from d4_sim.chains import PHASES, Chains
+from d4_sim.lanes import Runner
+from d4_sim.stages import Interrupted, Stage, command, keys
+from d4_sim.world import make_world, world_class, world_names
+
+SUITES: dict[str, tuple[str, ...]] = {
+    "mujoco-small": ("arm",),
+}
+POLICIES = ("data", "bc_scratch", "vpt", "wm_bc", "imagination")
+
+PresetName = Literal["night", "h200", "toy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much of everything.
+
+    Attributes:
+        seeds: chains per world.
+        frames: recorded per chain; episodes are as long as the world's horizon.
+        labelled: share of the bags that keep the commands.
+        model: preset of the networks.
+        scale: multiplies the training steps.
+        eval_episodes: shared starts per policy and seed.
+        expert_episodes: of them, those that the expert drives, once per world.
+        planner_episodes: of them, those that the planner in the world model drives, for every seed.
+        minutes: nothing begins later, 0: no limit.
+    """
+
+    seeds: int = 3
+    frames: int = 100_000
+    labelled: float = 0.2
+    model: str = "nano"
+    scale: float = 1.0
+    eval_episodes: int = 100
+    expert_episodes: int = 40
+    planner_episodes: int = 10
+    minutes: float = 0.0
+
+
+PRESETS: dict[str, Size] = {
+    "night": Size(),
+    "h200": Size(frames=60_000, scale=0.6, minutes=24),
+    "toy": Size(seeds=1, frames=400, labelled=0.5, scale=0.002, eval_episodes=4, expert_episodes=2,
+                planner_episodes=1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Record, train and judge policies on simulated worlds, over seeds, and write one page with tables.
+
+    The same command continues after an interruption, and does nothing twice.
+    """
+
+    suite: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Suites or worlds; `d4-sim worlds` lists them."""
+    out: Path = Path("runs/bench")
+    """Folder for everything; the page is <out>/page.md."""
+    preset: PresetName = "night"
+    """night: two cores, an hour per world and seed; h200: one large GPU, half an hour in all; toy: a check."""
+    seeds: int | None = None
+    """Chains per world, instead of the preset's."""
+    frames: int | None = None
+    """Frames recorded per chain."""
+    labelled: float | None = None
+    """Share of the bags that keep the commands."""
+    model: Literal["nano", "small", "base", "large", "paper"] | None = None
+    """Size of the networks."""
+    scale: float | None = None
+    """Multiplies the training steps."""
+    eval_episodes: int | None = None
+    """Episodes per policy and seed, on shared starts."""
+    expert_episodes: int | None = None
+    """Of these starts, those that the expert drives."""
+    planner_episodes: int | None = None
+    """Of these starts, those that the planner in the world model drives; 0: none."""
+    minutes: float | None = None
+    """Stop after so many minutes with a page of what is there; 0: no limit."""
+    jobs: Literal["auto"] | int = "auto"
+    """Stages side by side; auto takes the free cores."""
+    only: tuple[str, ...] = ()
+    """Stages whose names begin like this; without it all that are not done yet."""
+
+    @property
+    def size(self) -> Size:
+        """The preset with what was asked for instead."""
+        asked = {f.name: getattr(self, f.name) for f in fields(Size) if getattr(self, f.name) is not None}
+        return replace(PRESETS[self.preset], **asked)
+
+    @property
+    def worlds(self) -> tuple[str, ...]:
+        """The worlds of all suites, each once. Raises UserError for an unknown name."""
+        out: list[str] = []
+        for name in self.suite:
+            if name not in SUITES and name.replace("-", "_") not in world_names():
+                known = f"a suite ({', '.join(SUITES)}) nor a world ({', '.join(world_names())})"
+                raise UserError(f"'{name}' is neither {known}.")
+            out += SUITES.get(name, (name.replace("-", "_"),))
+        return tuple(dict.fromkeys(out))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What `Chains` must know (`d4_sim.chains.Sizes`), and the slots of a stage."""
+
+    out: Path
+    size: Size
+    jobs: int = 1
+    recorders: int = 1  # processes of a recording
+    trainers: int = 1  # slots of a training
+
+    @property
+    def scale(self) -> float:
+        """Multiplies the training steps."""
+        return self.size.scale
+
+    @property
+    def preset(self) -> str:
+        """Model size and training settings."""
+        return self.size.model
+
+    @property
+    def eval_episodes(self) -> int:
+        """Episodes per policy and seed."""
+        return self.size.eval_episodes
+
+
+class Plan(Chains):
+    """The stages of a bench; seed by seed, so that an early end has something of every world."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.shape, self.size = shape, shape.size
+
+    def reference(self, world: str) -> None:
+        """Random and expert on the shared starts: what 0 and 1 are."""
+        size, out = self.size, self.shape.out / "reference" / world
+        work = command(
+            "reference", world, out=out, episodes=size.eval_episodes,
+            expert_episodes=size.expert_episodes, **self._many(),
+        )  # fmt: skip
+        self.add(f"{world}/reference", [], 300, work, makes=(out,), weight=self.shape.recorders)
+
+    def chain(self, world: str, horizon: int, seed: int) -> None:
+        """A recording, the four phases, and all policies."""
+        size, place = self.size, self.shape.out / f"{world}-{seed}"
+        name, dataset, run = place.name, place / "dataset", place / "run"
+        episodes = max(2, round(size.frames / horizon))
+        typical_s = 0.01 * size.frames
+        recording = [(world, seed, size.labelled, episodes)]
+        latest = self.data(place, recording, typical_s, self.shape.recorders)
+        for phase, seconds in PHASES.items():
+            makes = (run,) if phase == "tokenizer" else ()
+            work = self.train(run, dataset, phase, seed, 1.0)
+            latest = self.add(
+                f"{name}/{phase}", [latest], seconds * size.scale, work,
+                makes=makes, recipe=self.recipe(phase), weight=self.shape.trainers,
+            )  # fmt: skip
+        # a world in other looks, or easier, has the contract of another one
+        drive = partial(self.drive, run, dataset, world=world)
+        typical_s = 0.02 * size.eval_episodes * horizon * len(POLICIES)
+        latest = self.add(
+            f"{name}/policies", [latest], typical_s, drive(*POLICIES), weight=self.shape.trainers
+        )
+        if size.planner_episodes:
+            typical_s = 0.4 * size.planner_episodes * horizon
+            work = drive("planner", planner_episodes=size.planner_episodes)
+            self.add(f"{name}/planner", [latest], typical_s, work, weight=self.shape.trainers)
+
+    def _many(self) -> dict[str, Any]:
+        return {"jobs": self.shape.recorders} if self.shape.recorders > 1 else {}
+
+
+def plan(shape: Shape, worlds: tuple[str, ...]) -> list[Stage]:
+    """All stages; earlier ones matter more."""
+    planned = Plan(shape)
+    for seed in range(shape.size.seeds):
+        for world in worlds:
+            planned.chain(world, world_class(world).horizon, seed)
+            if not seed:
+                planned.reference(world)
+    return planned.stages
+
+
+def shape_of(args: Args, jobs: int) -> Shape:
+    """How many processes a stage gets: with a GPU, several trainings share it and the cores beside it."""
+    has_gpu = Path("/proc/driver/nvidia").exists()
+    recorders = max(1, jobs // 4) if jobs >= 4 else 1
+    return Shape(
+        out=args.out, size=args.size, jobs=jobs, recorders=recorders,
+        trainers=max(1, jobs // 5) if has_gpu else 1,
+    )  # fmt: skip
+
+
+def bench(args: Args) -> int:
+    """Run what is missing and write the page; returns 1 if a stage failed, else 0."""
+    from d4_sim.bench_page import write_page
+
+    worlds = args.worlds
+    _check(args, worlds)
+    jobs = threads.free_cores() if args.jobs == "auto" else args.jobs
+    shape, size = shape_of(args, jobs), args.size
+    args.out.mkdir(parents=True, exist_ok=True)
+    for world in worlds:
+        (args.out / f"{world}.yaml").write_bytes(world_class(world).contract_path().read_bytes())
+    own_keys = keys(plan(Shape(out=Path("out"), size=size), worlds))
+    runner = Runner(args.out, plan(shape, worlds), own_keys, jobs, args.only, size.minutes * 60 or None)
+    try:
+        return runner.run()
+    finally:
+        path = write_page(args.out, worlds, size)
+        print(f"page: {path}" if path else "nothing for a page yet", flush=True)
+
+
+def _check(args: Args, worlds: tuple[str, ...]) -> None:
+    """Refuse what a later stage would refuse."""
+    size = args.size
+    counts = (size.seeds, size.frames, size.eval_episodes, size.expert_episodes)
+    if min(counts) < 1 or size.planner_episodes < 0 or not size.scale > 0 or size.minutes < 0:
+        raise UserError("seeds, frames, episodes and the scale must be above 0, and minutes not below")
+    if not 0 < size.labelled <= 1:
+        raise UserError(f"--labelled {size.labelled:g} must be above 0, for cloning, and at most 1")
+    if max(size.expert_episodes, size.planner_episodes) > size.eval_episodes:
+        raise UserError("expert and planner drive some of the shared starts: give them no more episodes")
+    if args.jobs != "auto" and args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs} must be at least 1, or auto")
+    for world in worlds:
+        make_world(world)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldsArgs:
+    """List suites and worlds, and what is missing here for those that cannot be made."""
+
+
+def list_worlds(args: WorldsArgs) -> int:
+    """Print every suite and every world with its clock, episode and tasks."""
+    for name, worlds in SUITES.items():
+        print(f"suite {name}: {', '.join(worlds)}")
+    for name in world_names():
+        try:
+            made = make_world(name)
+        except UserError as error:
+            print(f"{name:20} not here: {error}")
+            continue
+        rate = made.contract.rate_hz
+        length = f"{rate:g} Hz, {made.horizon} ticks ({made.horizon / rate:g} s)"
+        print(f"{name:20} {length:26} {', '.join(made.tasks)}")
+    return 0
+
+
+def _main() -> int:
+    args: Args | WorldsArgs = tyro.cli(
+        Annotated[Args, tyro.conf.subcommand("bench")]
+        | Annotated[WorldsArgs, tyro.conf.subcommand("worlds")],
+        prog="d4-sim",
+    )
+    if isinstance(args, WorldsArgs):
+        return list_worlds(args)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        return bench(args)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print("stopped; what is done is kept and the same command continues", file=sys.stderr)
+        return 128 + int(stop.args[0]) if isinstance(stop, Interrupted) else 130
+
+
+def main() -> None:
+    """Entry point of ``d4-sim``."""
+    run_cli(_main)
+
+
+if __name__ == "__main__":
+    main()

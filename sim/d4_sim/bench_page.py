@@ -1,0 +1,154 @@
+"""The page of a bench: every policy of every world over its seeds, in plain and in normalised scores."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from d4_core.stats import nested_mean
+from d4_sim.stages import clock
+from d4_sim.study_page import NAMES, costs, policies, spread, table
+from d4_sim.study_results import TABLE, Interval, read_json, rows_of, run_results
+
+if TYPE_CHECKING:
+    from d4_sim.bench import Size
+
+FILMED = ("imagination", "wm_bc")
+
+
+def collect(out: Path, worlds: tuple[str, ...], seeds: int) -> dict[str, Any]:
+    """Every number of a bench as JSON values; what has not been run is left out.
+
+    Keys: `chains` {world: {seed: run}}, the reference's policies in every run, and `stages` {name: seconds}.
+    """
+    chains: dict[str, dict[str, Any]] = {}
+    for world in worlds:
+        reference = (read_json(out / "reference" / world / "eval.json") or {}).get("policies", {})
+        runs = {str(s): run_results(out / f"{world}-{s}" / "run") for s in range(seeds)}
+        chains[world] = {
+            s: run | {"policies": reference | run["policies"]} for s, run in runs.items() if "policies" in run
+        }
+    done = read_json(out / "stages.json") or {}
+    seconds = {name: entry["seconds"] for name, entry in done.items() if entry["done"]}
+    return {"chains": chains, "runs": {}, "stages": seconds}
+
+
+def own(row: Mapping[str, Any], task: int | None) -> np.ndarray:
+    """Returns of a row of eval.json, those of one task or of all."""
+    returns = np.asarray(row["return"], float)
+    return returns if task is None else returns[np.asarray(row["task"]) == task]
+
+
+def normalised(chains: Mapping[str, Any], task: int | None = None) -> dict[str, Interval]:
+    """Scores of all policies, where random is 0 and the expert is 1: mean and 95 % interval.
+
+    Both ends are means over their episodes; that they were measured, too, widens no interval.
+    """
+    zero, one = rows_of(chains, "random"), rows_of(chains, "expert")
+    if not zero or not one:
+        return {}
+    low = float(np.mean([own(row, task).mean() for row in zero.values()]))
+    high = float(np.mean([own(row, task).mean() for row in one.values()]))
+    if not high > low:
+        return {}
+    out = {}
+    for policy in TABLE:
+        groups = [own(row, task) for row in rows_of(chains, policy).values()]
+        if groups and all(len(group) for group in groups):
+            out[policy] = nested_mean([(group - low) / (high - low) for group in groups])
+    return out
+
+
+def summary(results: Mapping[str, Any]) -> Iterator[str]:
+    """One table of all worlds in normalised scores."""
+    scores = {world: normalised(chains) for world, chains in results["chains"].items() if chains}
+    scores = {world: found for world, found in scores.items() if found}
+    if not scores:
+        return
+    yield "## Normalised scores\n"
+    yield "0 is random, 1 is the expert of the world; mean [95 % interval over seeds and episodes].\n"
+    rows = []
+    for policy in TABLE:
+        cells = [spread(found[policy]) if policy in found else "-" for found in scores.values()]
+        if any(cell != "-" for cell in cells):
+            rows.append([NAMES[policy], *cells])
+    yield table(["policy", *scores], rows)
+
+
+def tasks(world: str, chains: Mapping[str, Any], names: list[str]) -> Iterator[str]:
+    """One agent, several tasks: normalised scores of each."""
+    by_task = {name: normalised(chains, i) for i, name in enumerate(names)}
+    by_task = {name: found for name, found in by_task.items() if found}
+    if len(names) < 2 or not by_task:
+        return
+    yield f"### {world}: one agent, chosen by task\n"
+    shown = [p for p in TABLE if any(p in found for found in by_task.values())]
+    yield table(
+        ["policy, normalised", *by_task],
+        [[NAMES[p], *(spread(f[p]) if p in f else "-" for f in by_task.values())] for p in shown],
+    )
+
+
+def films(out: Path, world: str, seeds: list[str], folder: Path, link: str) -> Iterator[str]:
+    """Copies the films of a world's first chain and of its expert; yields Markdown that shows them."""
+    found = [(policy, out / f"{world}-{s}" / "run" / "media") for s in seeds[:1] for policy in FILMED]
+    for policy, media in [*found, ("expert", out / "reference" / world / "media")]:
+        names = {kind: f"{world}-{policy}.{kind}" for kind in ("png", "mp4")}
+        sources = {kind: media / f"real_{policy}.{kind}" for kind in names}
+        if not all(path.exists() for path in sources.values()):
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind, name in names.items():
+            shutil.copyfile(sources[kind], folder / name)
+        yield f"{NAMES[policy].capitalize()}, best and worst episodes ([film]({link}/{names['mp4']})):\n"
+        yield f"![{world}: {NAMES[policy]}]({link}/{names['png']})\n"
+
+
+def page(out: Path, worlds: tuple[str, ...], size: Size) -> tuple[str, dict[str, Any]]:
+    """The page as text, and the numbers behind it; pictures go to <out>/page."""
+    results = collect(out, worlds, size.seeds)
+    parts = [f"# Bench: {', '.join(worlds)}\n", _about(results, worlds, size), *summary(results)]
+    for world, chains in results["chains"].items():
+        if not chains:
+            continue
+        parts += policies(world, chains)
+        reference = read_json(out / "reference" / world / "eval.json") or {}
+        parts += tasks(world, chains, reference.get("task_names", []))
+        parts += films(out, world, sorted(chains), out / "page", "page")
+    parts += costs(results)
+    return "\n".join(parts), results
+
+
+def _about(results: Mapping[str, Any], worlds: tuple[str, ...], size: Size) -> str:
+    """What was run, and what is missing."""
+    done = {world: len(results["chains"][world]) for world in worlds}
+    lines = [
+        f"{size.seeds} chains per world, {size.frames} recorded frames each, commands kept in "
+        f"{size.labelled:.0%} of the bags; networks `{size.model}`, training x {size.scale:g}; "
+        f"{size.eval_episodes} shared starts per policy and chain, of which the expert drives "
+        f"{size.expert_episodes} (once per world) and the planner in the world model "
+        f"{size.planner_episodes}. {clock(sum(results['stages'].values()))} of work in all.\n"
+    ]
+    missing = [f"{world} ({done[world]} of {size.seeds})" for world in worlds if done[world] < size.seeds]
+    if missing:
+        lines.append(f"**Not complete**: chains of {', '.join(missing)}.\n")
+    return "\n".join(lines)
+
+
+def write_page(out: Path, worlds: tuple[str, ...], size: Size) -> Path | None:
+    """Write <out>/page.md and <out>/page/results.json; None if there are no results yet."""
+    text, results = page(out, worlds, size)
+    if not any(results["chains"].values()):
+        return None
+    (out / "page").mkdir(exist_ok=True)
+    for path, content in ((out / "page.md", text), (out / "page" / "results.json", json.dumps(results))):
+        aside = path.with_name(f".tmp-{path.name}")
+        aside.write_text(content)
+        os.replace(aside, path)
+    return out / "page.md"
