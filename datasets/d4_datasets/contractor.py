@@ -182,13 +182,13 @@ def read_script(path: Path, most: int, tasks: Sequence[str], player: Player) -> 
         script.actions.append(player.step(line))
         script.pointers.append(player.pointer)
         script.quits.append(player.quits)
-        stats, items = _counters(line)
+        stats, items = counters(line)
         script.tells_events |= stats is not None or items is not None
         script.events.append(events.step(stats, items))
     return script
 
 
-def _counters(line: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def counters(line: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """(statistics, item counts) of a line, None where it has none."""
     line = line or {}
     stats, inventory = line.get("stats"), line.get("inventory")

@@ -381,7 +381,7 @@ def test_lines_of_any_content_give_a_sane_action_or_none(changes):
     for change in changes:
         action = player.step(line() | change)
         assert action is None or is_sane(action)
-        stats, items = contractor._counters(change)
+        stats, items = contractor.counters(change)
         assert events.step(stats, items).shape == (20,)
         if player.pointer is not None:
             assert minecraft.draw_pointer(np.zeros((36, 64, 3), np.uint8), *player.pointer) in (True, False)

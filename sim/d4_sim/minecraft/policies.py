@@ -40,12 +40,12 @@ class Policy:
 
     Attributes:
         contract: of the observations and actions.
-        identity: names the weights; results of other weights are not mixed with these.
-        title: what a person calls it.
+        name: where it comes from, for sentences.
+        identity: phase and hash of the weights; results of others are not mixed with its own.
     """
 
-    def __init__(self, contract: Contract, identity: str, title: str, sessions: Sequence[_Session]) -> None:
-        self.contract, self.identity, self.title = contract, identity, title
+    def __init__(self, contract: Contract, name: str, identity: str, sessions: Sequence[_Session]) -> None:
+        self.contract, self.name, self.identity = contract, name, identity
         self._sessions = list(sessions)
         self._alive = np.ones(1, bool)
 
@@ -92,7 +92,7 @@ def load_policy(
     if what == RANDOM:
         if contract is None:
             raise UserError("a random policy needs --contract, such as docs/examples/minecraft.yaml")
-        return Policy(contract, RANDOM, RANDOM, [_Random(contract) for _ in range(places)])
+        return Policy(contract, "the contract", RANDOM, [_Random(contract) for _ in range(places)])
     from d4_core import checkpoint
     from d4_core.models import weights_hash
 
@@ -103,7 +103,7 @@ def load_policy(
         sessions = _scratch(folder, own, places)
     else:
         sessions = _sessions(folder, places, device)
-    return Policy(own, weights_hash(folder), f"{folder} ({phase})", sessions)
+    return Policy(own, f"the checkpoint {folder}", f"{phase} {weights_hash(folder)}", sessions)
 
 
 def _acting(path: Path) -> Path:

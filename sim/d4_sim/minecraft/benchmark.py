@@ -1,0 +1,272 @@
+"""The benchmark: many episodes in parallel environments, whatever happens to those, into a folder of results.
+
+Every environment is a process of its own. One that gives no answer in time, or dies, is ended and started
+again; its episode is played again from its beginning in the same world, and after `repeats` such repetitions
+counts as it stood when its environment was lost. An environment that is lost before anything could be played,
+three times in a row, ends the benchmark: then it is not the episode.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d4_datasets.contract import Contract
+from d4_datasets.errors import UserError
+from d4_sim.minecraft.environment import Environment, Lost, Seen
+from d4_sim.minecraft.episode import Episode, sight, world_seed, write_events
+from d4_sim.minecraft.game import Engine, Rung
+from d4_sim.minecraft.keys import require_keyboard_and_mouse, to_action
+from d4_sim.minecraft.policies import Policy
+from d4_sim.minecraft.recorder import Recorder
+from d4_sim.minecraft.results import Results
+
+REPEATS = 2
+_FALSE_STARTS = 3
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What a benchmark plays.
+
+    Attributes:
+        rungs: the prompts; one rung without a count is one task throughout.
+        ticks: of the longest episode.
+        seed: decides the worlds and all sampling.
+        repeats: how often an episode whose environment was lost is played again.
+        keep: folder for recordings of the episodes in the format of contractors; None for none.
+    """
+
+    engine: Engine
+    options: Mapping[str, Any]
+    rungs: tuple[Rung, ...]
+    ticks: int
+    seed: int = 0
+    repeats: int = REPEATS
+    keep: Path | None = None
+
+
+@dataclass
+class _Place:
+    """One of the parallel environments, and what is played in it."""
+
+    number: int
+    environment: Environment | None = None
+    todo: int | None = None  # the episode that is to be played, or is
+    episode: Episode | None = None  # that, as soon as its first view is there
+    recorder: Recorder | None = None
+    policy_ms: list[float] = field(default_factory=list)
+    began: float = 0.0
+
+
+class Benchmark:
+    """Plays episodes and keeps their results.
+
+    Args:
+        tell: takes a line for a person.
+
+    Raises:
+        UserError: the policy acts on another kind of robot, or does not know a task of the ladder.
+    """
+
+    def __init__(
+        self, plan: Plan, policy: Policy, results: Results, tell: Callable[[str], None] = print
+    ) -> None:
+        self.plan, self.policy, self.results, self.tell = plan, policy, results, tell
+        require_fit(plan.engine, policy.contract, policy.name)
+        for rung in plan.rungs:
+            policy.task_number(rung.task)
+        self._crashes: dict[int, int] = {}
+        self._false_starts = 0
+
+    def play(self, numbers: Iterable[int], jobs: int) -> None:
+        """Play these episodes, so many at a time. Every process has ended when this returns or fails."""
+        self._ahead = list(numbers)
+        self._total, self._finished, self._since = len(self._ahead), 0, time.monotonic()
+        places = [_Place(number) for number in range(min(jobs, len(self._ahead)))]
+        try:
+            while self._assign(places):
+                self._attend(places)
+        finally:
+            for place in places:
+                self._end(place, orderly=True)
+
+    def _assign(self, places: list[_Place]) -> bool:
+        """Give idle places something to do; False when all is done."""
+        for place in places:
+            if place.todo is None and self._ahead:
+                place.todo = self._ahead.pop(0)
+                self._begin(place)
+            elif place.todo is None:
+                self._end(place, orderly=True)
+        return any(place.todo is not None for place in places)
+
+    def _begin(self, place: _Place) -> None:
+        """Ask for the first view of what is to be played."""
+        place.episode, place.policy_ms, place.began = None, [], time.monotonic()
+        if place.environment is None:
+            log = self.results.out / "logs" / f"environment-{place.number}.log"
+            place.environment = Environment(self.plan.engine, self.plan.options, log)
+            return  # it says when it is ready
+        assert place.todo is not None
+        try:
+            place.environment.reset(world_seed(self.plan.seed, place.todo))
+        except Lost as lost:
+            self._lose(place, lost)
+
+    def _attend(self, places: list[_Place]) -> None:
+        """Wait for the next answers and deal with them, and with those that did not come."""
+        busy = [(p, p.environment) for p in places if p.environment is not None and p.todo is not None]
+        patience = min((e.deadline for _, e in busy), default=0.0) - time.monotonic()
+        ready = set(select.select([e.fileno() for _, e in busy], [], [], max(0.0, patience))[0])
+        now = time.monotonic()
+        for place, environment in busy:
+            if environment.fileno() in ready or environment.deadline <= now:
+                try:
+                    self._answer(place, environment)
+                except Lost as lost:
+                    self._lose(place, lost)
+
+    def _answer(self, place: _Place, environment: Environment) -> None:
+        seen = environment.receive()
+        if seen is None:  # the word that it is ready
+            self._begin(place)
+            return
+        assert place.todo is not None
+        first = place.episode is None
+        if first:
+            self._open(place)
+        assert place.episode is not None
+        changed = place.episode.observe(seen)
+        self._false_starts = 0
+        if place.episode.ended:
+            self._finish(place, seen)
+            return
+        if changed and not first:
+            self.policy.ask(place.number, place.episode.task)
+        environment.step(self._act(place, seen))
+
+    def _open(self, place: _Place) -> None:
+        assert place.todo is not None
+        seed = world_seed(self.plan.seed, place.todo)
+        place.episode = Episode(self.plan.engine, place.todo, seed, self.plan.rungs, self.plan.ticks)
+        self.policy.begin(place.number, seed, place.episode.task)
+        if self.plan.keep is not None:
+            place.recorder = Recorder(self.plan.keep, f"{self.plan.engine.name}-{place.todo:06d}")
+
+    def _act(self, place: _Place, seen: Seen) -> np.ndarray:
+        """The numbers for the environment: an action [25] of a game, a row [A] of a world."""
+        engine, contract, began = self.plan.engine, self.policy.contract, time.perf_counter()
+        row = self.policy.act(place.number, *sight(engine, contract, seen))
+        place.policy_ms.append(1e3 * (time.perf_counter() - began))
+        if engine.kind == "world":
+            return row
+        action = to_action(contract, row)
+        if place.recorder is not None:
+            place.recorder.add(seen.image, seen.said, action)
+        return action
+
+    # ---- ends ----
+
+    def _finish(self, place: _Place, seen: Seen) -> None:
+        """Keep what was played, and be free for the next."""
+        episode = place.episode
+        assert episode is not None
+        if place.recorder is not None:
+            place.recorder.add(seen.image, seen.said, None)
+        self._keep(place, cut=False)
+        place.todo, place.episode = None, None
+
+    def _keep(self, place: _Place, cut: bool) -> None:
+        episode = place.episode
+        assert episode is not None
+        if place.recorder is not None:
+            place.recorder.close()
+            place.recorder = None
+        write_events(self.results.out / "events" / f"{episode.number:06d}.jsonl", self.plan.engine, episode)
+        seconds = time.monotonic() - place.began
+        self.results.add(
+            episode.result()
+            | {"crashes": self._crashes.get(episode.number, 0), "cut": cut, "seconds": round(seconds, 2)}
+            | {"policy_ms": _spread(place.policy_ms), "late_ms": _spread(episode.late_ms)}
+        )
+        self._finished += 1
+        rate = (time.monotonic() - self._since) / self._finished
+        left = rate * (self._total - self._finished)
+        best = list(episode.reached)[-1] if episode.reached else "nothing"
+        self.tell(
+            f"episode {episode.number}: {len(episode.reached)} milestones, last {best}, {episode.ticks} "
+            f"ticks in {seconds:.0f} s; {self._finished}/{self._total}, about {_clock(left)} left"
+        )
+
+    def _lose(self, place: _Place, lost: Lost) -> None:
+        """An environment hangs or died: end it, and decide what becomes of its episode."""
+        number, episode = place.todo, place.episode
+        assert number is not None
+        log = place.environment.log if place.environment is not None else None
+        self._end(place, orderly=False)
+        if episode is None or episode.ticks == 0:  # nothing was played
+            self._false_starts += 1
+            if self._false_starts >= _FALSE_STARTS:
+                raise UserError(
+                    f"{self.plan.engine.title} does not start: {lost} ({_FALSE_STARTS} times); see {log}"
+                )
+            self.tell(f"episode {number}: the environment does not start ({lost}); once more")
+        else:
+            self._crashes[number] = self._crashes.get(number, 0) + 1
+            if self._crashes[number] > self.plan.repeats:
+                self.tell(f"episode {number}: the environment was lost ({lost}); it counts as it stood")
+                episode.ended = "lost"
+                self._keep(place, cut=True)
+                place.todo, place.episode = None, None
+                return
+            self.tell(f"episode {number}: the environment was lost ({lost}); it is played again")
+        if place.recorder is not None:
+            place.recorder.discard()
+            place.recorder = None
+        self._begin(place)
+
+    def _end(self, place: _Place, orderly: bool) -> None:
+        if place.environment is not None:
+            environment, place.environment = place.environment, None
+            environment.close(3.0 if orderly else 0.0)
+        if orderly and place.recorder is not None:
+            place.recorder.discard()
+            place.recorder = None
+
+
+def require_fit(engine: Engine, contract: Contract, name: str) -> None:
+    """Check that a policy's contract is for what an engine is played with.
+
+    Raises:
+        UserError: it has another action space, or other observations.
+    """
+    if engine.kind == "game":
+        require_keyboard_and_mouse(contract, name)
+        return
+    from d4_sim.world import world_class
+
+    its = Contract.load(world_class(engine.name).contract_path())
+    if its.hash != contract.hash:
+        raise UserError(
+            f"{name} was trained on the contract {contract.name}, not on that of {engine.name}: its "
+            f"actions are {', '.join(contract.action_names)}, the game's {', '.join(its.action_names)}"
+        )
+
+
+def _spread(values: list[float]) -> list[float]:
+    """Median, 95th percentile, maximum."""
+    if not values:
+        return []
+    return [round(float(x), 2) for x in (*np.percentile(values, [50, 95]), max(values))]
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"

@@ -1,0 +1,149 @@
+"""`d4-minecraft check`: what an engine needs on this machine, what of it is missing, and how to get it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from d4_core.memory import available_bytes
+
+_ASK_S = 60.0
+_GIB = 2**30
+_MEMORY_GIB = 4  # that one Minecraft takes
+
+# MineRL finds the game it was built with beside its package
+_ASK_MINERL = """
+import importlib.metadata as m, os, minerl
+root = os.path.dirname(minerl.__file__)
+try:
+    version = m.version('minerl')
+except m.PackageNotFoundError:
+    version = 'version unknown'
+places = [os.path.join(root, 'MCP-Reborn'), os.path.join(root, '..', 'MCP-Reborn')]
+human = os.path.exists(os.path.join(root, 'herobraine', 'env_specs', 'human_survival_specs.py'))
+print('D4', version, int(human), int(any(os.path.exists(os.path.join(p, 'launchClient.sh')) for p in places)))
+"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One line: what is needed, what is there, and, where it is missing, how to get it."""
+
+    name: str
+    value: str
+    missing: str = ""
+
+
+def ask(*command: str) -> str:
+    """What a command prints, both streams; empty if it is not there, fails, or does not end."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_ASK_S, check=False, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
+        return ""
+    return "" if done.returncode else done.stdout + done.stderr
+
+
+def java() -> Found:
+    """Minecraft 1.16.5 and the tools of MineRL want Java 8, no newer one."""
+    how = "apt-get install openjdk-8-jdk, or a JDK 8 of adoptium.net, first on PATH and in JAVA_HOME"
+    home = os.environ.get("JAVA_HOME")
+    program = str(Path(home) / "bin" / "java") if home else "java"
+    match = re.search(r'version "([^"]+)"', ask(program, "-version"))
+    if match is None:
+        return Found("Java 8", "-", f"there is no Java: {how}")
+    if not match[1].startswith("1.8."):
+        return Found("Java 8", match[1], f"this is Java {match[1]}, which the game does not run with: {how}")
+    return Found("Java 8", match[1])
+
+
+def mine_rl(python: str) -> list[Found]:
+    """MineRL v1.0 in its interpreter, and whether the game was built with it."""
+    how = (
+        "make a virtual environment of its own (docs/minecraft.md has the commands), and give its "
+        "interpreter as --python"
+    )
+    if not python:
+        return [Found("MineRL v1.0", "-", f"--python names no interpreter: {how}")]
+    answer = re.search(r"D4 (.*) (\d) (\d)\s*$", ask(python, "-W", "ignore", "-c", _ASK_MINERL), re.MULTILINE)
+    if answer is None:
+        return [Found("MineRL v1.0", "-", f"{python} cannot import minerl: {how}")]
+    version, human, built = answer.groups()
+    if human == "0":
+        return [Found("MineRL v1.0", version, f"this MineRL has no HumanSurvival, it is not v1.0: {how}")]
+    game = Found("Minecraft 1.16.5", "built with MineRL")
+    if built == "0":
+        game = Found(
+            "Minecraft 1.16.5", "-", "this MineRL was unpacked, not built: pip install its repository, with "
+            "Java 8 and a connection to the internet, which fetches the game and builds it",
+        )  # fmt: skip
+    return [Found("MineRL v1.0", version), game]
+
+
+def display() -> Found:
+    """A window to draw into: a screen, or one without a monitor."""
+    shown = os.environ.get("DISPLAY")
+    if shown:
+        return Found("display", shown)
+    if shutil.which("Xvfb"):
+        return Found("display", "none; Xvfb is started for each game")
+    return Found("display", "-", "set DISPLAY, or apt-get install xvfb (draws on the CPU, slower than a GPU)")
+
+
+def gpu() -> Found:
+    """Not needed, but a policy of some size and the game both want one."""
+    names = ask("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").strip().splitlines()
+    if not names:
+        return Found("GPU", "none: policies and the game run on the CPU, far below 20 ticks a second")
+    drawn = (
+        "" if shutil.which("vglrun") else "; the game draws on it with VirtualGL (vglrun), which is not here"
+    )
+    return Found("GPU", ", ".join(names) + drawn)
+
+
+def memory() -> Found:
+    """Memory for games."""
+    import torch
+
+    free = available_bytes(torch.device("cpu")) / _GIB
+    room = int(free // _MEMORY_GIB)
+    what = f"{free:.1f} GiB free, enough for {room} games at a time"
+    return Found("memory", what, "" if room else f"a game takes {_MEMORY_GIB} GiB: close something")
+
+
+def luanti() -> Found:
+    """Debian's package of the game."""
+    program = shutil.which("minetest") or shutil.which("minetest", path="/usr/games")
+    if program is None:
+        return Found("Luanti", "-", "apt-get install --no-install-recommends minetest xvfb")
+    first = ask(program, "--version").splitlines()
+    return Found("Luanti", first[0] if first else program)
+
+
+def package(name: str, extra: str) -> Found:
+    """A package of this interpreter."""
+    if find_spec(name) is None:
+        return Found(name, "-", f"pip install 'd4[{extra}]', or pip install {name}")
+    return Found(name, "yes")
+
+
+def needs(python: str) -> dict[str, list[Callable[[], list[Found]]]]:
+    """What each engine needs, by its name."""
+    return {
+        "minerl": [lambda: [java()], lambda: mine_rl(python), lambda: [display()], lambda: [memory()],
+                   lambda: [gpu()]],
+        "luanti": [lambda: [luanti()], lambda: [package("Xlib", "luanti")], lambda: [display()]],
+        "crafter": [lambda: [package("crafter", "crafter")]],
+    }  # fmt: skip
+
+
+def check(engine: str, python: str) -> list[Found]:
+    """What an engine needs here."""
+    return [found for each in needs(python)[engine] for found in each()]

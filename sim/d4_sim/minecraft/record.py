@@ -1,0 +1,233 @@
+"""`d4-minecraft record`: a person, a script or an old recording plays, and is written as contractors' data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from d4_datasets import contractor, minecraft
+from d4_datasets.errors import UserError
+from d4_sim.minecraft.environment import Environment, Lost, Seen
+from d4_sim.minecraft.episode import world_seed
+from d4_sim.minecraft.game import PERIOD_S, Engine, View, named
+from d4_sim.minecraft.hands import Window
+from d4_sim.minecraft.recorder import Recorder
+
+PERSON, SCRIPTED = "person", "scripted"
+
+
+class Player(Protocol):
+    """Who plays: an action float64 [25] for what is seen, None to stop."""
+
+    def begin(self, seed: int) -> None:
+        """An episode begins."""
+        ...
+
+    def act(self, seen: Seen) -> np.ndarray | None:
+        """The action of this tick."""
+        ...
+
+    def close(self) -> None:
+        """The session is over."""
+        ...
+
+
+class Person:
+    """Whoever sits in front of the window."""
+
+    def __init__(self, title: str, zoom: int) -> None:
+        self._window = Window(title, zoom)
+
+    def begin(self, seed: int) -> None:
+        """Nothing to do."""
+
+    def act(self, seen: Seen) -> np.ndarray | None:
+        """Show the picture; what was done since the last one."""
+        image = seen.image
+        if (pointer := seen.said.get("pointer")) is not None:
+            image = image.copy()
+            minecraft.draw_pointer(image, *pointer)
+        self._window.show(image)
+        return self._window.hands.tick(time.monotonic()) if self._window.open else None
+
+    def close(self) -> None:
+        """Close the window."""
+        self._window.close()
+
+
+class Script:
+    """A script: `make(seed)` returns something whose `act(View)` gives an action's dictionary, or None."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self._make, self._script = make, None
+
+    def begin(self, seed: int) -> None:
+        """A fresh script."""
+        self._script = self._make(seed)
+
+    def act(self, seen: Seen) -> np.ndarray | None:
+        """What the script does."""
+        assert self._script is not None
+        action = self._script.act(as_view(seen))
+        return None if action is None else minecraft.from_env(action)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class Again:
+    """The actions of a recording, once more; where it does not know them, nothing is done."""
+
+    def __init__(self, path: Path) -> None:
+        if not contractor.takes(path):
+            raise UserError(f"{path} is no file of lines of a recording (<name>.jsonl)")
+        self._path = path
+
+    def begin(self, seed: int) -> None:
+        """From the first line on."""
+        self._actions = self._read()
+
+    def _read(self) -> Iterator[np.ndarray | None]:
+        player = contractor.Player(contractor.version_of(self._path))
+        for line in contractor.read_lines(self._path):
+            yield player.step(line)
+
+    def act(self, seen: Seen) -> np.ndarray | None:
+        """The next line's action."""
+        for action in self._actions:
+            return np.zeros(minecraft.SIZE) if action is None else action
+        return None
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def as_view(seen: Seen) -> View:
+    """What arrived as the `View` that a game gave."""
+    said, pointer = seen.said, seen.said.get("pointer")
+    return View(
+        pov=seen.image, items=said.get("items"), stats=said.get("stats"), gui=bool(said.get("gui")),
+        pointer=None if pointer is None else (float(pointer[0]), float(pointer[1])), slot=said.get("slot"),
+        over=seen.over, late_ms=float(said.get("late_ms", 0.0)), more=said.get("more", {}),
+    )  # fmt: skip
+
+
+def make_player(who: str, engine: Engine, zoom: int) -> Player:
+    """The player of this name: `person`, `scripted`, "module:function", or a file of lines.
+
+    Raises:
+        UserError: there is none, or no display for a person.
+    """
+    if who == PERSON:
+        return Person(engine.title, zoom)
+    if who == SCRIPTED:
+        if not engine.player:
+            raise UserError(f"{engine.title} has no scripted player: give --player person, or a recording")
+        return Script(named(engine.player))
+    path = Path(who)
+    if path.exists():
+        return Again(path)
+    if ":" in who:
+        return Script(named(who))
+    raise UserError(f"--player {who} is neither person, scripted, module:function nor a file of lines")
+
+
+@dataclass
+class Session:
+    """What a session of recording came to."""
+
+    ticks: int = 0
+    episodes: int = 0
+    parts: list[Path] = field(default_factory=list)
+    refused: int = 0
+    late_ms: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How long a session is: at most so many ticks in all, and of one episode; in worlds from `seed` on."""
+
+    out: Path
+    ticks: int
+    episode_ticks: int
+    episodes: int
+    seed: int
+    most_late: float
+
+
+def play(engine: Engine, options: Mapping[str, Any], player: Player, settings: Settings) -> Session:
+    """Record a session; every process has ended when this returns or fails.
+
+    Raises:
+        UserError: the game does not start, hangs or dies; what was finished before stays.
+    """
+    session = Session()
+    log = settings.out / "logs" / "environment.log"
+    environment = Environment(engine, options, log)
+    try:
+        _next(environment)
+        while session.episodes < settings.episodes and session.ticks < settings.ticks:
+            number = _free_number(settings.out, engine.name)
+            recorder = Recorder(settings.out, f"{engine.name}-{number:06d}", settings.most_late)
+            try:
+                goes_on = _episode(environment, player, settings, session, recorder, number)
+            except BaseException:
+                session.parts += recorder.close()  # what was played until then is data, too
+                raise
+            session.episodes += 1
+            if not goes_on:
+                break
+    except KeyboardInterrupt:
+        pass  # the session ends here
+    except Lost as lost:
+        raise UserError(f"{engine.title} was lost: {lost}; see {log}") from None
+    finally:
+        environment.close()
+        player.close()
+    return session
+
+
+def _episode(
+    environment: Environment, player: Player, settings: Settings, session: Session, recorder: Recorder,
+    number: int,
+) -> bool:  # fmt: skip
+    """Play one; returns whether the player wants another."""
+    seed = world_seed(settings.seed, number)
+    environment.reset(seed)
+    player.begin(seed)
+    seen, began, tick = _next(environment), time.monotonic(), 0
+    assert seen is not None
+    goes_on = True
+    while not seen.over and tick < settings.episode_ticks and session.ticks < settings.ticks:
+        if not environment.realtime and isinstance(player, Person):
+            time.sleep(max(0.0, began + tick * PERIOD_S - time.monotonic()))
+        action = player.act(seen)
+        if action is None:
+            goes_on = isinstance(player, Script)  # a script is done with the episode, a person with all
+            break
+        recorder.add(seen.image, seen.said, action)
+        environment.step(action)
+        arrived = _next(environment)
+        assert arrived is not None
+        seen, tick, session.ticks = arrived, tick + 1, session.ticks + 1
+        session.late_ms.append(float(seen.said.get("late_ms", 0.0)))
+    if tick:
+        recorder.add(seen.image, seen.said, None)
+    session.parts += recorder.close()
+    session.refused += recorder.refused
+    return goes_on
+
+
+def _next(environment: Environment) -> Seen | None:
+    return environment.receive()
+
+
+def _free_number(out: Path, name: str) -> int:
+    """The first number that no recording in the folder has."""
+    used = [int(path.name.split("-")[1]) for path in out.glob(f"{name}-[0-9]*-[0-9]*.jsonl")]
+    return max(used, default=-1) + 1

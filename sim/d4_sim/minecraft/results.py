@@ -1,0 +1,256 @@
+"""Results of a benchmark on disk, a line an episode, and the table that they make."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d4_core.stats import bootstrap_mean
+from d4_datasets.errors import UserError
+from d4_sim.minecraft.game import Engine
+from d4_sim.minecraft.tasks import PUBLISHED, SOURCE
+
+FORMAT = 1
+_ABOUT, _TABLE, _NUMBERS = "benchmark.json", "table.md", "results.json"
+_Z = 1.959964  # of a 95 % interval
+
+
+class Results:
+    """The folder of a benchmark: what is measured (benchmark.json), and a line for every finished episode.
+
+    A line is added in one write, so that a kill leaves it whole or not at all; a torn one, after a crash of
+    the machine, is dropped and its episode played again.
+
+    Args:
+        out: the folder.
+        about: what is measured; a folder holds one such measurement.
+        part: (i, n) if this process plays every n-th episode only, the i-th of each n, from 0.
+
+    Raises:
+        UserError: the folder holds another measurement, or is damaged.
+    """
+
+    def __init__(self, out: Path, about: Mapping[str, Any], part: tuple[int, int] = (0, 1)) -> None:
+        self.out, self.about = out, {"format": FORMAT, **about}
+        out.mkdir(parents=True, exist_ok=True)
+        name = "episodes.jsonl" if part[1] == 1 else f"episodes-{part[0] + 1}of{part[1]}.jsonl"
+        self._file = out / name
+        path = out / _ABOUT
+        if path.exists():
+            found = _load(path)
+            if found != json.loads(json.dumps(self.about)):
+                odd = sorted(key for key in {*found, *self.about} if found.get(key) != self.about.get(key))
+                raise UserError(
+                    f"{path} is of another measurement ({', '.join(odd)} differ): choose another --out, or "
+                    "repeat its options"
+                )
+        else:
+            _write(path, json.dumps(self.about, indent=1) + "\n")
+        self._mend()
+
+    def _mend(self) -> None:
+        """Drop a torn last line."""
+        if self._file.exists() and (text := self._file.read_bytes()) and not text.endswith(b"\n"):
+            _write(self._file, text[: text.rfind(b"\n") + 1].decode())
+
+    def add(self, result: Mapping[str, Any]) -> None:
+        """Keep a finished episode, on disk when this returns."""
+        line = (json.dumps(result) + "\n").encode()
+        fd = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if os.write(fd, line) != len(line):
+                raise UserError(f"disk full ({self._file}): free some space and run the same command again")
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def episodes(self) -> list[dict[str, Any]]:
+        """All finished episodes, of all parts, by number."""
+        return read_episodes(self.out)
+
+
+def read_episodes(out: Path) -> list[dict[str, Any]]:
+    """The finished episodes of a folder by number; where one was played twice, the first counts.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for path in sorted(out.glob("episodes*.jsonl")):
+        for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+            if not line.endswith("\n"):
+                continue  # torn, or being written
+            try:
+                result = json.loads(line)
+                found.setdefault(int(result["episode"]), result)
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{path}: line {number} is damaged; delete it, its episode is played again"
+                ) from None
+    return [found[number] for number in sorted(found)]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        if found["format"] != FORMAT:
+            raise UserError(
+                f"{path} has format {found['format']}, this version reads {FORMAT}: choose another --out"
+            )
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: choose another --out") from None
+    return dict(found)
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+# ---- numbers ----
+
+
+@dataclass(frozen=True)
+class Row:
+    """A milestone: episodes that reached it, and how long those took, in minutes or (worlds) ticks.
+
+    Attributes:
+        success: share, low, high: a Wilson interval of 95 %, which none or all of few episodes widen, too.
+        time: mean, low, high over the episodes that reached it (bootstrap); None if none did.
+    """
+
+    milestone: str
+    reached: int
+    success: tuple[float, float, float]
+    time: tuple[float, float, float] | None
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float, float]:
+    """(share, low, high) of a proportion at 95 %."""
+    if trials == 0:
+        return 0.0, 0.0, 1.0
+    p, n = successes / trials, trials
+    middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    return p, max(0.0, middle - half), min(1.0, middle + half)
+
+
+def rows(engine: Engine, episodes: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The milestones of an engine over episodes."""
+    per_unit = 60 * engine.rate_hz if engine.kind == "game" else 1.0
+    out = []
+    for name in engine.milestones:
+        times = [e["reached"][name] / per_unit for e in episodes if name in e["reached"]]
+        mean = bootstrap_mean(times) if times else None
+        out.append(Row(name, len(times), wilson(len(times), len(episodes)), mean))
+    return out
+
+
+# ---- the table ----
+
+
+def table(engine: Engine, about: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]]) -> str:
+    """The results as Markdown, beside the published ones where it is the same game.
+
+    Raises:
+        UserError: there is no finished episode.
+    """
+    if not episodes:
+        raise UserError("there is no finished episode to make a table of")
+    found = rows(engine, episodes)
+    unit = "minutes" if engine.kind == "game" else "ticks"
+    others = PUBLISHED if engine.published else ()
+    lines = [
+        f"# {engine.title}: {len(episodes)} episodes of {about['policy']}\n",
+        _protocol(engine, about, episodes),
+        "Success in per cent of the episodes [95 %]:\n",
+        _markdown(
+            ["milestone", "this policy", *(column.name for column in others)],
+            [
+                [
+                    r.milestone.replace("_", " "),
+                    _percent(r),
+                    *(f"{c.success[r.milestone]:.1f}" for c in others),
+                ]
+                for r in found
+            ],
+        ),
+        f"{unit.capitalize()} until then, over the episodes that got there [95 %]:\n",
+        _markdown(
+            ["milestone", "this policy", *(column.name for column in others)],
+            [
+                [r.milestone.replace("_", " "), _time(r), *(_minutes(c.minutes[r.milestone]) for c in others)]
+                for r in found
+            ],
+        ),
+    ]
+    lines.append(f"Published columns: {SOURCE}.\n" if others else _NOT_MINECRAFT.format(title=engine.title))
+    return "\n".join(lines)
+
+
+_NOT_MINECRAFT = "{title} is another game than Minecraft: these figures compare with no published ones.\n"
+
+
+def _protocol(engine: Engine, about: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]]) -> str:
+    minutes = f"{about['minutes']:g} minutes" if engine.kind == "game" else f"{about['ticks']} ticks"
+    repeated = sum(int(e.get("crashes", 0)) for e in episodes)
+    counted = sum(bool(e.get("cut")) for e in episodes)
+    text = f"Episodes of at most {minutes}, empty inventory, sampled actions, prompts: {about['prompts']}. "
+    if repeated or counted:
+        text += (
+            f"Environments hung or died {repeated} times; such an episode was played again from its "
+            f"beginning, and {counted} of them count as they stood when that had happened too often. "
+        )
+    late = [e["late_ms"][1] for e in episodes if e.get("late_ms")]
+    if late and max(late) > 0:
+        text += f"Pictures came late by {max(late):.0f} ms (95th percentile of the worst episode). "
+    return text.rstrip() + "\n"
+
+
+def _percent(row: Row) -> str:
+    share, low, high = (100 * x for x in row.success)
+    return f"{share:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _time(row: Row) -> str:
+    if row.time is None:
+        return "-"
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*row.time)
+
+
+def _minutes(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns are aligned for the eye, too."""
+    widths = [max(len(row[k]) for row in [header, *cells]) for k in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *cells]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in padded) + "\n"
+
+
+def write_table(out: Path, engine: Engine, about: Mapping[str, Any]) -> str:
+    """Write table.md and results.json of a folder; returns the table.
+
+    Raises:
+        UserError: there is no finished episode.
+    """
+    episodes = read_episodes(out)
+    text = table(engine, about, episodes)
+    numbers = {
+        "engine": engine.name, "title": engine.title, "episodes": len(episodes), "about": dict(about),
+        "milestones": {
+            r.milestone: {"reached": r.reached, "success": r.success, "time": r.time}
+            for r in rows(engine, episodes)
+        },
+    }  # fmt: skip
+    _write(out / _TABLE, text)
+    _write(out / _NUMBERS, json.dumps(numbers, indent=1) + "\n")
+    return text
