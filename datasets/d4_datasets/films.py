@@ -16,7 +16,7 @@ import numpy as np
 
 from d4_datasets import files as layout
 from d4_datasets import tables
-from d4_datasets.aligned import Aligned, FrameWriter, Track, ahead
+from d4_datasets.aligned import Aligned, FrameWriter, Track
 from d4_datasets.contract import Action, Align, Contract, Observation
 from d4_datasets.errors import UserError
 from d4_datasets.files import Files, Match
@@ -158,7 +158,7 @@ class Film:
                 footage = self.footage[camera.name]
                 wanted = np.zeros(len(footage.stamps), bool)
                 wanted[writer.wanted] = True
-                for number, rgb in ahead(footage.read(wanted)):
+                for number, rgb in footage.read(wanted, camera.size):
                     writer.add(number, rgb)
         except Damaged:
             for writer in writers.values():

@@ -2,7 +2,8 @@
 
     footage = VideoFile(path)             or PictureFolder(folder, ...)
     footage.stamps                        int64 ns [N], ascending: when each frame is shown
-    for n, rgb in footage.read(wanted):   frames n with wanted[n], in order, uint8 [H, W, 3] of any size
+    for n, rgb in footage.read(wanted):   frames n with wanted[n], in order, uint8 [H, W, 3] of any size;
+                                          read(wanted, size) may give them at `size` already
 
 Stamps are known before any picture is decoded. If one that is wanted turns out not to be there, because the
 file is damaged, `read` goes through the rest, takes what is missing out of `stamps` and raises `Damaged`:
@@ -22,8 +23,9 @@ import av
 import cv2
 import numpy as np
 from av.stream import Disposition
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 
+from d4_datasets.aligned import ahead
 from d4_datasets.errors import UserError
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
@@ -34,6 +36,10 @@ _MOST_BYTES = 1 << 28  # of one picture file
 _FASTEST_HZ = 2000.0  # pictures per second above which stamps are broken
 _SPARE_S = 100_000.0  # a day and a bit; with the next, how long so many frames can last
 _SLOWEST_S = 60.0  # per picture, on average
+# A pixel is the mean of the area that it covers, as everywhere. The luma and chroma that a video holds are
+# averaged and the result is converted to RGB, a tenth of the work of converting first, and without the
+# rounding down of that. Without the second flag colours would keep half the width of the small picture.
+_SHRINK = Interpolation.AREA | Interpolation.FULL_CHR_H_INT
 # What a file holds decides how it is read, so a playlist that calls itself .mp4 must not open other files.
 _FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,asf,flv,ogg"
 _OPEN = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
@@ -50,8 +56,13 @@ class Footage(Protocol):
     stamps: np.ndarray
     warnings: list[str]
 
-    def read(self, wanted: np.ndarray) -> Generator[tuple[int, np.ndarray], None, None]:
-        """(n, RGB uint8 [H, W, 3]) of the frames with `wanted` (bool [N]), in order; may raise Damaged."""
+    def read(
+        self, wanted: np.ndarray, size: tuple[int, int] | None = None
+    ) -> Generator[tuple[int, np.ndarray], None, None]:
+        """(n, RGB uint8 [H, W, 3]) of the frames with `wanted` (bool [N]), in order; may raise Damaged.
+
+        `size`: the (height, width) that the caller will resize them to; they may have it already.
+        """
 
 
 # ---- videos ----
@@ -156,17 +167,24 @@ class VideoFile:
 
     # -- pictures --
 
-    def read(self, wanted: np.ndarray) -> Generator[tuple[int, np.ndarray], None, None]:
+    def read(
+        self, wanted: np.ndarray, size: tuple[int, int] | None = None
+    ) -> Generator[tuple[int, np.ndarray], None, None]:
         """See `Footage.read`."""
+        converter = _Converter(self, size)
+        for number, frame in ahead(self._wanted(wanted)):
+            yield number, converter.rgb(frame)
+
+    def _wanted(self, wanted: np.ndarray) -> Generator[tuple[int, Any], None, None]:
+        """(n, decoded frame) of the frames with `wanted`, in order."""
         left = np.flatnonzero(wanted)
         seen = np.zeros(len(self.stamps), bool)
         place, is_whole = 0, True
-        converter = _Converter(self)
         try:
             for number, frame in self._numbered():
                 seen[number] = True
                 if is_whole and number == left[place]:
-                    yield number, converter.rgb(frame)
+                    yield number, frame
                     place += 1
                     if place == len(left):
                         return
@@ -238,13 +256,14 @@ class _Backwards(Exception):
 
 
 class _Converter:
-    """Decoded frames of one reading to RGB, upright."""
+    """Decoded frames of one reading to RGB, upright; at the size that is wanted if that is smaller."""
 
-    def __init__(self, video: VideoFile) -> None:
-        self.video = video
+    def __init__(self, video: VideoFile, wanted: tuple[int, int] | None) -> None:
+        self.video, self.wanted = video, wanted
         self.reformatter = VideoReformatter()
         self.size: tuple[int, int] | None = None
         self.matrix: np.ndarray | None = None
+        self.shrinking: dict[str, Any] = {}
 
     def rgb(self, frame: Any) -> np.ndarray:
         """uint8 [H, W, 3]."""
@@ -252,7 +271,8 @@ class _Converter:
         if size != self.size:
             self._note(frame, size)
         try:
-            picture = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
+            small = self.reformatter.reformat(frame, format="rgb24", threads=1, **self.shrinking)
+            picture = small.to_ndarray()
         except (av.FFmpegError, ValueError) as error:
             raise UserError(
                 f"{self.video.path}: pixels in {frame.format.name} cannot be converted ({error}); "
@@ -279,6 +299,20 @@ class _Converter:
                 f"{self.video.path}: its metadata turn it by an angle that is no multiple of 90 degrees; "
                 "write it upright with ffmpeg"
             )
+        self.shrinking = {} if frame.format.is_rgb else self._shrinking(size)
+
+    def _shrinking(self, size: tuple[int, int]) -> dict[str, Any]:
+        """How frames of a (width, height) are made smaller while they are converted; empty where they grow.
+
+        Those in RGB, which need no conversion, are left to the resizing of bags, equal to the last bit.
+        """
+        if self.wanted is None:
+            return {}
+        height, width = self.wanted
+        if self.matrix is not None and not self.matrix[0, 0]:  # before they are turned by a quarter
+            height, width = width, height
+        is_smaller = width <= size[0] and height <= size[1] and (width, height) != size
+        return {"width": width, "height": height, "interpolation": _SHRINK} if is_smaller else {}
 
 
 def _is_upright(matrix: np.ndarray) -> bool:
@@ -355,8 +389,13 @@ class PictureFolder:
         if same := len(names) - len(self.names):
             self.warnings.append(f"{folder}: {same} pictures have the time of another and are left out")
 
-    def read(self, wanted: np.ndarray) -> Generator[tuple[int, np.ndarray], None, None]:
-        """See `Footage.read`."""
+    def read(
+        self, wanted: np.ndarray, size: tuple[int, int] | None = None
+    ) -> Generator[tuple[int, np.ndarray], None, None]:
+        """See `Footage.read`. Pictures are resized as those of a camera's messages are, by the caller."""
+        yield from ahead(self._read(wanted))
+
+    def _read(self, wanted: np.ndarray) -> Generator[tuple[int, np.ndarray], None, None]:
         good = np.ones(len(self.names), bool)
         for number in np.flatnonzero(wanted):
             try:
