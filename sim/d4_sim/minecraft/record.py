@@ -1,4 +1,4 @@
-"""`d4-minecraft record`: a person, a script or an old recording plays, and is written as contractors' data."""
+"""`d4-minecraft record`: a person, a script or an old recording plays, written as data of contractors."""
 
 from __future__ import annotations
 
