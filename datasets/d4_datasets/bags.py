@@ -1,4 +1,4 @@
-"""rosbag2 in and out, without ROS: write MCAP bags, read MCAP and sqlite3 bags that may be damaged or odd.
+"""Bags in and out, without ROS: write MCAP bags, read MCAP, sqlite3 and ROS 1 bags, damaged or odd ones too.
 
 Reading prefers the file's index and falls back to a linear scan that recovers whatever a killed recorder left
 behind; what was lost is said in the report of the stream, never hidden.
@@ -10,7 +10,7 @@ import heapq
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,23 +18,19 @@ from typing import Any, Self
 import cv2
 import numpy as np
 import yaml
-import zstandard
 from rosbags.rosbag2 import StoragePlugin, Writer
-from rosbags.typesys.store import Typestore
 
+from d4_datasets import packed
 from d4_datasets.errors import UserError
-from d4_datasets.storage import (
-    BagReport,
-    McapFile,
-    SqliteFile,
-    TopicInfo,
-    receive_time,
-    typestore,
-    typestore_of,
-    unzstd,
-)
+from d4_datasets.msgtypes import Definitions, TopicInfo, decoder, typestore
+from d4_datasets.rosbag1 import Rosbag1File
+from d4_datasets.storage import BagReport, McapFile, Raw, SqliteFile, receive_time
 
 STORAGE_SUFFIXES = (".mcap", ".db3")
+_ROS1_SUFFIXES = (".bag", ".bag.active")
+_EXPECTED = "an .mcap, .db3 or .bag file"
+_LARGEST_METADATA = 1 << 22
+_LATEST = (1 << 63) - 1  # ns, in the year 2262
 
 
 # ---- messages ----
@@ -180,16 +176,26 @@ class Bag:
     """An open bag: `topics` (name -> type), messages in receive-time order, a `report` of what was wrong with
     it.
 
-    `path` is a bag folder (with or without metadata.yaml), or one .mcap or .db3 file, zstd-compressed or not.
+    Args: path: a bag folder (with or without metadata.yaml), or one .mcap or .db3 file, zstd-compressed or
+        not, or a .bag file of ROS 1. given: what else defines types. scratch: where compressed files are
+        unpacked; None for the system's place.
+
     Raises UserError if there is no bag, or nothing in it can be read.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | Path, given: Definitions | None = None, scratch: Path | None = None
+    ) -> None:
+        self.path, self._given, self._scratch = Path(path), given, scratch
         self.report = BagReport(self.path)
         files, self._promised = _bag_files(self.path, self.report)
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._storages = [self._storage(file) for file in files]
+        self._decoders: dict[str, Callable[[bytes], Any]] = {}
+        try:
+            self._storages = list(self._open(files))
+        except BaseException:
+            self.close()
+            raise
         self._topics: dict[str, TopicInfo] = {}
         for storage in self._storages:
             for name, topic in storage.topics.items():
@@ -197,17 +203,35 @@ class Bag:
                     self._topics[name] = topic
         self.topics = {name: topic.type for name, topic in sorted(self._topics.items())}
 
-    def _storage(self, file: Path) -> McapFile | SqliteFile:
+    def close(self) -> None:
+        """Remove what was unpacked; nothing can be read afterwards."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
+
+    def _open(self, files: Sequence[Path]) -> Iterator[McapFile | SqliteFile | Rosbag1File]:
+        """The files that can be read; of several one may be damaged beyond that."""
+        errors: list[UserError] = []
+        for file in files:
+            try:
+                yield self._storage(file)
+            except UserError as error:
+                errors.append(error)
+        if len(errors) == len(files):
+            raise errors[0]
+        for damage in errors:
+            self.report.warn(f"{damage}; this part of the bag is left out")
+
+    def _storage(self, file: Path) -> McapFile | SqliteFile | Rosbag1File:
         plain = file
         if file.suffix == ".zstd":
-            self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="d4-bag-")
+            self._temporary = self._temporary or tempfile.TemporaryDirectory(
+                prefix=".d4-bag-", dir=self._scratch
+            )
             plain = Path(self._temporary.name) / file.stem
-            with file.open("rb") as packed, plain.open("wb") as out:
-                try:
-                    zstandard.ZstdDecompressor().copy_stream(packed, out)
-                except zstandard.ZstdError as error:
-                    raise UserError(f"{file} is not a readable zstd file: {error}") from None
-        kind = McapFile if plain.suffix == ".mcap" else SqliteFile
+            if damage := packed.unpack_file(file, plain):
+                self.report.warn(f"{file} is cut off or damaged ({damage}); read as far as it goes")
+        kind = McapFile if plain.suffix == ".mcap" else SqliteFile if plain.suffix == ".db3" else Rosbag1File
         return kind(plain, file, self.report)
 
     def require(self, topics: Sequence[str]) -> None:
@@ -216,46 +240,62 @@ class Bag:
             if name not in self._topics:
                 held = ", ".join(self.topics) or "no topics at all"
                 raise UserError(f"{self.path} has no topic {name}; it has {held}")
-            self._store(name)
+            self._decoder(name)
 
     def decodable(self, topic: str) -> bool:
         """Whether the messages of `topic` can be decoded."""
         try:
-            self._store(topic)
+            self._decoder(topic)
         except UserError:
             return False
         return True
 
-    def _store(self, name: str) -> Typestore:
-        topic = self._topics[name]
-        store = typestore_of(topic)
-        if store is None:
-            raise UserError(
-                f"{self.path}: the type {topic.type} of {name} is unknown and the bag holds no usable "
-                "definition of it; record it again as MCAP, which stores definitions, or leave this topic out"
-            )
-        return store
+    def _decoder(self, name: str) -> Callable[[bytes], Any]:
+        known = self._decoders.get(name)
+        if known is None:
+            try:
+                known = self._decoders[name] = decoder(self._topics[name], self._given)
+            except UserError as error:
+                raise UserError(f"{self.path}: the type {self.topics[name]} of {name} {error}") from None
+        return known
 
     def decode(self, topic: str, data: bytes) -> Any:
         """The message in `data`, as read from `topic`; raises UserError if the bytes do not fit the type."""
-        kind = self._topics[topic].type
+        decode = self._decoder(topic)
         try:
-            return self._store(topic).deserialize_cdr(data, kind)
-        except UserError:
-            raise
+            return decode(data)
         except Exception as error:  # whatever garbage bytes can provoke in generated code
+            kind = self._topics[topic].type
             raise UserError(f"a message of {topic} is not a valid {kind}: {error}") from None
 
-    def raw(self, topics: Sequence[str]) -> Iterator[tuple[str, int, bytes]]:
-        """(topic, receive time in ns, CDR bytes) of all messages on `topics`, in receive-time order."""
+    def raw(self, topics: Sequence[str]) -> Iterator[Raw]:
+        """(topic, receive time in ns, bytes) of all messages on `topics`, in receive-time order."""
         wanted = frozenset(topics)
-        counts = dict.fromkeys(wanted, 0)
+        counts, lost = dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0)
         merged = heapq.merge(*(s.messages(wanted) for s in self._storages), key=receive_time)
         for topic, stamp, data in merged:
+            # Compression of single messages shows by itself: CDR never starts with the magic of zstd.
+            if data[:4] == packed.ZSTD_MAGIC and not self._topics[topic].is_ros1:
+                try:
+                    data = packed.unpack(data, "zstd")
+                except packed.Damaged:
+                    lost[topic] += 1
+                    continue
+            if not 0 <= stamp <= _LATEST:
+                lost[topic] += 1
+                continue
             counts[topic] += 1
-            yield topic, stamp, unzstd(data)
+            yield topic, stamp, data
         self.report.messages = sum(counts.values())
-        for topic in sorted(wanted):
+        self._tell_losses(counts, lost)
+
+    def _tell_losses(self, counts: dict[str, int], lost: dict[str, int]) -> None:
+        for topic in sorted(counts):
+            if lost[topic]:
+                self.report.warn(
+                    f"{self.path}: {lost[topic]} messages of {topic} cannot be unpacked or were received at "
+                    "impossible times, and are left out"
+                )
             promised = self._promised.get(topic, 0)
             if counts[topic] < promised:
                 self.report.warn(
@@ -302,12 +342,7 @@ def find_bags(source: str | Path) -> list[Path]:
         raise UserError(f"{source} does not exist; give a bag or a folder of bags")
     found = _find_bags(source)
     if not found:
-        ros1 = next(source.rglob("*.bag"), None) if source.is_dir() else source
-        if ros1 is not None and ros1.suffix == ".bag":
-            raise UserError(
-                f"{ros1} is a ROS 1 bag; convert it with: rosbags-convert --src {ros1} --dst <folder>"
-            )
-        raise UserError(f"there is no bag in {source}; expected .mcap or .db3 files or folders of them")
+        raise UserError(f"there is no bag in {source}; expected .mcap, .db3 or .bag files or folders of them")
     return found
 
 
@@ -315,16 +350,28 @@ def _find_bags(path: Path) -> list[Path]:
     if is_bag(path):
         return [path]
     children = [] if path.is_file() else sorted(p for p in path.iterdir() if not p.name.startswith("."))
-    return [bag for child in children if child.is_dir() or _is_storage(child) for bag in _find_bags(child)]
+    return [bag for child in children if child.is_dir() or _is_file(child) for bag in _find_bags(child)]
 
 
 def is_bag(path: Path) -> bool:
-    """Whether this is one bag: a storage file, or a folder with metadata.yaml or with its parts."""
+    """Whether this is one bag: a file, or a folder with metadata.yaml or with the parts of a rosbag2."""
     if path.is_file():
-        return _is_storage(path)
+        return _is_file(path)
     return (path / "metadata.yaml").exists() or bool(
         _storage_files(path) and _one_recording(_storage_files(path))
     )
+
+
+def bag_files(path: Path) -> list[Path]:
+    """The files that belong to a bag."""
+    if path.is_file():
+        return [path]
+    # What sqlite makes beside a database to read it says nothing of the recording.
+    return [file for file in path.iterdir() if file.is_file() and not file.name.endswith("-shm")]
+
+
+def _is_file(path: Path) -> bool:
+    return _is_storage(path) or path.name.endswith(_ROS1_SUFFIXES)
 
 
 def _is_storage(path: Path) -> bool:
@@ -348,10 +395,10 @@ def _one_recording(files: list[Path]) -> bool:
 def _bag_files(path: Path, report: BagReport) -> tuple[list[Path], dict[str, int]]:
     """The storage files of a bag, and how many messages its metadata promises on every topic."""
     if not path.exists():
-        raise UserError(f"{path} does not exist; give a bag folder or an .mcap or .db3 file")
+        raise UserError(f"{path} does not exist; give a bag folder or {_EXPECTED}")
     if path.is_file():
-        if not _is_storage(path):
-            raise UserError(f"{path} is no bag; expected a bag folder or an .mcap or .db3 file")
+        if not _is_file(path):
+            raise UserError(f"{path} is no bag; expected a bag folder or {_EXPECTED}")
         return [path], {}
     names, promised = _metadata(path / "metadata.yaml", report)
     files = [path / name for name in names if (path / name).is_file()]
@@ -377,10 +424,12 @@ def _metadata(path: Path, report: BagReport) -> tuple[list[str], dict[str, int]]
         )
         return [], {}
     try:
-        info = yaml.safe_load(path.read_text())["rosbag2_bagfile_information"]
-        names = [Path(name).name for name in info["relative_file_paths"]]
+        if path.stat().st_size > _LARGEST_METADATA:
+            raise ValueError("it is too large")
+        info = yaml.safe_load(path.read_text(encoding="utf-8"))["rosbag2_bagfile_information"]
+        names = list(dict.fromkeys(Path(name).name for name in info["relative_file_paths"]))
         topics = info["topics_with_message_count"]
         return names, {topic["topic_metadata"]["name"]: int(topic["message_count"]) for topic in topics}
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+    except (yaml.YAMLError, RecursionError, KeyError, TypeError, ValueError):
         report.warn(f"{path} is damaged; read from the bag's files alone")
         return [], {}

@@ -32,7 +32,7 @@ from d4_datasets.bags import BagWriter
 from d4_datasets.contract import PICTURE_TYPES, Action, Align, Contract, Observation
 from d4_datasets.errors import UserError
 from d4_datasets.lerobot import Dataset
-from d4_datasets.storage import typestore
+from d4_datasets.msgtypes import typestore
 
 _EARLIEST_NS = 10**12  # earlier starts are moved by this much: a bag has no times below zero
 _RECEIVE = Align("hold", "receive")

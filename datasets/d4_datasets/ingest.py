@@ -36,6 +36,7 @@ from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
 from d4_datasets.latents import Origin
 from d4_datasets.lerobot import Dataset, Episode, LeRobotWriter
+from d4_datasets.msgtypes import read_definitions
 from d4_datasets.video import Stats, Video
 
 _PART_FORMAT = 3  # raise it when what a worker leaves behind changes, so that old parts are not taken up
@@ -47,7 +48,12 @@ _ARRAYS = ("action", "action_mask", "reward", "task_index", "is_terminal")
 
 
 def ingest_one(
-    path: Path, contract: Contract, part: Path, clip: Sequence[str] = (), kind: str = "bag"
+    path: Path,
+    contract: Contract,
+    part: Path,
+    clip: Sequence[str] = (),
+    kind: str = "bag",
+    msg_path: Sequence[Path] = (),
 ) -> None:
     """Turn one recording into the folder `part`, written aside and renamed; nothing to do if it is there."""
     if part.exists():
@@ -56,15 +62,18 @@ def ingest_one(
     shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
     aside.mkdir(parents=True)
     try:
-        _fill_part(aside, path, contract, clip, kind)
+        given = read_definitions(tuple(msg_path)) if msg_path else None
+        _fill_part(aside, path, contract, clip, sources.named(kind, given))
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     aside.rename(part)
 
 
-def _fill_part(folder: Path, path: Path, contract: Contract, clip: Sequence[str], kind: str) -> None:
-    episodes, warnings = sources.named(kind).fill(path, contract, folder, clip)
+def _fill_part(
+    folder: Path, path: Path, contract: Contract, clip: Sequence[str], reader: sources.Reader
+) -> None:
+    episodes, warnings = reader.fill(path, contract, folder, clip)
     entries: list[dict[str, Any]] = []
     arrays: dict[str, np.ndarray] = {}
     for number, episode in enumerate(episodes):
@@ -127,17 +136,21 @@ def ingest(
     clip_actions: Sequence[str] = (),
     kind: str | None = None,
     skip: Path | None = None,
+    msg_path: Sequence[Path] = (),
 ) -> Summary:
     """Ingest all recordings under `paths` (only those of `kind`) into the dataset `out`, adding to what is
     there.
 
     Recordings already in the dataset (by name, size and time) are skipped, and so are those that `skip`
-    names, see `read_names`. Raises UserError for anything wrong with the recordings, the contract or `out`,
-    in which case `out` is as it was.
+    names, see `read_names`. `msg_path` are files and folders that define message types, see `msgtypes`.
+    Raises UserError for anything wrong with the recordings, the contract or `out`, in which case `out` is as
+    it was.
     """
     unknown = set(clip_actions) - {channel.name for channel in contract.actions}
     if unknown:
         raise UserError(f"--clip-actions {min(unknown)}: the contract has no action channel of that name")
+    clip, given = tuple(clip_actions), tuple(msg_path)
+    digest = read_definitions(given).digest if given else ""
     began = time.monotonic()
     summary = Summary()
     readers = _readers(paths, kind, contract, set() if skip is None else read_names(skip))
@@ -149,23 +162,18 @@ def ingest(
         fresh = [bag for bag in bags if tuple(entries[bag].values()) not in known]
         summary.skipped = len(bags) - len(fresh)
         names = {name for name, _, _ in known}
-        for bag in fresh:
-            if entries[bag]["name"] in names:
-                summary.warnings.append(
-                    f"{bag} is in the dataset already with another size or time; both are kept"
-                )
-        work = [
-            (
-                bag,
-                contract,
-                parts / _key(entries[bag], contract, clip_actions),
-                tuple(clip_actions),
-                readers[bag].KIND,
-            )
+        summary.warnings += [
+            f"{bag} is in the dataset already with another size or time; both are kept"
             for bag in fresh
+            if entries[bag]["name"] in names
         ]
-        with _progress(sum(entry["size"] for bag, entry in entries.items() if bag in set(fresh))) as advance:
-            for (bag, _, part, _, _), _ in zip(work, _run(work, jobs), strict=True):
+        places = [parts / _key(entries[bag], contract, clip, digest) for bag in fresh]
+        work = [
+            (bag, contract, part, clip, readers[bag].KIND, given)
+            for bag, part in zip(fresh, places, strict=True)
+        ]
+        with _progress(sum(entries[bag]["size"] for bag in fresh)) as advance:
+            for bag, part, _ in zip(fresh, places, _run(work, jobs), strict=True):
                 _add_part(writer, part, entries[bag], summary)
                 advance(entries[bag]["size"], summary.frames)
         if fresh and not writer.episodes:
@@ -224,8 +232,9 @@ def _identity(bag: Path, reader: sources.Reader) -> dict[str, Any]:
     }
 
 
-def _key(entry: dict[str, Any], contract: Contract, clip: Sequence[str]) -> str:
-    text = json.dumps([_PART_FORMAT, entry, contract.to_dict(), sorted(clip)])  # the hash leaves things out
+def _key(entry: dict[str, Any], contract: Contract, clip: Sequence[str], types: str) -> str:
+    # Not the contract's hash, which leaves things out.
+    text = json.dumps([_PART_FORMAT, entry, contract.to_dict(), sorted(clip), types])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
@@ -314,7 +323,7 @@ def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
 
 @dataclass(frozen=True)
 class Options:
-    """Turn robot logs (rosbag2: MCAP or sqlite3) into a dataset to train on.
+    """Turn robot logs (bags of ROS 2 and ROS 1) and other recordings into a dataset to train on.
 
     Bags already in the dataset are skipped, so the same command adds what is new and goes on after an
     interruption.
@@ -338,6 +347,9 @@ class Options:
     skip: Path | None = None
     """Leave out the recordings that are named in this file, one a line, or by the files of this folder."""
 
+    msg_path: tuple[Path, ...] = ()
+    """Folders with the .msg files of message types that the bags themselves do not define."""
+
     clip_actions: tuple[str, ...] = ()
     """Action channels whose commands outside the contract's limits are clipped instead of refused."""
 
@@ -354,7 +366,14 @@ def _main(options: Options) -> None:
         )
     contract = Contract.load(options.contract)
     summary = ingest(
-        options.source, contract, options.out, options.jobs, options.clip_actions, options.kind, options.skip
+        options.source,
+        contract,
+        options.out,
+        options.jobs,
+        options.clip_actions,
+        options.kind,
+        options.skip,
+        options.msg_path,
     )
     for warning in summary.warnings[:20]:
         print(f"warning: {warning}", file=sys.stderr)

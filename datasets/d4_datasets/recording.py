@@ -8,7 +8,7 @@ recording.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ import numpy as np
 
 from d4_datasets import fields, latents, messages, signals
 from d4_datasets.aligned import Aligned, FrameWriter, Track, ahead
-from d4_datasets.bags import Bag, is_bag
+from d4_datasets.bags import Bag, bag_files, is_bag
 from d4_datasets.contract import PICTURE_TYPES, Action, Align, Contract, Observation
 from d4_datasets.errors import UserError
 from d4_datasets.lerobot import Episode
+from d4_datasets.msgtypes import Definitions
 from d4_datasets.video import Video
 
 _RECEIVE = Align("hold", "receive")
@@ -33,12 +34,21 @@ _CLOCK_SLACK_NS = 1_000_000_000
 class Recording(Aligned):
     """One bag.
 
+    Args: given: what defines types that the bag does not. scratch: where compressed files are unpacked.
+
     Raises UserError, naming bag, topic and time, for topics that are missing or of another type, NaN, and
     actions outside their limits unless their channel is named in `clip`.
     """
 
-    def __init__(self, path: Path, contract: Contract, clip: Sequence[str] = ()) -> None:
-        self.contract, self.bag = contract, Bag(path)
+    def __init__(
+        self,
+        path: Path,
+        contract: Contract,
+        clip: Sequence[str] = (),
+        given: Definitions | None = None,
+        scratch: Path | None = None,
+    ) -> None:
+        self.contract, self.bag = contract, Bag(path, given, scratch)
         self.warnings = self.bag.report.warnings
         self.tracks = self._tracks()
         self._collect()
@@ -59,12 +69,12 @@ class Recording(Aligned):
             if entry.topic not in held and not required:
                 tracks[key] = Track(entry.topic, align, read)
                 return
-            self.bag.require([entry.topic])
-            if held[entry.topic] != entry.type:
+            if held.get(entry.topic, entry.type) != entry.type:
                 raise UserError(
                     f"{self.bag.path}: {entry.topic} carries {held[entry.topic]}, "
                     f"the contract says {entry.type}"
                 )
+            self.bag.require([entry.topic])
             tracks[key] = Track(entry.topic, align, read)
 
         for stream in map(self._as_recorded, contract.observations):
@@ -214,13 +224,41 @@ def takes(path: Path) -> bool:
 
 def files(path: Path) -> list[Path]:
     """The files of a bag."""
-    return [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+    return bag_files(path)
 
 
 def fill(
-    path: Path, contract: Contract, folder: Path, clip: Sequence[str]
+    path: Path,
+    contract: Contract,
+    folder: Path,
+    clip: Sequence[str],
+    given: Definitions | None = None,
 ) -> tuple[list[Episode], list[str]]:
     """(episodes, warnings) of a bag; their videos are in `folder`."""
-    recording = Recording(path, contract, clip)
-    videos = encode_frames(recording, folder) if len(recording.episodes) else {}
-    return recording.all_episodes(videos, path.name), recording.warnings
+    recording = Recording(path, contract, clip, given, folder)
+    try:
+        videos = encode_frames(recording, folder) if len(recording.episodes) else {}
+        return recording.all_episodes(videos, path.name), recording.warnings
+    finally:
+        recording.bag.close()
+
+
+def with_types(given: Definitions) -> Reader:
+    """The reader that knows these types too."""
+    return Reader(given)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """This module with more types."""
+
+    given: Definitions
+    KIND = KIND
+    takes = staticmethod(takes)
+    files = staticmethod(files)
+
+    def fill(
+        self, path: Path, contract: Contract, folder: Path, clip: Sequence[str]
+    ) -> tuple[list[Episode], list[str]]:
+        """See `sources`."""
+        return fill(path, contract, folder, clip, self.given)

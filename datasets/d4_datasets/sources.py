@@ -10,7 +10,8 @@ A reader is a module with four names:
 
 Readers are asked in order, and whoever takes a folder keeps what is in it from the others. A reader to whom
 the contract says what to take has `for_contract(contract)` besides, which gives the reader that goes by it;
-one that calls a recording otherwise than its path has `name(path)`.
+one that decodes messages has `with_types(definitions)`, which gives the reader that knows more types; and one
+that calls a recording otherwise than its path has `name(path)`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from d4_datasets import contractor, films, lerobot_source, minerl_streams, recor
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_datasets.lerobot import Episode
+from d4_datasets.msgtypes import Definitions
 
 
 class Reader(Protocol):
@@ -72,11 +74,6 @@ def find(source: str | Path, kind: str | None = None, contract: Contract | None 
     if kind is None:  # a dataset that bags beside it were made into would be these once more
         found = [one for one in found if one.path == source or not (one.path / "meta" / "d4.json").is_file()]
     if not found:
-        ros1 = next(source.rglob("*.bag"), None) if source.is_dir() else source
-        if ros1 is not None and ros1.suffix == ".bag":
-            raise UserError(
-                f"{ros1} is a ROS 1 bag; convert it with: rosbags-convert --src {ros1} --dst <folder>"
-            )
         kinds = " or ".join(reader.KIND for reader in readers)
         raise UserError(f"there is no {kinds} in {source}")
     return found
@@ -94,9 +91,11 @@ def _bound(reader: Reader, contract: Contract | None) -> Reader:
     return reader if make is None or contract is None else make(contract)
 
 
-def named(kind: str) -> Reader:
-    """The reader of a kind."""
-    return next(reader for reader in READERS if kind == reader.KIND)
+def named(kind: str, given: Definitions | None = None) -> Reader:
+    """The reader of a kind; one that decodes messages knows the types that are `given` too."""
+    reader = next(reader for reader in READERS if kind == reader.KIND)
+    make = getattr(reader, "with_types", None)
+    return reader if make is None or given is None else make(given)
 
 
 def _unclaimed(found: list[Found], readers: Sequence[Reader]) -> list[Found]:

@@ -1,55 +1,45 @@
 """The files of a rosbag2 recording, MCAP and sqlite3: their topics, and raw messages in order of time.
 
 Reading prefers a file's index and falls back to a linear scan that recovers whatever a killed recorder left
-behind; what was lost is said in the report, never hidden.
+behind; what was lost is said in the report, never hidden. Lengths that a file states are not believed: no
+more memory is taken than for the largest piece that any recorder writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sqlite3
+import struct
+import zlib
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from io import BytesIO
 from itertools import zip_longest
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
-import zstandard
 from mcap.data_stream import ReadDataStream
-from mcap.exceptions import EndOfFile
 from mcap.opcode import Opcode
 from mcap.reader import SeekingReader
-from mcap.records import Channel, Chunk, ChunkIndex, Footer, Message, Schema
-from mcap.stream_reader import breakup_chunk, read_magic
-from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
-from rosbags.typesys.store import Typestore
+from mcap.records import Channel, ChunkIndex, Footer, Schema
+from rosbags.typesys.msg import normalize_msgtype
 
+from d4_datasets import packed
 from d4_datasets.errors import UserError
+from d4_datasets.msgtypes import TopicInfo
 
-_Record: TypeAlias = Schema | Channel | Message | Footer
-_IDL_RULE = "=" * 80 + "\n"
-_LARGEST_CHUNK = 4 * 2**30
-_MESSAGE_HEAD = 22  # bytes of a message record before its data
-receive_time = itemgetter(1)  # of (topic, time, data)
-
-
-@lru_cache(maxsize=1)
-def typestore() -> Typestore:
-    """The message types of the newest ROS 2 release that rosbags knows."""
-    return get_typestore(Stores.LATEST)
-
-
-@dataclass(frozen=True)
-class TopicInfo:
-    """What a storage file says about a topic; `definition` is empty where the file holds none."""
-
-    type: str
-    encoding: str = ""
-    definition: str = ""
+Raw: TypeAlias = tuple[str, int, bytes]  # topic, receive time in ns, bytes
+receive_time = itemgetter(1)
+_MCAP_MAGIC = b"\x89MCAP0\r\n"
+_HEAD = struct.Struct("<BQ")  # of a record: opcode, length
+_MESSAGE = struct.Struct("<HIQQ")  # channel, sequence, log time, publish time; the data follow
+_CHUNK = struct.Struct("<QQQII")  # start, end, size, CRC, length of the name of the compression
+_MOST_WAITING = 1 << 28  # bytes of messages that wait for earlier ones
+_BATCH = 1 << 22
+_MOST_TOPICS = 10_000
+_TRIES = 2000  # to find the next row that can be read, which is up to 100 000 further
 
 
 @dataclass
@@ -68,30 +58,39 @@ class BagReport:
             self.warnings.append(text)
 
 
-@lru_cache(maxsize=256)
-def typestore_of(topic: TopicInfo) -> Typestore | None:
-    """A typestore that can decode `topic`, from the bag's own definition or else the standard one; None if
-    none.
+def in_order(batches: Iterable[tuple[list[Raw], int | None]], most: int = _MOST_WAITING) -> Iterator[Raw]:
+    """Messages in order of time, out of batches whose times may overlap.
+
+    Args: batches: messages, and the time before which no later batch has any, None if that is not known.
+        most: bytes that may wait; beyond that the oldest go on, and what comes later is out of order.
     """
-    if topic.definition:
-        with contextlib.suppress(Exception):  # a definition rosbags cannot parse is as good as none
-            types: dict[str, Any] = {}
-            if topic.encoding == "ros2msg":
-                types.update(get_types_from_msg(topic.definition, topic.type))
-            else:
-                for part in topic.definition.split(_IDL_RULE):
-                    idl = part.split("\n", 1)[1] if part.startswith("IDL: ") else part
-                    types.update(get_types_from_idl(idl) if idl.strip() else {})
-            store = get_typestore(Stores.EMPTY)
-            store.register(types)
-            store.get_msgdef(topic.type)
-            return store
-    return typestore() if topic.type in typestore().types else None
+    waiting: list[Raw] = []
+    held = 0
+    for messages, end in batches:
+        waiting += messages
+        held += sum(len(message[2]) for message in messages)
+        waiting.sort(key=receive_time)
+        ready = 0 if end is None else bisect_left(waiting, end, key=receive_time)
+        held -= sum(len(message[2]) for message in waiting[:ready])
+        if held > most:
+            while held > most // 2:
+                held -= len(waiting[ready][2])
+                ready += 1
+        yield from waiting[:ready]
+        del waiting[:ready]
+    yield from waiting
 
 
-def unzstd(data: bytes) -> bytes:
-    """Undo per-message compression, which shows by itself: CDR never starts with the zstd magic."""
-    return zstandard.decompress(data) if data[:4] == b"\x28\xb5\x2f\xfd" else data
+# ---- MCAP ----
+
+
+class _Message(NamedTuple):
+    channel: int
+    time: int
+    data: bytes
+
+
+_Record: TypeAlias = Schema | Channel | _Message | Footer
 
 
 class McapFile:
@@ -107,44 +106,46 @@ class McapFile:
         if not self._indexed:
             self._scan()
         if not self._channels:
-            raise UserError(f"{shown} is empty or no MCAP file: no ROS 2 topic was found in it")
+            raise UserError(f"{shown} is empty or no MCAP file: no ROS topic was found in it")
 
     def _read_index(self) -> bool:
         with self.path.open("rb") as stream:
             try:
-                summary = SeekingReader(stream).get_summary()
+                summary = SeekingReader(stream, record_size_limit=packed.LARGEST).get_summary()
             except Exception:  # a damaged file can provoke anything in the parser; the scan says what is left
                 return False
         if summary is None or not summary.chunk_indexes or not summary.channels:
             return False
         for channel in summary.channels.values():
             self._add(channel, summary.schemas.get(channel.schema_id))
-        self._chunks = summary.chunk_indexes
+        # By place: one that stands in the index twice must not give its messages twice.
+        chunks = {chunk.chunk_start_offset: chunk for chunk in summary.chunk_indexes}
+        self._chunks = sorted(chunks.values(), key=lambda chunk: chunk.message_start_time)
         return True
 
     def _add(self, channel: Channel, schema: Schema | None) -> None:
-        if channel.message_encoding == "cdr" and schema is not None:
-            self._channels[channel.id] = channel.topic
-            self.topics[channel.topic] = TopicInfo(
-                schema.name, schema.encoding, schema.data.decode(errors="replace")
-            )
-        elif channel.message_encoding == "ros1":
-            raise UserError(f"{self.shown} is a ROS 1 recording; convert it to ROS 2 with rosbags-convert")
+        if channel.message_encoding not in ("cdr", "ros1") or schema is None:
+            return
+        kind, encoding = schema.name, schema.encoding
+        if channel.message_encoding == "ros1":
+            kind, encoding = normalize_msgtype(kind), "ros1msg"
+        self._channels[channel.id] = channel.topic
+        self.topics[channel.topic] = TopicInfo(kind, encoding, schema.data.decode(errors="replace"))
 
     def _scan(self) -> None:
         """Find the topics, whether messages stand in time order, and whether the file is whole."""
         schemas: dict[int, Schema] = {}
         count, last = 0, -1
         whole = False
-        for record in self.records():
+        for record in self._records():
             if isinstance(record, Schema):
                 schemas[record.id] = record
             elif isinstance(record, Channel):
                 self._add(record, schemas.get(record.schema_id))
-            elif isinstance(record, Message) and record.channel_id in self._channels:
+            elif isinstance(record, _Message) and record.channel in self._channels:
                 count += 1
-                self._ordered = self._ordered and record.log_time >= last
-                last = record.log_time
+                self._ordered = self._ordered and record.time >= last
+                last = record.time
             elif isinstance(record, Footer):
                 whole = True
         if not whole and self._channels:
@@ -152,98 +153,146 @@ class McapFile:
                 f"{self.shown} is cut off or damaged (recorder killed?); recovered {count} messages"
             )
 
-    def records(self) -> Iterator[_Record]:
-        """Schemas, channels and messages that can be read; then the footer if the file is whole."""
-        with self.path.open("rb") as stream, contextlib.suppress(Exception):  # see _read_index
-            source = ReadDataStream(stream)
-            read_magic(source)
-            yield from _parse(source, self.path.stat().st_size)
+    # -- from front to back --
 
-    def messages(self, topics: frozenset[str]) -> Iterator[tuple[str, int, bytes]]:
-        """(topic, receive time in ns, CDR bytes) of the messages on `topics`, in order of time."""
+    def _records(self) -> Iterator[_Record]:
+        """Schemas, channels and messages that can be read; then the footer if the file is whole."""
+        whole = True
+        size = self.path.stat().st_size
+        with self.path.open("rb") as stream:
+            if stream.read(len(_MCAP_MAGIC)) != _MCAP_MAGIC:
+                return
+            while len(head := stream.read(_HEAD.size)) == _HEAD.size:
+                opcode, length = _HEAD.unpack(head)
+                end = stream.tell() + length
+                if opcode == Opcode.FOOTER:
+                    if whole and end <= size:
+                        yield Footer(0, 0, 0)
+                    return
+                if opcode == Opcode.CHUNK and length <= packed.LARGEST:
+                    content, is_good = self._content(stream.read(length), end <= size)
+                    whole &= is_good
+                    yield from _parsed(content)
+                elif opcode in _PARSED and length <= packed.LARGEST:
+                    parsed = list(_parsed(head + stream.read(length)))
+                    whole &= len(parsed) == 1
+                    yield from parsed
+                elif opcode == Opcode.CHUNK or opcode in _PARSED:
+                    whole = False
+                if end > size:
+                    return
+                stream.seek(end)
+
+    def _content(self, body: bytes, is_whole: bool) -> tuple[bytes, bool]:
+        """(records of a chunk as they are in front of any compression, whether they are all).
+
+        Of a chunk that is cut off this is what is there; one that is damaged is left out.
+        """
+        try:
+            data, compression, crc = _unwrapped(body)
+            if not is_whole:
+                return packed.salvage(data, compression), False
+            content = packed.unpack(data, compression)
+            if crc and zlib.crc32(content) != crc:
+                raise packed.Damaged("its checksum is wrong")
+        except (packed.Damaged, struct.error) as error:
+            self.report.warn(f"{self.shown}: a chunk of messages is damaged and left out ({error})")
+            return b"", False
+        return content, True
+
+    # -- messages --
+
+    def messages(self, topics: frozenset[str]) -> Iterator[Raw]:
+        """(topic, receive time in ns, bytes) of the messages on `topics`, in order of time."""
         wanted = {id: topic for id, topic in self._channels.items() if topic in topics}
         if self._indexed:
-            yield from self._by_chunk(wanted)
+            yield from in_order(self._by_chunk(wanted))
             return
         found = (
-            (wanted[record.channel_id], record.log_time, record.data)
-            for record in self.records()
-            if isinstance(record, Message) and record.channel_id in wanted
+            (wanted[record.channel], record.time, record.data)
+            for record in self._records()
+            if isinstance(record, _Message) and record.channel in wanted
         )
-        yield from found if self._ordered else sorted(found, key=receive_time)
+        yield from found if self._ordered else in_order(_batches(found))
 
-    def _by_chunk(self, wanted: Mapping[int, str]) -> Iterator[tuple[str, int, bytes]]:
-        """Messages by the index of chunks, in order of time even where the times of chunks overlap."""
+    def _by_chunk(self, wanted: Mapping[int, str]) -> Iterator[tuple[list[Raw], int | None]]:
+        """Messages by the index of chunks, with when the next chunk begins."""
         chunks = [
             chunk
-            for chunk in sorted(self._chunks, key=lambda chunk: chunk.message_start_time)
+            for chunk in self._chunks
             # Some writers leave the index of messages out; then the chunk itself must say what is in it.
             if not chunk.message_index_offsets or chunk.message_index_offsets.keys() & wanted.keys()
         ]
-        ends = [chunk.message_start_time for chunk in chunks[1:]]
-        waiting: list[tuple[str, int, bytes]] = []
         with self.path.open("rb") as stream:
-            for chunk, end in zip_longest(chunks, ends):
-                waiting += self._read_chunk(stream, chunk, wanted)
-                waiting.sort(key=receive_time)
-                ready = len(waiting) if end is None else bisect_left(waiting, end, key=receive_time)
-                yield from waiting[:ready]
-                del waiting[:ready]
+            for chunk, after in zip_longest(chunks, chunks[1:]):
+                end = None if after is None else after.message_start_time
+                yield self._read_chunk(stream, chunk, wanted), end
 
-    def _read_chunk(
-        self, stream: BinaryIO, index: ChunkIndex, wanted: Mapping[int, str]
-    ) -> list[tuple[str, int, bytes]]:
-        stream.seek(index.chunk_start_offset + 9)  # past opcode and length
-        try:
-            records = breakup_chunk(Chunk.read(ReadDataStream(stream)), validate_crc=True)
-        except Exception as error:  # see _read_index
-            self.report.warn(f"{self.shown}: a chunk of messages is damaged and left out ({error})")
+    def _read_chunk(self, stream: BinaryIO, index: ChunkIndex, wanted: Mapping[int, str]) -> list[Raw]:
+        body, is_there = b"", False
+        if index.chunk_start_offset < 1 << 62:
+            stream.seek(index.chunk_start_offset)
+            head = stream.read(_HEAD.size)
+            if len(head) == _HEAD.size:
+                opcode, length = _HEAD.unpack(head)
+                if opcode == Opcode.CHUNK and length <= packed.LARGEST:
+                    body = stream.read(length)
+                    is_there = len(body) == length
+        if not is_there:
+            self.report.warn(f"{self.shown}: a chunk of messages is not where the index says, and left out")
             return []
         return [
-            (wanted[record.channel_id], record.log_time, record.data)
-            for record in records
-            if isinstance(record, Message) and record.channel_id in wanted
+            (wanted[record.channel], record.time, record.data)
+            for record in _parsed(self._content(body, True)[0], wanted)
+            if isinstance(record, _Message)
         ]
 
 
-def _parse(source: ReadDataStream, size: int) -> Iterator[_Record]:
-    """The records of `size` bytes of MCAP one by one, a footer last; raises whatever damage provokes.
+def _unwrapped(body: bytes) -> tuple[bytes, str, int]:
+    """(data, compression, CRC of what is in them or 0) of a chunk; raises struct.error if it has no head."""
+    *_, crc, length = _CHUNK.unpack_from(body)
+    place = _CHUNK.size + length
+    (size,) = struct.unpack_from("<Q", body, place)
+    name = body[_CHUNK.size : place].decode(errors="replace")
+    return body[place + 8 : place + 8 + size], name, crc
 
-    Unlike mcap's own `StreamReader` this gives the first messages of a chunk that is not there to its end.
-    """
-    damage: Exception | None = None
-    footer: Footer | None = None
-    while source.count < size:
-        opcode, length = source.read1(), source.read8()
-        if length > (_LARGEST_CHUNK if opcode == Opcode.CHUNK else size):
-            raise EndOfFile  # garbage, or cut: do not try to hold it in memory
-        if opcode == Opcode.FOOTER:
-            footer = Footer.read(source)
-            break
-        if opcode == Opcode.MESSAGE:
-            message = Message.read(source, length)
-            if len(message.data) < length - _MESSAGE_HEAD:
-                raise EndOfFile
-            yield message
-        elif opcode == Opcode.CHANNEL:
-            yield Channel.read(source)
-        elif opcode == Opcode.SCHEMA:
-            yield Schema.read(source)
-        elif opcode == Opcode.CHUNK:
-            chunk = Chunk.read(source)
-            try:
-                if chunk.compression:
-                    yield from breakup_chunk(chunk)  # type: ignore[misc]
-                else:
-                    yield from _parse(ReadDataStream(BytesIO(chunk.data)), len(chunk.data))
-            except Exception as error:  # the chunks after this one may be sound
-                damage = error
-        else:
-            source.read(length)
-    if damage is not None:
-        raise damage
-    if footer is not None:
-        yield footer
+
+_PARSED = (Opcode.SCHEMA, Opcode.CHANNEL, Opcode.MESSAGE)
+
+
+def _parsed(content: bytes, wanted: Mapping[int, str] | None = None) -> Iterator[_Record]:
+    """The schemas, channels and messages in `content` as far as they are whole; of `wanted` channels only."""
+    place, size = 0, len(content)
+    while place + _HEAD.size <= size:
+        opcode, length = _HEAD.unpack_from(content, place)
+        begin = place + _HEAD.size
+        place = begin + length
+        if place > size:
+            return
+        if opcode == Opcode.MESSAGE and length >= _MESSAGE.size:
+            channel, _, time, _ = _MESSAGE.unpack_from(content, begin)
+            if wanted is None or channel in wanted:
+                yield _Message(channel, time, content[begin + _MESSAGE.size : place])
+        elif opcode in (Opcode.SCHEMA, Opcode.CHANNEL):
+            kind = Schema if opcode == Opcode.SCHEMA else Channel
+            with contextlib.suppress(Exception):  # see _read_index
+                yield kind.read(ReadDataStream(BytesIO(content[begin:place])))
+
+
+def _batches(messages: Iterable[Raw]) -> Iterator[tuple[list[Raw], None]]:
+    """A few megabytes of messages at a time."""
+    batch: list[Raw] = []
+    held = 0
+    for message in messages:
+        batch.append(message)
+        held += 100 + len(message[2])
+        if held > _BATCH:
+            yield batch, None
+            batch, held = [], 0
+    yield batch, None
+
+
+# ---- sqlite3 ----
 
 
 class SqliteFile:
@@ -253,36 +302,86 @@ class SqliteFile:
         self.path, self.shown, self.report = path, shown, report
         try:
             with self._open() as database:
-                tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master")}
+                tables = self._tables(database)
                 rows = database.execute(
                     "SELECT id, name, type FROM topics WHERE serialization_format = 'cdr'"
-                ).fetchall()
+                ).fetchmany(_MOST_TOPICS)
                 texts = self._definitions(database) if "message_definitions" in tables else {}
         except sqlite3.Error as error:
             raise UserError(f"{shown} is no readable sqlite3 bag: {error}") from None
-        self._ids = {name: id for id, name, _ in rows}
+        rows = [row for row in rows if list(map(type, row)) == [int, str, str]]
+        self._names = {id: name for id, name, _ in rows}
         self.topics = {name: TopicInfo(kind, *texts.get(kind, ("", ""))) for _, name, kind in rows}
 
     def _open(self) -> contextlib.closing[sqlite3.Connection]:
-        # Not `immutable`: a killed recorder leaves its last messages in the write-ahead log beside the file.
-        return contextlib.closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True))
+        # A killed recorder leaves its last messages in the write-ahead log beside the file. Where there is
+        # none the file is taken as it is: else sqlite would leave files beside those of the user.
+        log = self.path.with_name(f"{self.path.name}-wal")
+        mode = "mode=ro" if log.is_file() and log.stat().st_size else "immutable=1"
+        database = sqlite3.connect(f"{self.path.absolute().as_uri()}?{mode}", uri=True)
+        database.text_factory = lambda data: data.decode(errors="replace")
+        database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, packed.LARGEST)
+        database.execute("PRAGMA trusted_schema = OFF")
+        return contextlib.closing(database)
+
+    @staticmethod
+    def _tables(database: sqlite3.Connection) -> set[str]:
+        """Names of the tables; sqlite3.Error for one that is computed when read, which may never end."""
+        kinds = {row[1]: row[2] for row in database.execute("PRAGMA table_list") if row[0] == "main"}
+        for name in ("topics", "messages", "message_definitions"):
+            columns = database.execute("SELECT hidden FROM pragma_table_xinfo(?)", (name,)).fetchall()
+            if kinds.get(name, "table") != "table" or any(hidden for (hidden,) in columns):
+                raise sqlite3.DatabaseError(f"its {name} is no plain table")
+        return set(kinds)
 
     @staticmethod
     def _definitions(database: sqlite3.Connection) -> dict[str, tuple[str, str]]:
         query = "SELECT topic_type, encoding, encoded_message_definition FROM message_definitions"
-        return {kind: (encoding, text) for kind, encoding, text in database.execute(query)}
+        rows = database.execute(query).fetchmany(_MOST_TOPICS)
+        return {row[0]: row[1:] for row in rows if list(map(type, row)) == [str, str, str]}
 
-    def messages(self, topics: frozenset[str]) -> Iterator[tuple[str, int, bytes]]:
+    def messages(self, topics: frozenset[str]) -> Iterator[Raw]:
         """(topic, receive time in ns, CDR bytes) of the messages on `topics`, in order of time."""
-        names = {self._ids[name]: name for name in topics if name in self._ids}
-        marks = ",".join("?" * len(names))
-        where = f"topic_id IN ({marks}) ORDER BY timestamp, id"
-        query = f"SELECT topic_id, timestamp, data FROM messages WHERE {where}"
-        count = 0
+        names = {id: name for id, name in self._names.items() if name in topics}
+        strange = 0
+        for id, stamp, data, _ in self._rows(tuple(names)):
+            if type(stamp) is int and type(data) is bytes:
+                yield names[id], stamp, data
+            else:
+                strange += 1
+        if strange:
+            self.report.warn(f"{self.shown}: {strange} rows are no messages and are left out")
+
+    def _rows(self, ids: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
+        """(topic id, time, data, number), by time as far as the database is whole, then by number."""
+        where = f"topic_id IN ({','.join('?' * len(ids))})"
+        query = f"SELECT topic_id, timestamp, data, id FROM messages WHERE {where}"
+        count, last = 0, None
         try:
             with self._open() as database:
-                for id, stamp, data in database.execute(query, tuple(names)):
-                    count += 1
-                    yield names[id], stamp, data
+                for row in database.execute(f"{query} ORDER BY timestamp, id", ids):
+                    count, last = count + 1, (row[1], row[3])
+                    yield row
+            return
         except sqlite3.Error as error:
-            self.report.warn(f"{self.shown} is damaged ({error}); recovered {count} messages")
+            damage = error
+        with contextlib.suppress(sqlite3.Error), self._open() as database:
+            for row in _salvaged(database, query, ids):
+                if last is None or type(row[1]) is not int or (row[1], row[3]) > last:
+                    count += 1
+                    yield row
+        self.report.warn(f"{self.shown} is damaged ({damage}); recovered {count} messages")
+
+
+def _salvaged(database: sqlite3.Connection, query: str, ids: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
+    """The rows of a damaged database by number, over gaps that cannot be read."""
+    number, failures = -1, 0
+    while failures < _TRIES:
+        try:
+            for row in database.execute(f"{query} AND id > ? ORDER BY id", (*ids, number)):
+                number, failures = row[3], 0
+                yield row
+            return
+        except sqlite3.Error:
+            failures += 1
+            number += 1 + failures // 20  # in longer steps the longer it takes

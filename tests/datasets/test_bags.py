@@ -319,9 +319,6 @@ def test_finding_bags(tmp_path):
     (tmp_path / "void").mkdir()
     with pytest.raises(UserError, match="there is no bag in"):
         find_bags(tmp_path / "void")
-    (tmp_path / "void/old.bag").touch()
-    with pytest.raises(UserError, match="ROS 1 bag; convert it with: rosbags-convert"):
-        find_bags(tmp_path / "void")
     with pytest.raises(UserError, match="nowhere does not exist"):
         find_bags(tmp_path / "nowhere")
 

@@ -11,7 +11,7 @@ from d4_datasets import fields
 from d4_datasets.bags import new
 from d4_datasets.contract import Action, Align, Contract
 from d4_datasets.errors import UserError
-from d4_datasets.storage import typestore
+from d4_datasets.msgtypes import typestore
 from d4_nodes.codec import Codec
 
 
