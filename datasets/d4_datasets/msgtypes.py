@@ -79,10 +79,10 @@ def read_definitions(paths: tuple[Path, ...]) -> Definitions:
     """
     found: dict[str, Path] = {}
     for path in paths:
-        before = len(found)
-        for file in _msg_files(path):
+        files = _msg_files(path)
+        for file in files:
             found.setdefault(_type_of(file), file)
-        if len(found) == before and not any(file.suffix == ".msg" for file in _msg_files(path)):
+        if not files:
             raise UserError(
                 f"there is no .msg file in --msg-path {path}; name the folder of a package that defines "
                 "messages, or one above it"
@@ -92,7 +92,7 @@ def read_definitions(paths: tuple[Path, ...]) -> Definitions:
 
 def _msg_files(path: Path) -> list[Path]:
     if path.is_file():
-        return [path]
+        return [path] if path.suffix == ".msg" else []
     if not path.is_dir():
         raise UserError(f"--msg-path {path} does not exist; name a folder with .msg files")
     found: list[Path] = []
