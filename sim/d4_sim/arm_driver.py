@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from d4_sim.arm import SPEED_LIMIT, joints_of
-from d4_sim.driver import Driver, saturate
+from d4_sim.driver import AxisDriver, saturate
 from d4_sim.mujoco_world import LATENCY_MS, MOTOR_LAG
 
 _GAIN = 6.0  # 1/s, braking towards a target
 
 
-class ArmDriver(Driver):
-    """See `d4_sim.driver.Driver`; it takes the elbow, left or right, that is there sooner."""
+class ArmDriver(AxisDriver):
+    """See `d4_sim.driver.AxisDriver`; it takes the elbow, left or right, that is there sooner."""
 
     def _towards(self, target: int, state: dict[str, Any]) -> np.ndarray:
         # Where the joints will be when a command chosen now begins to bite.

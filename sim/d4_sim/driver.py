@@ -27,17 +27,30 @@ _CHUNK = 50  # episodes per unit of parallel work
 class Driver(abc.ABC):
     """One scripted driver for one episode; `act` reads the world's privileged state.
 
-    kind: goal (noisy, towards the target of the own task), wrong (the same, towards the other one), wander
-    (OU velocities), expert (clean and fast), random (uniform, re-drawn every tick).
+    kind: goal (sloppy, towards the own task), wrong (the same, towards another one), wander (towards
+    nothing), expert (clean and fast), random (uniform, re-drawn every tick).
+    """
+
+    def __init__(self, kind: str, rng: np.random.Generator) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"unknown driver kind {kind!r}, not one of {KINDS}")
+        self.kind, self.rng = kind, rng
+
+    @abc.abstractmethod
+    def act(self, world: World) -> np.ndarray:
+        """The command for the current tick, float32 [A] in the world's units."""
+
+
+class AxisDriver(Driver):
+    """A driver of continuous commands: noise is a shaky hand, wandering are OU velocities.
+
     A subclass knows one kind of robot: how to get to a target. Commands in here are in units of the limits.
     """
 
     axes: ClassVar[int] = 2  # components of a command
 
     def __init__(self, kind: str, rng: np.random.Generator) -> None:
-        if kind not in KINDS:
-            raise ValueError(f"unknown driver kind {kind!r}, not one of {KINDS}")
-        self.kind, self.rng = kind, rng
+        super().__init__(kind, rng)
         self._noise = np.zeros(self.axes)
         self._speed = rng.uniform(0.2, 0.8)
         self._noise_level = rng.uniform(0.15, 0.3)
@@ -55,12 +68,17 @@ class Driver(abc.ABC):
         """What a wanderer makes of a command where it leads into danger."""
         return command
 
+    def _wrong(self, task: int) -> int:
+        """What a driver pursues that was given another task than this one."""
+        return 1 - task
+
     def _command(self, state: dict[str, Any]) -> np.ndarray:
         if self.kind == "random":
             return self.rng.uniform(-1.0, 1.0, self.axes)
         if self.kind == "wander":
             return self._restrain(self._ou(level=0.7, memory=0.85), state)
-        command = self._towards(state["task"] if self.kind != "wrong" else 1 - state["task"], state)
+        task = int(state["task"])
+        command = self._towards(self._wrong(task) if self.kind == "wrong" else task, state)
         return command if self.kind == "expert" else self._sloppy(command, int(state["tick"]))
 
     def _sloppy(self, command: np.ndarray, tick: int) -> np.ndarray:
@@ -78,6 +96,56 @@ class Driver(abc.ABC):
         fresh = self.rng.standard_normal(self.axes)
         self._noise = memory * self._noise + np.sqrt(1 - memory**2) * level * fresh
         return self._noise
+
+
+class ChoiceDriver(Driver):
+    """A driver of one categorical command: noise are slips of the finger and moments of doing something else.
+
+    A subclass knows one world: what to choose next for a target, and what a wanderer does.
+    """
+
+    def __init__(self, kind: str, rng: np.random.Generator) -> None:
+        super().__init__(kind, rng)
+        self._slip = rng.uniform(0.02, 0.25)  # share of the ticks with another command than the one meant
+        self._distracted_until = 0
+        self._target: int | None = None
+
+    def act(self, world: World) -> np.ndarray:
+        """The class chosen at the current tick, float32 [1]."""
+        return np.array([self._choose(world, world.state())], np.float32)
+
+    @abc.abstractmethod
+    def _towards(self, target: int, state: dict[str, Any]) -> int:
+        """The best choice for making task number `target` happen."""
+
+    @abc.abstractmethod
+    def _wander(self, state: dict[str, Any]) -> int:
+        """The choice of somebody without a target."""
+
+    def _next_target(self, target: int, state: dict[str, Any]) -> int:
+        """What a sloppy driver goes for now that went for `target` until the last tick."""
+        return target
+
+    def _choose(self, world: World, state: dict[str, Any]) -> int:
+        if self.kind == "random":
+            return int(self.rng.integers(int(world.action_high[0]) + 1))
+        if self.kind == "wander":
+            return self._wander(state)
+        if self.kind == "expert":
+            return self._towards(state["task"], state)
+        if self._target is None:
+            self._target = state["task"]
+            if self.kind == "wrong":
+                self._target = int(self._target + self.rng.integers(1, len(world.tasks))) % len(world.tasks)
+        self._target = self._next_target(self._target, state)
+        return self._sloppy(self._towards(self._target, state), state)
+
+    def _sloppy(self, choice: int, state: dict[str, Any]) -> int:
+        tick = int(state["tick"])
+        if tick >= self._distracted_until and self.rng.random() < 0.015:
+            self._distracted_until = tick + int(self.rng.integers(3, 9))
+        is_off = tick < self._distracted_until or self.rng.random() < self._slip
+        return self._wander(state) if is_off else choice
 
 
 def saturate(wanted: np.ndarray) -> np.ndarray:

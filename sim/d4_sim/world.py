@@ -21,6 +21,8 @@ _WORLDS: dict[str, str] = {
     "yard": "d4_sim.yard:Yard",
     "yard_dusk": "d4_sim.yard:YardDusk",
     "arm": "d4_sim.arm:Arm",
+    "crafter": "d4_sim.crafter.world:Crafter",
+    "crafter_peaceful": "d4_sim.crafter.world:CrafterPeaceful",
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from d4_sim.driver import Driver, saturate
+from d4_sim.driver import AxisDriver, saturate
 from d4_sim.mujoco_world import LATENCY_MS, MOTOR_LAG, RATE_HZ
 from d4_sim.yard import ROBOT_LIMIT, SPEED_LIMIT
 
@@ -16,8 +16,8 @@ _PIT_BERTH = 0.36  # m, how far from the pit's centre a careful driver stays
 _PIT_SIGHT = 0.9  # m, how far ahead the pit matters
 
 
-class YardDriver(Driver):
-    """See `d4_sim.driver.Driver`; every expert and a third of the others keep clear of the pit."""
+class YardDriver(AxisDriver):
+    """See `d4_sim.driver.AxisDriver`; every expert and a third of the others keep clear of the pit."""
 
     def __init__(self, kind: str, rng: np.random.Generator) -> None:
         super().__init__(kind, rng)
