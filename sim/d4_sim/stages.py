@@ -24,11 +24,13 @@ from d4_datasets.errors import UserError
 # the public commands and the modules behind them, run by this interpreter whatever PATH says
 MODULES = {
     "d4-record": "d4_sim.record",
+    "d4-fetch": "d4_datasets.fetch",
     "d4-ingest": "d4_datasets.ingest",
     "d4-audit": "d4_datasets.audit",
     "d4-train": "d4_core.train",
     "d4-rollout": "d4_core.rollout",
     "d4-eval": "d4_sim.evaluate",
+    "torchrun": "torch.distributed.run",  # d4-train on several GPUs
     # steps of a study that are no command of their own
     "measure": "d4_sim.measure",
     "ladder": "d4_sim.ladder",

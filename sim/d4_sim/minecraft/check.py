@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -127,10 +128,10 @@ def luanti() -> Found:
     return Found("Luanti", first[0] if first else program)
 
 
-def package(name: str, extra: str) -> Found:
+def package(module: str, name: str) -> Found:
     """A package of this interpreter."""
-    if find_spec(name) is None:
-        return Found(name, "-", f"pip install 'd4[{extra}]', or pip install {name}")
+    if find_spec(module) is None:
+        return Found(name, "-", f"{sys.executable} -m pip install {name}")
     return Found(name, "yes")
 
 
@@ -139,7 +140,7 @@ def needs(python: str) -> dict[str, list[Callable[[], list[Found]]]]:
     return {
         "minerl": [lambda: [java()], lambda: mine_rl(python), lambda: [display()], lambda: [memory()],
                    lambda: [gpu()]],
-        "luanti": [lambda: [luanti()], lambda: [package("Xlib", "luanti")], lambda: [display()]],
+        "luanti": [lambda: [luanti()], lambda: [package("Xlib", "python-xlib")], lambda: [display()]],
         "crafter": [lambda: [package("crafter", "crafter")]],
     }  # fmt: skip
 

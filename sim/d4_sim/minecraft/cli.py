@@ -1,0 +1,371 @@
+"""`d4-minecraft`: check, benchmark, ladder, record, train."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from d4_core import threads
+from d4_datasets.contract import Contract
+from d4_datasets.errors import UserError, run_cli
+from d4_sim.minecraft.game import Engine, Rung, engine
+
+EngineName = Literal["minerl", "luanti", "crafter", "crafter_peaceful"]
+CONTRACT = Path("docs/examples/minecraft.yaml")
+
+
+@dataclass(kw_only=True)
+class Check:
+    """Say what an engine needs on this machine, what is missing, and how to get it.
+
+    Exit code 1 if something is missing for the --engine that was named.
+    """
+
+    engine: Literal["all", "minerl", "luanti", "crafter"] = "all"
+    """What to look at."""
+    python: str = ""
+    """Interpreter that has MineRL."""
+
+    def run(self) -> int:
+        """Print a line for everything, and what is missing at the end."""
+        from d4_sim.minecraft.check import check, needs
+
+        names = list(needs("")) if self.engine == "all" else [self.engine]
+        lacking = False
+        for name in names:
+            found = check(name, self.python)
+            width = max(len(f.name) for f in found)
+            print(f"{engine(name).title}:" if name != "luanti" else "Luanti:")
+            for f in found:
+                print(f"  {f.name:{width}}  {f.value}")
+            for f in found:
+                if f.missing:
+                    print(f"  MISSING {f.name}: {f.missing}")
+            lacking |= any(f.missing for f in found)
+        return int(lacking and self.engine != "all")
+
+
+@dataclass(kw_only=True)
+class Benchmark:
+    """Play episodes with a policy, and write which milestones it reaches, and when.
+
+    The same command continues; a larger --episodes adds to what is there.
+    """
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """Run folder of d4-train, one of its phases, or `random`."""
+    engine: EngineName = "minerl"
+    """The game. Only minerl is Minecraft; others are reported under their own names."""
+    episodes: int = 100
+    """Episodes in all; the paper has 1000."""
+    out: Path | None = None
+    """Folder for results; runs/benchmark/<engine>-<policy> without it."""
+    jobs: int = 1
+    """Environments at a time, each a process of its own."""
+    minutes: float | None = None
+    """Length of an episode; 60 in Minecraft."""
+    prompt: str | None = None
+    """Ask for this task throughout, instead of the ladder."""
+    seed: int = 0
+    """Decides the worlds and all sampling."""
+    repeats: int = 2
+    """How often an episode is played again whose environment hung or died, before it counts as it stood."""
+    part: str = "1/1"
+    """Play a part of the episodes: 1/4 to 4/4 in four processes, one per GPU, with the same --out."""
+    keep: Path | None = None
+    """Also record the episodes, as d4-ingest takes them."""
+    python: str | None = None
+    """minerl: the interpreter that has MineRL."""
+    env: str | None = None
+    """minerl: a registered environment other than MineRLHumanSurvival-v0."""
+    set: tuple[str, ...] = ()
+    """Further options of the engine, as name=value."""
+    contract: Path | None = None
+    """What the policy `random` acts by."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def run(self) -> int:
+        """Play what is missing, then the table."""
+        from d4_core.pipeline import pick_device
+        from d4_sim.minecraft import benchmark
+        from d4_sim.minecraft.policies import load_policy
+        from d4_sim.minecraft.results import Results, write_table
+
+        _at_least(self, episodes=1, jobs=1, seed=0, repeats=0)
+        game, part = engine(self.engine), _part(self.part)
+        threads.configure()
+        if self.keep is not None and game.kind != "game":
+            raise UserError(
+                f"--keep records games of keyboard and mouse; for {game.title} there is d4-record"
+            )
+        contract = Contract.load(self.contract) if self.contract else _of_world(game)
+        policy = load_policy(self.checkpoint, self.jobs, pick_device(self.device), contract)
+        rungs = (Rung(self.prompt, None),) if self.prompt else game.ladder
+        minutes = game.minutes if self.minutes is None else self.minutes
+        plan = benchmark.Plan(
+            engine=game, options=_options(game, self), rungs=rungs, ticks=_ticks(game, minutes),
+            seed=self.seed, repeats=self.repeats, keep=self.keep,
+        )  # fmt: skip
+        benchmark.require_fit(game, policy.contract, policy.name)
+        about = _about(plan, policy.identity, policy.contract, self.prompt)
+        name = policy.identity.replace(" ", "-")
+        out = self.out or Path("runs/benchmark") / f"{self.engine}-{name}"
+        results = Results(out, about, part)
+        done = {int(result["episode"]) for result in results.episodes()}
+        todo = [n for n in range(self.episodes) if n not in done and n % part[1] == part[0]]
+        if done:
+            print(f"{len(done)} episodes are there already")
+        if todo:
+            benchmark.Benchmark(plan, policy, results, _say).play(todo, self.jobs)
+        print(write_table(out, game, about))
+        print(f"results: {out / 'table.md'}, {out / 'results.json'} and {out / 'events'}")
+        return 0
+
+
+@dataclass(kw_only=True)
+class Ladder:
+    """Run the ladder of prompts over recorded events: which rung when, and which milestones."""
+
+    replay: Path
+    """A recording of a contractor (<name>.jsonl), or events of a benchmark (<out>/events/<n>.jsonl)."""
+
+    def run(self) -> int:
+        """Print the rungs that it gets to."""
+        from d4_sim.minecraft.replay import climb, read_recorded
+
+        recorded = read_recorded(self.replay)
+        game = engine(recorded.engine)
+        minute = 60 * recorded.rate_hz
+        print(f"{recorded.name}: {recorded.ticks} ticks, {recorded.ticks / minute:.1f} minutes, {game.title}")
+        for number, step in enumerate(climb(game.ladder, recorded), 1):
+            count = "no end" if step.rung.count is None else f"{step.done:g} of {step.rung.count}"
+            end = "not done" if step.end is None else f"done at {step.end / minute:.2f} min"
+            print(f"{number:3d}  {step.rung.task:24} {count:10} from {step.begin / minute:6.2f} min  {end}")
+        reached: dict[str, int] = {}
+        for tick, told in recorded.told:
+            for name in (*told.reached, *(n for n in told.amounts if n in game.milestones)):
+                reached.setdefault(name, tick)
+        times = ", ".join(f"{name} {tick / minute:.2f}" for name, tick in reached.items()) or "none"
+        print(f"milestones (minutes): {times}")
+        return 0
+
+
+@dataclass(kw_only=True)
+class Record:
+    """Play, and write it as data of contractors: <out>/<engine>-<n>-<part>.mp4 and .jsonl, for d4-ingest."""
+
+    out: Path
+    """Folder for the recordings; more are added to what is there."""
+    engine: Literal["minerl", "luanti"] = "minerl"
+    """The game."""
+    player: str = "person"
+    """person (a window), scripted (the engine's own), module:function, or a recording to play again."""
+    minutes: float = 10.0
+    """Length of the session."""
+    episodes: int = 1_000_000
+    """At most so many episodes."""
+    episode_minutes: float = 60.0
+    """Length of an episode that does not end by itself."""
+    seed: int = 0
+    """Decides the worlds."""
+    most_late: float = 0.05
+    """A part is left out if a larger share of its pictures came half a tick late."""
+    zoom: int = 2
+    """Pixels of the window for one of the game."""
+    python: str | None = None
+    """minerl: the interpreter that has MineRL."""
+    env: str | None = None
+    """minerl: a registered environment other than MineRLHumanSurvival-v0."""
+    set: tuple[str, ...] = ()
+    """Further options of the engine, as name=value."""
+
+    def run(self) -> int:
+        """Record, and say what came of it."""
+        from d4_sim.minecraft.record import Settings, make_player, play
+
+        _at_least(self, episodes=1, zoom=1, seed=0)
+        game = engine(self.engine)
+        settings = Settings(
+            out=self.out, ticks=_ticks(game, self.minutes), episode_ticks=_ticks(game, self.episode_minutes),
+            episodes=self.episodes, seed=self.seed, most_late=self.most_late,
+        )  # fmt: skip
+        session = play(game, _options(game, self), make_player(self.player, game, self.zoom), settings)
+        print(
+            f"{session.ticks} ticks in {session.episodes} episodes, {len(session.parts)} parts in {self.out}"
+        )
+        if session.late_ms and max(session.late_ms) > 0:
+            median, most = np.percentile(session.late_ms, [50, 95])
+            print(f"late: median {median:.1f} ms, 95 % {most:.1f} ms, at most {max(session.late_ms):.1f} ms")
+        if session.refused:
+            print(f"{session.refused} parts left out: over {self.most_late:.0%} of their pictures came late")
+        if not session.parts:
+            raise UserError("nothing was recorded that can be used")
+        print(f"next: d4-ingest {self.out} --contract {CONTRACT} --out <dataset>")
+        return 0
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Name the whole recipe over contractors' recordings, with hours, disk and days, and run it.
+
+    The same command continues. Steps: d4-fetch (with --index), d4-ingest, d4-audit, d4-train phase by phase.
+    """
+
+    recordings: Path = Path("runs/minecraft/recordings")
+    """Folder of recordings; gets what is fetched."""
+    index: tuple[str, ...] = ()
+    """Indexes to fetch from, addresses or files; the repository of VPT links them."""
+    out: Path = Path("runs/minecraft")
+    """Folder for dataset and run."""
+    contract: Path = CONTRACT
+    """Keyboard and mouse, and the tasks."""
+    preset: Literal["nano", "small", "base", "large", "paper"] = "base"
+    """Model size and training settings."""
+    hours: float = 100.0
+    """Recordings to fetch, in hours; the paper has 2541."""
+    gpus: int | None = None
+    """GPUs that train; all of this machine, or its CPU, without it."""
+    jobs: int = 4
+    """Processes that fetch and ingest."""
+    scale: float = 1.0
+    """Multiplies the steps of every phase."""
+    seed: int = 0
+    """Decides training."""
+    force: bool = False
+    """Go on although a gate failed."""
+    dry_run: bool = False
+    """Only say what would be done and what it costs."""
+
+    def run(self) -> int:
+        """Print the recipe; then do it."""
+        from d4_sim.minecraft import recipe as recipes
+
+        _at_least(self, jobs=1, seed=0)
+        if self.hours <= 0 or self.scale <= 0:
+            raise UserError("--hours and --scale must be above 0")
+        recipe = self._recipe()
+        here = recipes.stock(self.recordings)
+        recipes.require_usable(recipe, here)
+        for line in recipes.told(recipe, here, measure=True):
+            print(line)
+        if self.dry_run:
+            for stage in recipes.plan(recipe):
+                for words in stage.commands:
+                    print(f"$ {shlex.join(words)}")
+        elif code := recipes.run(recipe, _say):
+            return code
+        print(
+            f"next: d4-minecraft benchmark {self.out / 'run'} --episodes 1000 --python <python with MineRL>"
+        )
+        return 0
+
+    def _recipe(self) -> Any:
+        import torch
+
+        from d4_sim.minecraft.recipe import Recipe
+
+        gpus = torch.cuda.device_count() if self.gpus is None else self.gpus
+        return Recipe(
+            index=self.index, recordings=self.recordings, out=self.out, contract=self.contract,
+            preset=self.preset, hours=self.hours, gpus=gpus, jobs=self.jobs, scale=self.scale, seed=self.seed,
+            force=self.force,
+        )  # fmt: skip
+
+
+# ---- what they share ----
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _at_least(args: Any, **least: int) -> None:
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {value}")
+
+
+def _part(text: str) -> tuple[int, int]:
+    first, _, count = text.partition("/")
+    if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+        raise UserError(f"--part {text} is not like 1/4")
+    return int(first) - 1, int(count)
+
+
+def _ticks(game: Engine, minutes: float) -> int:
+    if not 0 < minutes <= 10_000:
+        raise UserError("the length of an episode must be above 0 minutes")
+    return max(1, round(minutes * 60 * game.rate_hz))
+
+
+def _options(game: Engine, args: Any) -> dict[str, Any]:
+    """The options of an engine out of a command's; one that it does not take is a mistake."""
+    given = {name: getattr(args, name) for name in ("python", "env") if getattr(args, name) is not None}
+    for text in args.set:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise UserError(f"--set {text} is not like name=value")
+        given[name] = value
+    for name in given:
+        if name not in game.options:
+            takes = ", ".join(game.options) or "none"
+            raise UserError(f"{game.title} takes no option {name!r}; it takes {takes}")
+    return given
+
+
+def _of_world(game: Engine) -> Contract | None:
+    """The contract of a world; a game has as many as there are ways to look at it."""
+    if game.kind != "world":
+        return None
+    from d4_sim.world import world_class
+
+    return Contract.load(world_class(game.name).contract_path())
+
+
+def _about(plan: Any, policy: str, contract: Contract, prompt: str | None) -> dict[str, Any]:
+    """What a folder of results is of; what differs here must not be mixed."""
+    rungs = json.dumps([[rung.task, rung.count] for rung in plan.rungs])
+    prompts = f"{prompt} throughout" if prompt else f"ladder of {len(plan.rungs)} prompts"
+    return {
+        "engine": plan.engine.name, "policy": policy, "contract": contract.hash, "seed": plan.seed,
+        "ticks": plan.ticks, "minutes": plan.ticks / 60 / plan.engine.rate_hz, "prompts": prompts,
+        "ladder": hashlib.sha256(rungs.encode()).hexdigest()[:12], "repeats": plan.repeats,
+    }  # fmt: skip
+
+
+Command = (
+    Annotated[Check, tyro.conf.subcommand("check")]
+    | Annotated[Benchmark, tyro.conf.subcommand("benchmark")]
+    | Annotated[Ladder, tyro.conf.subcommand("ladder")]
+    | Annotated[Record, tyro.conf.subcommand("record")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+)
+
+
+def _main() -> int:
+    from d4_sim.stages import Interrupted
+
+    command: Any = tyro.cli(Command, prog="d4-minecraft", description=__doc__)  # type: ignore[arg-type]
+    try:
+        return int(command.run())
+    except Interrupted as stop:
+        print("stopped; what is done is kept and the same command continues", file=sys.stderr)
+        return 128 + int(stop.args[0])
+
+
+def main() -> None:
+    """Entry point of ``d4-minecraft``."""
+    run_cli(_main)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""`d4-minecraft train`: from contractors' recordings to a policy: what each step costs, and then the steps.
+
+What is counted is counted (frames, operations, bytes of caches); what is assumed says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d4_core.config import PHASES, Preset, preset
+from d4_core.estimate import training_seconds, work
+from d4_core.memory import costs
+from d4_datasets.contract import Contract
+from d4_datasets.errors import UserError
+from d4_datasets.windows import cache_bytes
+from d4_sim.minecraft.keys import require_keyboard_and_mouse
+from d4_sim.stages import Command, Stage, State, clock, command, keys, run_command
+
+PAPER_HOURS = 2541  # of the contractors' recordings that the paper trains on: versions 6 to 10
+VIDEO_GB_PER_HOUR = 0.4  # assumed for 640x360 at 20 Hz with its lines; measured where recordings are there
+PICTURE_SHARE = 0.35  # assumed size of losslessly stored pictures, of what they are in memory
+GPU_FLOPS = 4e14  # assumed effective speed of one H100 or H200 in training, operations a second
+GPU_COUNTS = (1, 8, 64, 256)
+_CHECKPOINTS = 3  # copies of the weights with optimiser state that a run holds at a time, per phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides the steps and their cost.
+
+    Attributes:
+        index: indexes to fetch from, addresses or files; none if the recordings are there.
+        recordings: folder of recordings.
+        hours: of recordings to fetch, or of those that are there.
+        gpus: that train; 0 for this machine's CPU.
+    """
+
+    index: tuple[str, ...]
+    recordings: Path
+    out: Path
+    contract: Path
+    preset: str
+    hours: float
+    gpus: int
+    jobs: int
+    scale: float
+    seed: int
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Stock:
+    """Recordings that lie in a folder: how many, their hours (by their lines) and bytes."""
+
+    recordings: int
+    hours: float
+    bytes: int
+
+
+_LINE_SAMPLE = 20  # recordings whose lines are counted; the others are taken to be like them
+
+
+def stock(folder: Path) -> Stock:
+    """What recordings a folder holds."""
+    found = [path for path in sorted(folder.rglob("*.jsonl")) if path.with_suffix(".mp4").exists()]
+    size = sum(path.stat().st_size + path.with_suffix(".mp4").stat().st_size for path in found)
+    sample = found[:: max(1, len(found) // _LINE_SAMPLE)]
+    lines = sum(_count_lines(path) for path in sample)
+    frames = lines / max(1, len(sample)) * len(found)
+    return Stock(len(found), frames / 20 / 3600, size)
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
+
+
+# ---- what it costs ----
+
+
+def training(recipe: Recipe) -> Preset:
+    """The preset with the steps that `--scale` makes of it."""
+    out = preset(recipe.preset)
+    for name in (f"{phase}_training" for phase in PHASES):
+        part = getattr(out, name)
+        out = replace(out, **{name: replace(part, steps=max(1, round(part.steps * recipe.scale)))})
+    return out
+
+
+def told(recipe: Recipe, here: Stock, measure: bool) -> Iterator[str]:
+    """The costs of a recipe, line by line.
+
+    Args: measure: time the layers on this machine, which takes some seconds.
+    """
+    contract, settings = Contract.load(recipe.contract), training(recipe)
+    hours = here.hours if here.recordings and not recipe.index else recipe.hours
+    frames = round(hours * 3600 * contract.rate_hz)
+    yield f"data: {hours:,.1f} h of play = {frames:,} frames; the paper has {PAPER_HOURS:,} h"
+    yield from _disk(recipe, here, contract, settings, hours, frames)
+    per_phase, parts = work(settings, contract), costs(settings, contract)
+    sizes = ", ".join(f"{name} {part.parameters / 1e6:,.1f} M" for name, part in parts.items())
+    yield f"model: preset {recipe.preset}, {sizes} parameters"
+    for name, job in per_phase.items():
+        passes = f", {job.frames / max(1, frames):.2g} times over the data" if name != "imagination" else ""
+        yield f"  {name}: {job.steps:,} steps, {job.frames:,} frames{passes}, {job.flops:.2g} operations"
+    total = sum(job.flops for job in per_phase.values())
+    days = ", ".join(f"{n} GPU{'s' * (n > 1)} {_days(total / GPU_FLOPS / n)}" for n in GPU_COUNTS)
+    yield f"time: {total:.2g} operations; at {GPU_FLOPS:.0e} a second and GPU (assumed, H100 or H200): {days}"
+    if measure:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        seconds = sum(training_seconds(settings, contract, device).values())
+        yield f"  on this machine ({device.type}, measured for a moment): {_days(seconds)}"
+
+
+def _disk(
+    recipe: Recipe, here: Stock, contract: Contract, settings: Preset, hours: float, frames: int
+) -> Iterator[str]:
+    known = here.recordings > 0 and here.hours > 0
+    rate = here.bytes / 1e9 / here.hours if known else VIDEO_GB_PER_HOUR
+    held = cache_bytes(contract, frames) / 1e9
+    latents = frames * settings.num_latents * settings.latent_dim * 2 / 1e9
+    weights = sum(part.parameters for part in costs(settings, contract).values())
+    kept = _CHECKPOINTS * len(PHASES) * 16 * weights / 1e9
+    sizes = {
+        f"recordings ({'measured' if known else 'assumed'} {rate:.2g} GB an hour)": rate * hours,
+        "dataset (assumed, lossless pictures)": PICTURE_SHARE * held,
+        "frame cache": held, "latents": latents, "checkpoints": kept,
+    }  # fmt: skip
+    free = shutil.disk_usage(_existing(recipe.out)).free / 1e9
+    each = ", ".join(f"{name} {size:,.1f} GB" for name, size in sizes.items())
+    yield f"disk: {sum(sizes.values()):,.1f} GB ({each}); {free:,.1f} GB are free"
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _days(seconds: float) -> str:
+    return f"{seconds / 86400:,.2g} days" if seconds >= 86400 else f"{seconds / 3600:,.2g} h"
+
+
+# ---- the steps ----
+
+
+def plan(recipe: Recipe) -> list[Stage]:
+    """The stages in their order."""
+    out, dataset = recipe.out, recipe.out / "dataset"
+    stages = []
+    if recipe.index:
+        limit = recipe.hours * VIDEO_GB_PER_HOUR
+        fetched = [
+            command("d4-fetch", source, to=recipe.recordings, limit_gb=f"{limit:g}", jobs=recipe.jobs)
+            for source in recipe.index
+        ]
+        stages.append(Stage("fetch", "fetch recordings", tuple(fetched), (), (), 3600, gated=False))
+    needs = ("fetch",) if recipe.index else ()
+    ingest = command("d4-ingest", recipe.recordings, contract=recipe.contract, out=dataset, jobs=recipe.jobs)
+    stages.append(Stage("ingest", "make the dataset", (ingest,), needs, (), 3600, gated=False))
+    audit = command("d4-audit", dataset, json=out / "audit.json")
+    stages.append(Stage("audit", "look through the dataset", (audit,), ("ingest",), (), 600))
+    before = "ingest"
+    for phase in PHASES:
+        stages.append(Stage(phase, f"train the {phase}", (_train(recipe, phase),), (before,), (), 86400))
+        before = phase
+    return stages
+
+
+def _train(recipe: Recipe, phase: str) -> Command:
+    options: dict[str, Any] = {
+        "run": recipe.out / "run", "preset": recipe.preset, "phases": phase, "seed": recipe.seed,
+        "scale": recipe.scale, "force": recipe.force, "device": "cuda" if recipe.gpus else "cpu",
+    }  # fmt: skip
+    words = command("d4-train", recipe.out / "dataset", **options)
+    if recipe.gpus > 1:
+        return ("torchrun", "--nproc-per-node", str(recipe.gpus), "-m", "d4_core.train", *words[1:])
+    return words
+
+
+def run(recipe: Recipe, say: Callable[[str], None]) -> int:
+    """Do what is not done yet; returns the exit code of what failed, or 0.
+
+    Raises:
+        UserError: there are no recordings, or none with known actions.
+    """
+    stages = plan(recipe)
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    state = State(recipe.out, stages, keys(plan(_placeless(recipe))), recipe.force)
+    state.clear_stale()
+    env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    for number, stage in enumerate(stages, 1):
+        place = f"[{number}/{len(stages)}] {stage.name}"
+        if state.is_done(stage.name):
+            say(f"{place}: done before, in {clock(state.seconds(stage.name))}")
+            continue
+        say(f"{place}: {stage.title}")
+        began, code = time.monotonic(), 1
+        try:
+            code = _commands(stage.commands, env, say)
+        finally:
+            state.note(stage, time.monotonic() - began, done=code == 0)
+        if code:
+            say(f"stopped in {stage.name}, which says why above; the same command goes on from here")
+            return code
+        if stage.name == "ingest":
+            require_labels(recipe.out / "dataset")
+    return 0
+
+
+def _placeless(recipe: Recipe) -> Recipe:
+    return replace(recipe, out=Path("out"), recordings=Path("recordings"), jobs=1, gpus=min(1, recipe.gpus))
+
+
+def _commands(commands: Sequence[Command], env: dict[str, str], say: Callable[[str], None]) -> int:
+    for words in commands:
+        say(f"$ {shlex.join(words)}")
+        if code := run_command(words, env):
+            return 128 - code if code < 0 else code
+    return 0
+
+
+def require_labels(dataset: Path) -> None:
+    """Check that a dataset has episodes to clone from.
+
+    Raises:
+        UserError: no episode has known actions.
+    """
+    meta = json.loads((dataset / "meta" / "d4.json").read_text())
+    episodes = meta["episodes"]
+    if not any(episode["labelled"] for episode in episodes):
+        raise UserError(
+            f"{dataset} has {len(episodes)} episodes and zero labelled ones: no actions are known, so there "
+            "is nothing to clone; add recordings whose lines say what mouse and keyboard did"
+        )
+
+
+def require_usable(recipe: Recipe, here: Stock) -> None:
+    """Check what would fail later.
+
+    Raises:
+        UserError: the contract is not for this game, or there is nothing to train on.
+    """
+    require_keyboard_and_mouse(Contract.load(recipe.contract), str(recipe.contract))
+    preset(recipe.preset).tokenizer_config(Contract.load(recipe.contract))
+    if not recipe.index and not here.recordings:
+        raise UserError(
+            f"{recipe.recordings} has no recordings (<name>.mp4 and <name>.jsonl): give an index with "
+            "--index, or record some with d4-minecraft record"
+        )
+    if recipe.gpus > max(0, torch.cuda.device_count()):
+        raise UserError(
+            f"--gpus {recipe.gpus}: this machine has {torch.cuda.device_count()} that torch can use"
+        )
