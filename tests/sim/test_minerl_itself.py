@@ -1,0 +1,84 @@
+"""Our adapter against MineRL's own Python package, which needs no game for this.
+
+D4_MINERL_PYTHON names an interpreter that can import minerl v1.0 and gym; where the package is only unpacked,
+D4_MINERL_PATH names the folder that holds it. Skipped without.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+
+import numpy as np
+import pytest
+
+from d4_datasets import minecraft
+from d4_sim.minecraft import keys
+from d4_sim.minecraft.check import mine_rl
+from d4_sim.minecraft.environment import Environment
+from d4_sim.minecraft.minerl import ENGINE, SCRIPT
+
+PYTHON = os.environ.get("D4_MINERL_PYTHON", "")
+pytestmark = pytest.mark.skipif(not PYTHON, reason="D4_MINERL_PYTHON names no interpreter that has MineRL")
+
+
+@pytest.fixture(autouse=True)
+def where(monkeypatch) -> None:
+    if path := os.environ.get("D4_MINERL_PATH"):
+        monkeypatch.setenv("PYTHONPATH", path)
+
+
+def ask(*arguments: str, text: str = ""):
+    done = subprocess.run(
+        [PYTHON, "-W", "ignore", str(SCRIPT), *arguments], input=text, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_spaces() -> None:
+    """24 keys, degrees within half a turn, 640x360, and the counters that our tasks are made of."""
+    said = ask("--spaces")
+    assert tuple(sorted(said["actions"])) == keys.ENV_KEYS
+    camera = said["actions"].pop("camera")
+    assert camera == {"shape": [2], "limits": [-keys.CAMERA_SPACE, keys.CAMERA_SPACE], "dtype": "float32"}
+    assert all(part == {"n": 2} for part in said["actions"].values())
+    assert said["pov"] == [360, 640, 3]
+    known = {f"minecraft.{family}:minecraft.{name}" for family, names in said["known"].items() for name in names}
+    known |= {f"minecraft.custom:minecraft.{name}" for name in said["known"]["full_stats"]}
+    for task in minecraft.TASKS.values():
+        assert set(task.stats) <= known
+        # "log", "log2" and "planks" are older names, of MineRL 0.4
+        assert {item for item in task.items if item not in ("log", "log2", "planks")} <= set(
+            said["known"]["inventory"]
+        )
+
+
+def test_actions_are_contained_and_sent_as_ours() -> None:
+    """A few hundred random actions: contained in the space, and the text is equal to the last character."""
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([rng.integers(0, 2, (300, 23)), rng.uniform(-180, 180, (300, 2))], 1)
+    rows[:50, 23:] = minecraft.from_class(rng.integers(0, 121, 50))
+    for row, said in zip(rows, ask("--wire", text=json.dumps(rows.tolist())), strict=True):
+        assert said["contained"]
+        env = minecraft.to_env(row)
+        keys.require_in_space(env)
+        assert said["text"] == keys.wire_text(env)
+
+
+def test_check_knows_the_package() -> None:
+    found = mine_rl(PYTHON)
+    assert found[0].name == "MineRL v1.0"
+    assert not found[0].missing
+
+
+def test_the_worker_opens_the_environment_without_the_game(tmp_path, monkeypatch) -> None:
+    """Up to the game itself: the process starts, imports MineRL, makes the environment and says so."""
+    monkeypatch.setenv("DISPLAY", os.environ.get("DISPLAY", ":0"))
+    environment = Environment(ENGINE, {"python": PYTHON}, tmp_path / "log")
+    try:
+        assert environment.receive() is None
+        assert not environment.realtime
+    finally:
+        environment.close()
