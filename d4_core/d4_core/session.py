@@ -10,6 +10,7 @@ from d4_core.baselines import ScratchPolicy, join_vectors
 from d4_core.imagination import Dream
 from d4_core.models import Models
 from d4_core.tokenizer import Tokenizer
+from d4_datasets.contract import Contract
 
 
 def observe(
@@ -149,10 +150,19 @@ class ScratchSession:
 
 
 class RandomSession:
-    """Uniform actions within the contract's limits, re-drawn every tick."""
+    """Uniform actions within the contract's limits, re-drawn every tick.
 
-    def __init__(self, low: np.ndarray, high: np.ndarray, seed: int = 0) -> None:
+    Args:
+        low, high: limits (A,).
+        seed: decides everything.
+        whole: bool (A,) which entries are keys or classes, see `whole`; default none.
+    """
+
+    def __init__(
+        self, low: np.ndarray, high: np.ndarray, seed: int = 0, whole: np.ndarray | None = None
+    ) -> None:
         self.low, self.high, self.seed = low, high, seed
+        self.whole = np.zeros(len(low), bool) if whole is None else whole
 
     def reset(self, n: int, tasks: np.ndarray) -> None:
         """Start n new episodes."""
@@ -160,4 +170,10 @@ class RandomSession:
 
     def act(self, images: np.ndarray, vectors: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray:
         """float32 (n, A)."""
-        return self._rng.uniform(self.low, self.high, (self._n, len(self.low))).astype(np.float32)
+        drawn = self._rng.uniform(self.low, self.high + self.whole, (self._n, len(self.low)))
+        return np.where(self.whole, np.minimum(np.floor(drawn), self.high), drawn).astype(np.float32)
+
+
+def whole(contract: Contract) -> np.ndarray:
+    """bool (A,): entries of an action that are keys (0 or 1) or classes and not measures."""
+    return np.array([c.kind != "continuous" for c in contract.actions for _ in c.select])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,16 +17,38 @@ if TYPE_CHECKING:
 BINS = 10
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What the heads say of one frame of n episodes, float32 [n] each; `value` is None without a critic.
+
+    These few numbers are kept instead of the features: a thousand frames of a hundred episodes have 600 MB.
+    """
+
+    reward: np.ndarray
+    kl: np.ndarray  # nats, from the cloned to the acting policy
+    value: np.ndarray | None
+
+
+@torch.no_grad()
+def read(session: PolicySession) -> Reading:
+    """The heads of a session's checkpoint on its current frame."""
+    models, h = session.models, session.features
+    assert models.agent is not None
+    kl = models.agent.space.kl(session.head.first(h), models.agent.policy.first(h))
+    value = None if models.critic is None else models.critic(h).cpu().numpy()
+    return Reading(models.agent.predict_reward(h).cpu().numpy(), kl.cpu().numpy(), value)
+
+
 class Recorder:
     """Passes a session through and keeps what its heads read at every frame.
 
     Attributes:
-        features: h (n, F) of frames 0, 1, ...; stays empty for a session without a world model.
+        readings: of frames 0, 1, ...; stays empty for a session without a world model.
     """
 
     def __init__(self, session: Any) -> None:
         self.session = session
-        self.features: list[torch.Tensor] = []
+        self.readings: list[Reading] = []
         if hasattr(session, "bind"):
             self.bind = session.bind
 
@@ -37,17 +60,16 @@ class Recorder:
         """The session's actions."""
         action = self.session.act(images, vectors, alive)
         if hasattr(self.session, "features"):
-            self.features.append(self.session.features.clone())
+            self.readings.append(read(self.session))
         return action
 
 
-@torch.no_grad()
-def calibrate(session: PolicySession, features: list[torch.Tensor], batch: EpisodeBatch) -> dict[str, Any]:
+def calibrate(models: Models, readings: list[Reading], batch: EpisodeBatch) -> dict[str, Any]:
     """The entries that calibration adds to a policy's row of eval.json.
 
     Args:
-        session: the policy that acted; its critic is judged if its checkpoint has one.
-        features: h (N, F) of frames 0..T-1, from a `Recorder`.
+        models: of the policy that acted.
+        readings: of frames 0..T-1, from a `Recorder`.
         batch: the episodes.
 
     Returns:
@@ -55,18 +77,18 @@ def calibrate(session: PolicySession, features: list[torch.Tensor], batch: Episo
         that were reached; kl_to_cloned: mean KL (nats) of the acting to the cloned policy there and at frame
         0; with a critic, what `judge_value` says.
     """
-    models, h = session.models, torch.stack(features, 1)
-    assert models.agent is not None
     own = np.take_along_axis(batch.reward, batch.task[:, None, None], 2)[..., 0]
+    frames = np.arange(len(readings))
     # a world that has ended keeps its last picture: no frame of it counts from there on
-    alive = np.arange(h.shape[1]) < np.minimum(batch.length, h.shape[1])[:, None]
-    rewarded = alive & (np.arange(h.shape[1]) > 0)  # no action earned frame 0
-    predicted = models.agent.predict_reward(h).cpu().numpy()
-    out = compare("reward", predicted[rewarded], own[:, : h.shape[1]][rewarded])
-    kl = models.agent.space.kl(session.head.first(h), models.agent.policy.first(h)).cpu().numpy()
+    alive = frames < np.minimum(batch.length, len(readings))[:, None]
+    rewarded = alive & (frames > 0)  # no action earned frame 0
+    predicted = np.stack([r.reward for r in readings], 1)
+    out = compare("reward", predicted[rewarded], own[:, : len(readings)][rewarded])
+    kl = np.stack([r.kl for r in readings], 1)
     out["kl_to_cloned"] = float(kl[alive].mean())
-    if models.critic is not None:
-        out |= judge_value(models, models.critic(h).cpu().numpy(), own, batch)
+    values = [r.value for r in readings if r.value is not None]
+    if values:
+        out |= judge_value(models, np.stack(values, 1), own, batch)
     return out
 
 

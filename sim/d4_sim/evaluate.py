@@ -173,11 +173,10 @@ class Evaluation:
 
         session, extra = self._session(name)
         recorder = Recorder(session)
-        keep = name in FOLDERS or name == "expert"
         count = self._count(name)
         seeds, tasks = self.seeds[:count].tolist(), self.tasks[:count].tolist()
-        batch = run_episodes(self.world, seeds, tasks, recorder, self.horizon, keep_frames=keep)
-        if batch.frames is not None:
+        batch = run_episodes(self.world, seeds, tasks, recorder, self.horizon)
+        if name in FOLDERS or name == "expert":
             self._film(name, batch)
         row = {
             "return": batch.returns.tolist(),
@@ -186,8 +185,8 @@ class Evaluation:
             "task": tasks,
             **extra,
         }
-        if recorder.features:
-            row |= calibrate(session, recorder.features, batch)
+        if recorder.readings:
+            row |= calibrate(session.models, recorder.readings, batch)
         return row
 
     def _count(self, name: str) -> int:
@@ -198,12 +197,12 @@ class Evaluation:
     def _session(self, name: str) -> tuple[Any, dict[str, Any]]:
         """The policy as a session, and what else its row of eval.json says."""
         from d4_core.planner import PlannerSession
-        from d4_core.session import PolicySession, RandomSession, ScratchSession
+        from d4_core.session import PolicySession, RandomSession, ScratchSession, whole
         from d4_sim.driver import ScriptedPolicy
 
         contract, seed, n = self.logs.contract, self.args.seed, self._count(name)
         if name == "random":
-            return RandomSession(contract.action_low, contract.action_high, seed), {}
+            return RandomSession(contract.action_low, contract.action_high, seed, whole(contract)), {}
         if name == "expert":
             return ScriptedPolicy("expert", seed), {}
         if name == "bc_scratch":
@@ -293,9 +292,10 @@ class Evaluation:
 
     def _film(self, name: str, batch: EpisodeBatch) -> None:
         """Video of the best and the worst two episodes."""
-        from d4_sim.film import write_film
+        from d4_sim.film import film_again
 
-        write_film(self.args.run / "media", name, batch, fps=self.logs.contract.rate_hz)
+        seeds = self.seeds[: len(batch.length)]
+        film_again(self.args.run / "media", name, self.world, seeds, batch, self.logs.contract.rate_hz)
 
     def write(self) -> None:
         """eval.json, aside and renamed, with what others have added to it meanwhile."""

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from d4_datasets.pictures import Strip, contact_sheet, mp4_bytes, write_png
-from d4_sim.vector import EpisodeBatch
+from d4_sim.vector import EpisodeBatch, run_episodes
 
 _SCALE = 3
 _TILES = 11  # pictures of an episode in a filmstrip
@@ -21,11 +21,53 @@ def write_film(media: Path, name: str, batch: EpisodeBatch, count: int = 3, fps:
 
     <media>/real_<name>.mp4 plays them, <media>/real_<name>.png shows them as filmstrips.
     """
-    media.mkdir(parents=True, exist_ok=True)
-    order = np.argsort(batch.returns)
-    picked = np.concatenate([order[::-1][:count], order[:count][::-1]])
+    picked = extremes(batch, count)
     assert batch.frames is not None
-    frames = batch.frames[picked]  # (2 count, T, H, W, 3)
+    _write(media, name, batch, picked, batch.frames[picked], fps)
+
+
+def film_again(
+    media: Path, name: str, world: str, seeds: np.ndarray, batch: EpisodeBatch, fps: float, count: int = 3
+) -> None:
+    """`write_film` of episodes whose pictures were not kept: those that are shown are driven once more.
+
+    A hundred episodes of a thousand ticks have more than a gigabyte of pictures, six of them 70 MB.
+    """
+    picked = extremes(batch, count)
+    again = run_episodes(
+        world, seeds[picked].tolist(), batch.task[picked].tolist(), _Replay(batch.action[picked]),
+        batch.action.shape[1] - 1, keep_frames=True,
+    )  # fmt: skip
+    assert again.frames is not None
+    _write(media, name, batch, picked, again.frames, fps)
+
+
+class _Replay:
+    """Does what was done before."""
+
+    def __init__(self, action: np.ndarray) -> None:
+        self._action, self._tick = action, -1
+
+    def reset(self, n: int, tasks: np.ndarray) -> None:
+        self._tick = -1
+
+    def act(self, images: np.ndarray, vectors: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray:
+        self._tick += 1
+        return self._action[:, self._tick]
+
+
+def extremes(batch: EpisodeBatch, count: int) -> np.ndarray:
+    """Numbers of the best `count` episodes, the best first, then of the worst, the worst last."""
+    order = np.argsort(batch.returns)
+    return np.concatenate([order[::-1][:count], order[:count][::-1]])
+
+
+def _write(
+    media: Path, name: str, batch: EpisodeBatch, picked: np.ndarray, frames: np.ndarray, fps: float
+) -> None:
+    """The film of the episodes `picked`, whose pictures are `frames` (2 count, T, H, W, 3)."""
+    media.mkdir(parents=True, exist_ok=True)
+    count = len(picked) // 2
     for row, length in zip(frames, batch.length[picked], strict=True):
         row[length:] = row[length - 1] // 2  # an ended episode stays, darkened
     grid = np.concatenate([np.concatenate(list(half), 2) for half in np.split(frames, 2)], 1)
@@ -37,7 +79,8 @@ def write_film(media: Path, name: str, batch: EpisodeBatch, count: int = 3, fps:
         Strip(row[shown], f"task {batch.task[i]}\nreturn {batch.returns[i]:.1f}", [f"t = {t}" for t in shown])
         for row, i in zip(frames, picked, strict=True)
     ]
-    text = f"{name} in the real simulator: best {count} of {len(order)} episodes above, worst {count} below"
+    of = len(batch.length)
+    text = f"{name} in the real simulator: best {count} of {of} episodes above, worst {count} below"
     write_png(media / f"real_{name}.png", contact_sheet(strips, text))
     returns = ", ".join(f"{batch.returns[i]:.1f}" for i in picked)
     _caption(media, {f"real_{name}.mp4": f"{text} (returns {returns})", f"real_{name}.png": text})

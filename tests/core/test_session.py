@@ -207,6 +207,18 @@ def test_random_actions_fill_the_limits_and_repeat_with_the_seed() -> None:
     np.testing.assert_allclose(flat.max(0), high, atol=0.02)
 
 
+def test_random_classes_and_keys_are_whole_and_all_of_them_are_drawn() -> None:
+    """The highest class of a categorical action was never drawn, and what was drawn were no classes."""
+    low, high = np.array([-1.0, 0.0, 0.0], np.float32), np.array([1.0, 16.0, 1.0], np.float32)
+    session = RandomSession(low, high, 0, np.array([False, True, True]))
+    session.reset(400, np.zeros(400, np.int64))
+    drawn = session.act(np.empty(0), {}, ALIVE)
+    assert sorted(set(drawn[:, 1].tolist())) == list(range(17))
+    assert sorted(set(drawn[:, 2].tolist())) == [0.0, 1.0]
+    assert 0.4 < drawn[:, 2].mean() < 0.6
+    assert len(set(drawn[:, 0].tolist())) > 300
+
+
 def test_the_scratch_session_stacks_the_newest_frames_last() -> None:
     class Spy:
         """A policy that notes its input and has no opinion."""

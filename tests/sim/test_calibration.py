@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d4_sim.calibration import Recorder, calibrate, compare, discounted, judge_value, table
+from d4_sim.calibration import Recorder, calibrate, compare, discounted, judge_value, read, table
 from d4_sim.vector import EpisodeBatch
 
 LIMIT = 6  # ticks of an episode
@@ -113,15 +113,20 @@ def test_reward_and_divergence_are_measured_at_the_frames_that_were_reached() ->
     cloned, acting = (SimpleNamespace(first=lambda h, k=k: h * 0 + k) for k in (0.25, 1.0))
     space = SimpleNamespace(kl=lambda p, q: (p - q).sum(-1))
     agent = SimpleNamespace(predict_reward=lambda h: h[..., 0] + 0.5, policy=cloned, space=space)
-    session = SimpleNamespace(models=models_of(0.5, agent=agent, critic=None), head=acting)
-    row = calibrate(session, list(h.unbind(1)), episodes(reward, length))
+    models = models_of(0.5, agent=agent, critic=None)
+
+    def readings() -> list:
+        frames = (SimpleNamespace(models=models, head=acting, features=frame) for frame in h.unbind(1))
+        return [read(session) for session in frames]
+
+    row = calibrate(models, readings(), episodes(reward, length))
     assert row["reward_correlation"] == pytest.approx(1.0)
     assert row["reward_bias"] == pytest.approx(0.5)
     assert sum(r["count"] for r in row["reward_calibration"]) == 5 + 2 + 3
     assert row["kl_to_cloned"] == pytest.approx(0.75)
     assert not any(name.startswith("value") for name in row)
-    session.models.critic = lambda h: h[..., 0]
-    assert "value_calibration" in calibrate(session, list(h.unbind(1)), episodes(reward, length))
+    models.critic = lambda h: h[..., 0]
+    assert "value_calibration" in calibrate(models, readings(), episodes(reward, length))
 
 
 def test_a_recorder_is_invisible_to_session_and_worlds() -> None:
@@ -136,7 +141,7 @@ def test_a_recorder_is_invisible_to_session_and_worlds() -> None:
     recorder.reset(2, np.zeros(2))
     assert recorder.session.n == 2
     assert recorder.act(np.zeros(2), {}, np.ones(2, bool)).tolist() == [1, 1]
-    assert recorder.features == []
+    assert recorder.readings == []
     assert not hasattr(recorder, "bind")
     plain = Plain()
     plain.bind = lambda worlds: worlds

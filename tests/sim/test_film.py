@@ -8,8 +8,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from d4_sim.film import write_film
-from d4_sim.vector import EpisodeBatch
+from d4_sim.driver import ScriptedPolicy
+from d4_sim.film import extremes, film_again, write_film
+from d4_sim.vector import EpisodeBatch, run_episodes
 
 
 def test_films_and_strips_show_the_best_and_the_worst(tmp_path: Path) -> None:
@@ -35,3 +36,19 @@ def test_films_and_strips_show_the_best_and_the_worst(tmp_path: Path) -> None:
     assert "returns 7.0, 6.0, 1.0, 0.0" in captions["real_clone.mp4"]
     write_film(tmp_path, "other", batch)
     assert len(json.loads((tmp_path / "captions.json").read_text())) == 4
+
+
+def test_episodes_driven_again_are_those_that_were_judged(tmp_path: Path, monkeypatch) -> None:
+    """Pictures of all episodes at once were the largest thing in memory."""
+    seeds = np.arange(5)
+    policy = ScriptedPolicy("wander", seed=3)
+    batch = run_episodes("yard", seeds.tolist(), [0, 1, 0, 1, 0], policy, 8, keep_frames=True)
+    shown = []
+    monkeypatch.setattr("d4_sim.film.mp4_bytes", lambda film, fps: shown.append(film) or b"")
+    write_film(tmp_path, "kept", batch, count=2)
+    film_again(tmp_path, "again", "yard", seeds, batch, fps=10, count=2)
+    np.testing.assert_array_equal(*shown)
+    assert extremes(batch, 2).tolist() == [
+        *np.argsort(batch.returns)[::-1][:2],
+        *np.argsort(batch.returns)[:2][::-1],
+    ]
