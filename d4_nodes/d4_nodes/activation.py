@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import select
 import time
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -35,30 +38,28 @@ class Measured(NamedTuple):
 def measure(
     link: Link,
     contract: Contract,
-    source: tuple[int, int] | None = None,
+    pictures: Mapping[str, Callable[[], np.ndarray]] = MappingProxyType({}),
     transport_ms: float = 0.0,
     count: int = 100,
 ) -> Measured:
-    """Time `count` requests with pictures of the real size, at full speed.
+    """Time `count` requests with real pictures, at full speed.
 
-    Args: link: to the server; its session is left at the beginning of an episode. source: (height, width) of
-        the camera's pictures, which are resized; None: they have the contract's size. transport_ms: what a
-        picture needs to arrive, which is not left for the decision.
+    Args: link: to the server; its session is left at the beginning of an episode. pictures: how a picture of
+        a camera is made RGB uint8 (H, W, 3), which is timed, too; a camera without has noise of the
+        contract's size. transport_ms: what a picture needs to arrive, which is not left for the decision.
 
     Raises:
         WireError: the server has gone, fails, or takes longer than 10 s.
     """
     rng = np.random.default_rng(0)
     times = Histogram()
-    pictures = {
-        name: rng.integers(0, 256, (*(source or target.shape[:2]), 3), np.uint8)
-        for name, target in link.cameras.items()
-    }
+    noise = {name: rng.integers(0, 256, target.shape, np.uint8) for name, target in link.cameras.items()}
+    sources = {name: pictures.get(name, functools.partial(np.copy, noise[name])) for name in noise}
     previous = np.clip(np.zeros(contract.action_dim, np.float32), contract.action_low, contract.action_high)
     for number in range(count + _UNCOUNTED):
         began = time.monotonic_ns()
         for name, target in link.cameras.items():
-            target[...] = resize(pictures[name], target.shape[:2])
+            target[...] = resize(sources[name](), target.shape[:2])
         link.submit(0, number == 0, previous)
         wait(link)
         if number >= _UNCOUNTED:

@@ -8,6 +8,7 @@ what comes. Camera and transport can be made to jitter, and the server slow.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -25,9 +26,10 @@ import tyro
 
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
+from d4_datasets.messages import decode
 from d4_nodes import activation, realtime
 from d4_nodes.guard import Guard, GuardConfig, Verdict
-from d4_nodes.inbox import Inbox
+from d4_nodes.inbox import inbox_of
 from d4_nodes.link import Link
 from d4_nodes.loop import Loop, LoopConfig
 from d4_nodes.report import Histogram, Report
@@ -236,14 +238,16 @@ def _measure(args: LatencyArgs, path: Path, server: ServerProcess) -> dict[str, 
     assert size is not None
     link = Link(path, own)
     try:
-        measured = activation.measure(link, contract, size, args.transport_ms)
+        noise = image(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+        pictures = {camera.name: functools.partial(decode, noise) for camera in contract.images}
+        measured = activation.measure(link, contract, pictures, args.transport_ms)
         print(activation.require(measured, contract, args.allow_slow))
     finally:
         link.close()
     report = Report(contract.rate_hz, contract.latency_ms, server.ready)
     guard, motors = Guard(contract, GuardConfig()), Motors(contract)
     loop = Loop(
-        contract, guard, Inbox(tuple(s.name for s in contract.observations)), motors, lambda: Link(path, own),
+        contract, guard, inbox_of(contract), motors, lambda: Link(path, own),
         time.time_ns, report, LoopConfig(commands_per_tick=args.commands_per_tick),
     )  # fmt: skip
     reference = reference_lateness(contract.period_ns / 1e9)

@@ -24,7 +24,7 @@ from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_datasets.messages import decode, resize
 from d4_nodes.health import ERROR, OK, WARN, Finding
-from d4_nodes.inbox import Inbox, Sample
+from d4_nodes.inbox import Sample, inbox_of
 from d4_nodes.link import Encoded, TokenizerLink
 from d4_nodes.report import Histogram
 from d4_nodes.wire import WireError
@@ -77,8 +77,7 @@ class Encoding:
     ) -> None:
         require_one_camera(contract)
         self.contract, self._camera = contract, contract.images[0]
-        names = (self._camera.name, *(v.name for v in contract.vectors("input")))
-        self.inbox, self.counts = Inbox(names), Counter[str]()
+        self.inbox, self.counts = inbox_of(contract), Counter[str]()
         self.answer, self.age = Histogram(), Histogram()
         self._publish, self._connect, self._clock = publish, connect, clock
         self._complain, self._decode = complain, decode
@@ -148,11 +147,9 @@ class Encoding:
         select.select(wake, [], [], patience)
 
     def _patience_s(self, sample: Sample) -> float:
-        """Seconds that a picture waits for its vectors: topics overtake each other, and only a sample
-        captured at or after the picture shows that nothing from before it is still on its way.
-        """
-        newest = [self.inbox.newest(vector.name) for vector in self.contract.vectors("input")]
-        if all(v is not None and v.stamp_ns >= sample.stamp_ns for v in newest):
+        """Seconds that a picture waits for vectors that were captured with it."""
+        vectors = self.contract.vectors("input")
+        if not any(self.inbox.is_on_its_way(v.name, sample.stamp_ns) for v in vectors):
             return 0.0
         return self._came + _GRACE * self.contract.period_ns / 1e9 - time.monotonic()
 

@@ -107,7 +107,11 @@ class Examiner:
         acts = Counter({name: tally.count for name, tally in guard.tally.items()})
         fresh = acts - self._acts
         self._acts = acts
-        values = {name: str(count) for name, count in acts.items()}
+        now = self.loop.now()
+        values = {
+            name: f"{tally.count}, last {(now - tally.last_ns) / 1e9:.1f} s ago" if tally.count else "0"
+            for name, tally in guard.tally.items()
+        }
         if guard.is_stopped:
             return Finding("guard", ERROR, "emergency stop is latched", values)
         if not guard.config.enabled:

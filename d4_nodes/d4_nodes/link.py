@@ -21,6 +21,8 @@ from d4_nodes import memory, wire
 from d4_nodes.memory import CAMERA, VECTOR, Field, Memory
 from d4_nodes.wire import Kind, Message, WireError
 
+_PATIENCE_S = 10.0  # an answer that takes longer never comes
+
 
 class Reply(NamedTuple):
     """What the server decided at request `sequence`.
@@ -70,7 +72,7 @@ class _Connection:
         self.cameras = self._shared.observation(CAMERA)
         self.vectors = self._shared.observation(VECTOR)
         self.is_busy = False
-        self._sequence = 0
+        self._sequence, self._asked_s = 0, 0.0
 
     def fileno(self) -> int:
         """Readable when a reply has come or the server has gone."""
@@ -80,7 +82,7 @@ class _Connection:
         """Hand over the request that lies in shared memory; returns its number."""
         self._sequence += 1
         wire.send(self._sock, Message(Kind.STEP, self._sequence))
-        self.is_busy = True
+        self.is_busy, self._asked_s = True, time.monotonic()
         return self._sequence
 
     def _take(self) -> Message | None:
@@ -88,6 +90,8 @@ class _Connection:
         try:
             message, descriptor = wire.receive(self._sock)
         except BlockingIOError:
+            if self.is_busy and time.monotonic() - self._asked_s > _PATIENCE_S:  # alive, and yet it hangs
+                raise WireError(f"the inference server has not answered for {_PATIENCE_S:g} s") from None
             return None
         if descriptor is not None:
             os.close(descriptor)

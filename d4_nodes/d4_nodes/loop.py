@@ -35,6 +35,7 @@ from d4_nodes.wire import WireError
 _JUMP_NS = 100_000_000  # clock against monotonic time: more in one look is a jump
 _NEVER = -(10**9)  # a tick that is long ago
 _SILENCE = 1.5  # periods without any command until the safety action is sent
+_PROMISED = 2  # periods: the robot never waits longer
 
 
 class Clock(Protocol):
@@ -121,11 +122,14 @@ class Loop:
         self._send, self._connect, self._clock, self._log = send, connect, clock, log
         self._decode, self.reward = decode, 0.0
         self._camera = contract.images[0].name
+        self._held = tuple(s.name for s in contract.observations if s.holds_for_ever)
         self._longest = {s.name: _longest(s.align, contract.period_ns) for s in contract.observations}
         left = contract.latency_ns // 2
         if config.decision_ms is not None:
             left = max(0, contract.latency_ns - round(1e6 * config.decision_ms))
         self._ticker = Ticker(contract.period_ns, left)
+        self._grace_ns = min(left, contract.period_ns // 4)  # for vectors that were captured with a picture
+        self._patience_ns = 0  # ... until then
         self._blend = np.repeat(
             [c.kind == "continuous" for c in contract.actions], [c.dim for c in contract.actions]
         )
@@ -133,7 +137,8 @@ class Loop:
         self._knock: threading.Thread | None = None
         self._due: deque[_Due] = deque()
         self._stop, self._is_over, self._restart = threading.Event(), False, ""
-        self._beat_ns, self._sent_ns = time.monotonic_ns(), clock()
+        self._beat_ns = self._spoke_ns = time.monotonic_ns()
+        self._sent_ns = clock()  # as `_spoke_ns`, by the loop's clock
         self._raw: dict[str, Any] = {}
         self._forget()
 
@@ -141,7 +146,7 @@ class Loop:
         """Back to the beginning of an episode."""
         self._due.clear()
         self._asked: tuple[Tick, int] | None = None  # at the server, and when it was handed over (monotonic)
-        self._waits: Tick | None = None  # to be handed over once the server is free
+        self._waits: Tick | None = None  # to be handed over once server and vectors are there, or ...
         self._good: tuple[Tick, np.ndarray] | None = None  # last answer: its tick and plan
         self._last_asked = _NEVER
         self._command: np.ndarray | None = None  # in force; None: unknown
@@ -154,6 +159,12 @@ class Loop:
     def put(self, stream: str, stamp_ns: int, message: Any) -> None:
         """A message of a stream has come."""
         self.inbox.put(stream, Sample(stamp_ns, self._clock(), message))
+
+    def tell(self, act: Callable[[Guard], None]) -> None:
+        """Tell the guard something; what it forbids by that stops at the next command."""
+        with self.lock:
+            act(self.guard)
+        self.inbox.wake()
 
     def begin(self, start_ns: int | None, task: int | None = None) -> None:
         """Begin an episode: the past is forgotten; tick 0 is at `start_ns`, or follows the next frame."""
@@ -183,6 +194,10 @@ class Loop:
             return 0.0
         return (time.monotonic_ns() - self._beat_ns) / 1e9
 
+    def silence_s(self) -> float:
+        """Seconds since anything was sent."""
+        return (time.monotonic_ns() - self._spoke_ns) / 1e9
+
     def rest_from_outside(self, timeout_s: float) -> bool:
         """Send the safety action in place of a loop that stands still; False if it holds the lock."""
         if not self.lock.acquire(timeout=timeout_s):
@@ -193,6 +208,12 @@ class Loop:
         finally:
             self.lock.release()
         return True
+
+    def abandon(self, timeout_s: float) -> bool:
+        """The same for the last time: whatever the loop sends if it wakes up later goes nowhere."""
+        has_rested = self.rest_from_outside(timeout_s)
+        self._send = lambda verdict, now_ns: None
+        return has_rested
 
     def stop(self) -> None:
         """Make `run` return."""
@@ -240,9 +261,17 @@ class Loop:
         if tick is not None:
             self._begin_tick(tick)
             return
-        if not self._due and abs(now - self._sent_ns) > _SILENCE * self.contract.period_ns:
+        self._hand_over()
+        silent_until = self._silent_until()
+        if silent_until is not None and not self._sent_ns <= now < silent_until:
             self._rest()  # no frames, no ticks: the robot still hears from us
         self._wait(now)
+
+    def _silent_until(self) -> int | None:
+        """When the robot must hear from us; None if a command is due before it has waited for two periods."""
+        if self._due and self._due[0].time_ns <= self._sent_ns + _PROMISED * self.contract.period_ns:
+            return None
+        return self._sent_ns + round(_SILENCE * self.contract.period_ns)
 
     def _look_at_clock(self) -> None:
         drift = self._clock() - time.monotonic_ns()
@@ -258,7 +287,7 @@ class Loop:
         self.state = "waiting"
         self.report.reasons[reason.split(" by ")[0]] += 1
         if "clock" in reason:
-            self.inbox.clear()
+            self.inbox.clear(held=self._held)
             self._rest()
         self._forget_keeping_request()
         self._ticker.begin(self._start_ns)
@@ -333,11 +362,8 @@ class Loop:
         self._fail(reason, "the server was lost")
 
     def _answer(self, reply: Reply) -> None:
-        waits, self._waits = self._waits, None
         if self._ignore or self._asked is None:
             self._ignore, self._asked = False, None
-            if waits is not None and self._clock() < waits.anchor_ns + self.contract.latency_ns:
-                self._ask(waits)
             return
         (tick, began), self._asked = self._asked, None
         self.report.add("answer", time.monotonic_ns() - began)
@@ -356,12 +382,23 @@ class Loop:
         if not tick.is_fresh:
             self.report.counts["ticks without a frame of their own"] += 1
         self._due.append(_Due(tick.anchor_ns + self.contract.latency_ns, tick))
-        if self._link is not None and not self._link.is_busy:
-            self._ask(tick)
-        elif self._ignore:
-            self._waits = tick
+        if self._link is not None and (self._ignore or not self._link.is_busy):
+            self._waits, self._patience_ns = tick, self._clock() + self._grace_ns
+            self._hand_over()
         else:
             self.report.counts["ticks the server was not free for"] += self._link is not None
+
+    def _hand_over(self) -> None:
+        """Ask about the tick that waits, once the server is free and what was captured with it is there."""
+        tick, link, now = self._waits, self._link, self._clock()
+        if tick is None or link is None or link.is_busy:
+            return
+        is_awaited = any(self.inbox.is_on_its_way(name, tick.anchor_ns) for name in link.vectors)
+        if is_awaited and now < self._patience_ns:
+            return
+        self._waits = None
+        if now < tick.anchor_ns + self.contract.latency_ns:
+            self._ask(tick)
 
     def _ask(self, tick: Tick) -> None:
         """Hand the observation of a tick to the server, which is free."""
@@ -437,7 +474,7 @@ class Loop:
                     return
             began = time.monotonic_ns()
             self._send(verdict, now)
-            self._sent_ns = now
+            self._sent_ns, self._spoke_ns = now, time.monotonic_ns()
             self.report.add("publish", time.monotonic_ns() - began)
         self._after(due, verdict, now)
 
@@ -509,6 +546,9 @@ class Loop:
         times = [d.time_ns - self.config.early_ns for d in list(self._due)[:1]]
         deadline = self._ticker.deadline()
         times += [] if deadline is None else [deadline]
+        silent_until = self._silent_until()
+        times += [] if silent_until is None else [silent_until]
+        times += [] if self._waits is None else [self._patience_ns]
         left_s = min([(t - now) / 1e9 for t in times], default=1.0)
         files: list[Any] = [self.inbox]
         if self._link is not None and self._link.is_busy:
@@ -522,6 +562,7 @@ class Loop:
             self._command = None  # what the robot does now is not what the model chose
             self._sent_ns = now
             self._send(self.guard.check(None, now), now)
+            self._spoke_ns = time.monotonic_ns()
 
     def _rest_anyhow(self) -> None:
         """The same where nothing may end the loop: a failing middleware may work again at the next try."""

@@ -99,6 +99,13 @@ def _place(wanted: _Wanted) -> tuple[Field, ...]:
     return tuple(fields)
 
 
+def _cannot_shrink(descriptor: int) -> bool:
+    try:
+        return bool(fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:  # no memory of memfd_create
+        return False
+
+
 class Memory:
     """A mapped layout; `memory[name]` is the NumPy array that lies there (a view, never a copy).
 
@@ -107,7 +114,7 @@ class Memory:
         descriptor: open file of the other side, which is mapped and closed; None: create the memory.
 
     Raises:
-        ValueError: the file is too small for the layout.
+        ValueError: the file is too small for the layout, or not sealed against shrinking.
     """
 
     def __init__(self, fields: tuple[Field, ...], descriptor: int | None = None) -> None:
@@ -121,6 +128,8 @@ class Memory:
                 fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             elif os.fstat(descriptor).st_size < size:
                 raise ValueError(f"shared memory of {os.fstat(descriptor).st_size} bytes, {size} are needed")
+            elif not _cannot_shrink(descriptor):
+                raise ValueError("the other side could shrink it, which would end this process")
             self._map = mmap.mmap(descriptor, size)
         except BaseException:
             if descriptor is not None:

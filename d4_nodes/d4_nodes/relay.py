@@ -87,7 +87,7 @@ class Relay:
             column += channel.dim
         self._came: deque[tuple[str, int, np.ndarray]] = deque(maxlen=_KEPT)
         self._stop, self._is_over = threading.Event(), False
-        self._beat_ns = time.monotonic_ns()
+        self._beat_ns = self._sent_ns = time.monotonic_ns()
         self._forget()
 
     def _forget(self) -> None:
@@ -128,6 +128,10 @@ class Relay:
         """Seconds since the relay last went round, 0 once it has ended as it was asked to."""
         return 0.0 if self._is_over else (time.monotonic_ns() - self._beat_ns) / 1e9
 
+    def silence_s(self) -> float:
+        """Seconds since anything was sent."""
+        return (time.monotonic_ns() - self._sent_ns) / 1e9
+
     def rest_from_outside(self, timeout_s: float) -> bool:
         """Send the safety action in place of a relay that stands still; False if it holds the lock."""
         if not self.lock.acquire(timeout=timeout_s):
@@ -137,6 +141,12 @@ class Relay:
         finally:
             self.lock.release()
         return True
+
+    def abandon(self, timeout_s: float) -> bool:
+        """The same for the last time: whatever the relay sends if it wakes up later goes nowhere."""
+        has_rested = self.rest_from_outside(timeout_s)
+        self._send = lambda verdict, now_ns: None
+        return has_rested
 
     def stop(self) -> None:
         """Make `run` return."""
@@ -274,6 +284,7 @@ class Relay:
                 self.guard.tally["no_command"].reason = why
             checked = time.monotonic_ns()
             self._send(verdict, now)
+            self._sent_ns = time.monotonic_ns()
             self.report.add("guard", checked - began)
             self.report.add("publish", time.monotonic_ns() - checked)
             self.report.command(now)

@@ -56,10 +56,16 @@ class Runner(Generic[_Driver]):
         self.loop.stop()
         self._thread.join(_PATIENCE_S)
         self._watchdog.stop()
-        if self._thread.is_alive():
-            self.loop.rest_from_outside(_PATIENCE_S)
-            return False
-        return True
+        if not self._thread.is_alive():
+            return True
+        if self.loop.abandon(_PATIENCE_S):
+            self._log("warning: the loop did not end in time; the safety action was sent in its place")
+        else:
+            self._log(
+                "warning: the loop hangs while it sends: no safety action could be sent, the robot's own "
+                "command timeout must stop it"
+            )
+        return False
 
     @property
     def is_running(self) -> bool:
@@ -68,8 +74,12 @@ class Runner(Generic[_Driver]):
 
     def rules(self) -> dict[str, Any]:
         """The guard's tallies by rule."""
-        with self.loop.lock:
+        is_ours = self.loop.lock.acquire(timeout=_PATIENCE_S)  # a loop that hangs may hold it for ever
+        try:
             return {name: dataclasses.asdict(tally) for name, tally in self.loop.guard.tally.items()}
+        finally:
+            if is_ours:
+                self.loop.lock.release()
 
     def conclude(self, folder: Path | None) -> Path | None:
         """Say the report, and write it as JSON into `folder`; returns the file.

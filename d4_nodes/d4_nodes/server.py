@@ -32,6 +32,7 @@ from d4_nodes.memory import CAMERA, VECTOR, Field, Memory
 from d4_nodes.wire import Kind, Message, WireError
 
 HEARTBEAT_S = 0.01
+_MOST_GUESTS = 32  # connections at a time; one of them is served
 
 
 @dataclass(kw_only=True)
@@ -254,6 +255,9 @@ class Server:
 
     def _accept(self) -> None:
         sock, _ = self._listener.accept()
+        if len(self._selector.get_map()) >= _MOST_GUESTS:
+            sock.close()  # of open files there is an end
+            return
         sock.setblocking(False)  # whoever does not read or write must not hold up the others
         self._selector.register(sock, selectors.EVENT_READ)
 

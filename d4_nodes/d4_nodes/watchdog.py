@@ -6,22 +6,33 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 from d4_datasets.contract import Contract
 from d4_nodes.guard import Guard
+from d4_nodes.inbox import Inbox
 from d4_nodes.report import Report
 
-_PERIODS = 2.0
+_LOOKS = 8  # a period
+_STILL = 0.75  # periods: a loop goes round more often
+_SILENT = 1.75  # periods: with the time between two looks, less than the two that are promised
 
 
 class Driver(Protocol):
-    """What sends commands from a thread of its own: `d4_nodes.loop.Loop`, `d4_nodes.relay.Relay`."""
+    """What sends commands from a thread of its own: `d4_nodes.loop.Loop`, `d4_nodes.relay.Relay`.
+
+    Attributes:
+        state: for people: `driving`, `waiting`, or the guard's rule that acts.
+        lock: guards `guard` against other threads.
+    """
 
     contract: Contract
     guard: Guard
+    inbox: Inbox
     report: Report
     lock: threading.RLock
+    state: str
 
     def run(self) -> None:
         """Go round until `stop`; then send the safety action, last of all."""
@@ -29,15 +40,24 @@ class Driver(Protocol):
     def stop(self) -> None:
         """Make `run` return."""
 
+    def tell(self, act: Callable[[Guard], None]) -> None:
+        """Tell the guard something, from any thread; what it forbids by that stops at once."""
+
     def beat_age_s(self) -> float:
         """Seconds since it last went round, 0 once it has ended as it was asked to."""
+
+    def silence_s(self) -> float:
+        """Seconds since it last sent anything."""
 
     def rest_from_outside(self, timeout_s: float) -> bool:
         """Send the safety action in place of a loop that stands still; False if it holds the lock."""
 
+    def abandon(self, timeout_s: float) -> bool:
+        """The same for the last time: whatever the loop sends if it wakes up later goes nowhere."""
+
 
 class Watchdog:
-    """Looks twice a period and acts when the loop has not gone round for two periods.
+    """Looks often, and acts when the loop does not go round and has sent nothing for nearly two periods.
 
     It can do nothing about a process that does not run at all: that is for the robot's own controller, whose
     command timeout must be set.
@@ -59,7 +79,8 @@ class Watchdog:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._ended.wait(self._period_s / 2):
-            if self._loop.beat_age_s() > _PERIODS * self._period_s:
+        while not self._ended.wait(self._period_s / _LOOKS):
+            is_still = self._loop.beat_age_s() > _STILL * self._period_s
+            if is_still and self._loop.silence_s() > _SILENT * self._period_s:
                 with contextlib.suppress(Exception):  # a failing middleware must not end the watching
                     self.count += self._loop.rest_from_outside(self._period_s)

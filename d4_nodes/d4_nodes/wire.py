@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,12 +187,18 @@ def connect(path: Path, timeout_s: float) -> socket.socket:
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sock.settimeout(timeout_s)
-    try:
-        sock.connect(str(path))
-    except OSError as error:
-        sock.close()
-        raise WireError(f"no inference server listens on {path} ({error.strerror or error})") from error
-    return sock
+    until = time.monotonic() + timeout_s
+    while True:
+        try:
+            sock.connect(str(path))
+            return sock
+        except OSError as error:
+            # a queue that is full answers so at once, whatever the time limit
+            if isinstance(error, BlockingIOError) and time.monotonic() < until:
+                time.sleep(0.005)
+                continue
+            sock.close()
+            raise WireError(f"no inference server listens on {path} ({error.strerror or error})") from error
 
 
 def default_socket(name: str) -> Path:

@@ -91,6 +91,11 @@ class Observation:
         """The column (vectors) or video (cameras) of this stream in a dataset."""
         return f"observation.images.{self.name}" if self.is_image else f"observation.{self.name}"
 
+    @property
+    def holds_for_ever(self) -> bool:
+        """Whether a sample counts until the next one comes, however long that is."""
+        return self.align.strategy == "hold" and self.align.tolerance_ns is None
+
 
 @dataclass(frozen=True)
 class Action:

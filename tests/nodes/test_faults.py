@@ -2,13 +2,16 @@
 
 import os
 import signal
+import threading
 import time
 
 import numpy as np
 import pytest
 
 from d4_nodes.bench import ServerProcess, image
+from d4_nodes.inbox import Inbox, Sample
 from d4_nodes.link import Link
+from d4_nodes.runner import Runner
 from d4_nodes.wire import WireError
 
 PERIOD_S = 0.05
@@ -201,8 +204,114 @@ def test_a_loop_that_stands_still_is_replaced_by_the_watchdog(rig) -> None:
 
     rig.loop._round = stuck
     rig.until(lambda: rig.watchdog.count > 0, 2)
-    assert rig.safe_after_s(since) < TWO_PERIODS_S + 0.05 + SLACK_S  # noticed after two periods
+    assert rig.safe_after_s(since) < TWO_PERIODS_S + SLACK_S
     rig.until_driving()
+
+
+def test_a_loop_that_hangs_right_before_it_sends_leaves_no_longer_pause(rig) -> None:
+    """The watchdog counted from the last round, and a command may have been due a moment later."""
+    check, hung = rig.guard.check, []
+
+    def stuck(values, now_ns):
+        if not hung:
+            hung.append(now_ns)
+            rig.loop.lock.release()  # it hangs before it has the lock
+            time.sleep(0.5)
+            rig.loop.lock.acquire()
+        return check(values, now_ns)
+
+    rig.motors.gaps = type(rig.motors.gaps)()
+    rig.guard.check = stuck
+    rig.until(lambda: rig.watchdog.count > 0, 2)
+    rig.until_driving()
+    assert rig.motors.gaps.largest < 1e9 * (TWO_PERIODS_S + SLACK_S)
+
+
+def test_what_a_loop_sends_after_it_was_given_up_goes_nowhere(rig, monkeypatch) -> None:
+    """A loop that woke up after the node was deactivated sent its command behind the last safety action."""
+    monkeypatch.setattr("d4_nodes.runner._PATIENCE_S", 0.2)
+    runner = Runner(rig.loop)
+    runner._thread, real = rig._thread, rig.loop._round
+
+    def stuck() -> None:
+        time.sleep(0.8)
+        rig.loop._round = real
+        real()
+
+    rig.loop._round = stuck
+    time.sleep(0.1)
+    runner._watchdog.start()
+    assert not runner.stop()
+    count = len(rig.motors.commands)
+    assert rig.motors.commands[-1][1]
+    rig._thread.join(5)
+    assert len(rig.motors.commands) == count
+    assert runner.rules()
+
+
+def test_a_report_is_written_although_a_loop_holds_its_lock(rig, monkeypatch) -> None:
+    monkeypatch.setattr("d4_nodes.runner._PATIENCE_S", 0.1)
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with rig.loop.lock:
+            held.set()
+            release.wait(5)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(5)
+    try:
+        assert "limit" in Runner(rig.loop).rules()
+    finally:
+        release.set()
+        holder.join()
+
+
+def test_a_server_that_lives_but_never_answers_is_lost_and_found_again(rig, monkeypatch) -> None:
+    """Its heartbeat went on, and the loop waited for its answer for ever."""
+    monkeypatch.setattr("d4_nodes.link._PATIENCE_S", 0.4)
+    rig.faults.write_text("sleep 1.5")
+    assert rig.until_safe() == "fault"
+    rig.faults.unlink()
+    rig.until(lambda: rig.report.reasons["the server was lost"] > 0, 5)
+    rig.until_driving()
+
+
+def test_a_vector_that_comes_after_its_picture_is_waited_for(rig) -> None:
+    """The sample before was taken, the importer took this one."""
+    seen = []
+    submit = Link.submit
+
+    def note(link, task, reset, previous):
+        seen.append(float(link.vectors["joints"][0]))
+        return submit(link, task, reset, previous)
+
+    def late(stamp, number):
+        rig.loop.put("eye", stamp, rig.camera._pictures[number % 8])
+        time.sleep(0.004)
+        rig.loop.put("joints", stamp, np.array([number, 0.0], np.float32))
+        sent.append(number)
+
+    sent: list[int] = []
+    rig.camera._take = late
+    time.sleep(0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Link, "submit", note)
+        time.sleep(0.6)
+    assert len(seen) > 6
+    assert np.all(np.diff(seen) >= 1)
+    assert abs(seen[-1] - sent[-1]) <= 1
+    assert seen[0] in sent
+
+
+def test_a_vector_that_holds_for_ever_holds_over_a_jump_of_the_clock(contract) -> None:
+    inbox = Inbox(("goal", "eye"))
+    for name in inbox.names:
+        inbox.keep(name, Sample(5 * 10**9, 5 * 10**9, name))
+    inbox.clear(held=("goal",))
+    assert inbox.at("goal", 1).message == "goal"
+    assert inbox.newest("eye") is None
 
 
 def test_an_error_in_the_loop_is_no_end(rig) -> None:

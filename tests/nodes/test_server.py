@@ -90,7 +90,10 @@ def test_the_command_serves_until_it_is_told_to_stop(folder, tmp_path) -> None:
         link = Link(path, contract)
         assert link.card["leads"] == 3
         assert link.card["weights"] == server.ready["weights"]
-        measured = activation.measure(link, contract, source=(90, 160), transport_ms=2.0, count=10)
+        taken = []
+        pictures = {"eye": lambda: taken.append(1) or np.zeros((90, 160, 3), np.uint8)}
+        measured = activation.measure(link, contract, pictures, transport_ms=2.0, count=10)
+        assert len(taken) > 10
         assert 0 < measured.p50 <= measured.p99
         assert measured.budget == contract.latency_ms - 2.0
         time.sleep(0.05)

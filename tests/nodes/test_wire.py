@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d4_nodes import wire
+from d4_nodes import memory, wire
+from d4_nodes.memory import Memory
 from d4_nodes.wire import Kind, Message, WireError
 
 messages = st.builds(Message, st.sampled_from(Kind), st.integers(0, 2**64 - 1), st.binary(max_size=300))
@@ -120,3 +121,23 @@ def test_the_socket_is_for_this_user_alone(tmp_path) -> None:
 def test_nobody_listens(tmp_path) -> None:
     with pytest.raises(WireError, match="no inference server"):
         wire.connect(tmp_path / "none.sock", 0.1)
+
+
+def test_memory_that_the_other_side_could_shrink_is_refused(tmp_path, contract) -> None:
+    """Reading what is not there any more is no exception but the end of the process."""
+    fields = memory.layout(contract, 2)
+    open_ended = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.truncate(open_ended, 1 << 20)
+    plain = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    os.truncate(plain, 1 << 20)
+    for descriptor in (open_ended, plain):
+        with pytest.raises(ValueError, match="shrink"):
+            Memory(fields, descriptor)
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(descriptor)
+    ours = Memory(fields)
+    theirs = Memory(fields, os.dup(ours.descriptor))
+    theirs["reward"][...] = 3.0
+    assert ours["reward"] == 3.0
+    theirs.close()
+    ours.close()

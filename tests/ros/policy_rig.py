@@ -36,12 +36,12 @@ SLACK_S = 0.06  # of a machine that is busy, and of messages on their way
 class Server:
     """A scripted server process."""
 
-    def __init__(self, folder: Path, weights: str = "w0") -> None:
+    def __init__(self, folder: Path, weights: str = "w0", robot: Path = ROBOT) -> None:
         self.socket, self.faults = folder / "d4.sock", folder / "fault"
         command = [
             SERVER_PYTHON,
             str(NODES / "scripted_server.py"),
-            str(ROBOT),
+            str(robot),
             str(self.socket),
             str(self.faults),
         ]
@@ -89,6 +89,7 @@ class World:
         self.node = rclpy.create_node("world", context=self.context, namespace=namespace)
         self.target, self.simulated = node, simulated
         self.offset_ns, self.pause, self.freeze, self.encoding = 0, False, False, "rgb8"
+        self.say_joints = True
         self.size = (8, 12)
         self.twists: list[tuple[int, float, float]] = []
         self.arms: list[tuple[int, float]] = []
@@ -150,13 +151,18 @@ class World:
         """Joints and a picture, captured now."""
         height, width = self.size
         sec, nanosec = divmod(self.now(), 10**9)
-        joints = JointState(name=["b", "a"], position=[0.1, 0.2])
-        joints.header.stamp.sec, joints.header.stamp.nanosec = sec, nanosec
-        self.joints.publish(joints)
+        if self.say_joints:
+            self.joints.publish(self.joint_state(sec, nanosec))
         image = Image(height=height, width=width, step=3 * width, encoding=self.encoding)
         image.data = np.resize(noise, height * width * 3).tobytes()
         image.header.stamp.sec, image.header.stamp.nanosec = sec, nanosec
         self.eye.publish(image)
+
+    @staticmethod
+    def joint_state(sec: int, nanosec: int) -> JointState:
+        joints = JointState(name=["b", "a"], position=[0.1, 0.2])
+        joints.header.stamp.sec, joints.header.stamp.nanosec = sec, nanosec
+        return joints
 
     def _on_twist(self, msg: Twist) -> None:
         self.twists.append((time.time_ns(), msg.linear.x, msg.angular.z))

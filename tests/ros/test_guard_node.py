@@ -249,3 +249,23 @@ def test_by_the_clock_of_a_simulation(make):
     policy.pause = False
     world.until_state("driving")
     assert "jumped" in process.said()
+
+
+def test_the_emergency_stop_outlives_cleanup_and_is_heard_before_configuring(make):
+    """The policy node kept a stop, this one forgot it when it was cleaned up."""
+    _, world, _ = make()
+    assert world.state() == "unconfigured"
+    world.until(lambda: world.stop.get_subscription_count() > 0)
+    world.stop.publish(Bool(data=True))
+    time.sleep(0.3)
+    for _ in range(2):
+        assert world.configure()
+        assert world.activate()
+        world.until_state("emergency_stop")
+        assert all(x == 0 for _, x, _ in world.twists)
+        assert world.deactivate()
+        assert world.cleanup()
+    assert world.call(Trigger, "guard/reset_stop", Trigger.Request()).success
+    assert world.configure()
+    assert world.activate()
+    world.until_state("driving")

@@ -109,8 +109,11 @@ def test_refusals(node, client):
     assert result.reason == "refused"
     assert "'dance' is not among the tasks of the contract: toy" in result.message
     assert world.state() == "inactive"  # it was configured to find that out
-    assert world.set("contract", "/nowhere.yaml")[0]
+    ok, reason = world.set("contract", "/nowhere.yaml")
+    assert not ok
+    assert reason == "contract cannot change while the node is configured"
     assert world.cleanup()
+    assert world.set("contract", "/nowhere.yaml")[0]
     result = client.run(TASK, timeout_s=1.0)
     assert result.reason == "refused"
     assert "cannot be configured: cannot read the contract /nowhere.yaml" in result.message

@@ -14,10 +14,12 @@ pytestmark = pytest.mark.ros
 from d4_interfaces.srv import SetTask  # noqa: E402
 from lifecycle_msgs.msg import Transition  # noqa: E402
 from lifecycle_msgs.srv import ChangeState  # noqa: E402
-from policy_rig import SLACK_S, TWO_PERIODS_S, PolicyProcess, Server, World  # noqa: E402
-from sensor_msgs.msg import Joy  # noqa: E402
+from policy_rig import ROBOT, SLACK_S, TWO_PERIODS_S, PolicyProcess, Server, World  # noqa: E402
+from sensor_msgs.msg import JointState, Joy  # noqa: E402
 from std_msgs.msg import Bool  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
+
+from d4_nodes.ros import qos  # noqa: E402
 
 
 @pytest.fixture
@@ -377,3 +379,39 @@ def test_the_emergency_stop_outlives_cleanup_and_is_heard_before_configuring(mak
     assert world.configure()
     assert world.activate()
     world.until_state("driving")
+
+
+def test_it_speaks_while_a_simulation_is_paused(make):
+    """Status and diagnostics went by the simulation's clock: a paused robot looked like a dead one."""
+    _, world = make("-p", "use_sim_time:=true", simulated=True)
+    assert world.configure()
+    world.simulated = False  # the clock stands
+    world.pause = True
+    time.sleep(0.3)
+    seen = len(world.status)
+    world.diagnostics.clear()
+    world.until(lambda: len(world.status) > seen + 1, 3)
+    world.until(lambda: "policy: commands" in world.diagnostics, 3)
+    ok, reason = world.set("use_sim_time", False)
+    assert not ok
+    assert "when the node starts" in reason
+
+
+def test_a_vector_that_was_said_once_before_the_node_began(make, server, tmp_path):
+    """A latched topic never reached the node: its subscription was a volatile one."""
+    contract, text = tmp_path / "latched.yaml", ROBOT.read_text()
+    joints = text[text.index("{name: joints") : text.index("actions:")]
+    contract.write_text(text.replace(joints, joints.replace(", tolerance_ms: 75", "")))
+    server.kill()
+    again = Server(tmp_path, robot=contract)
+    try:
+        _, world = make("-p", f"contract:={contract}")
+        world.say_joints = False
+        latched = world.node.create_publisher(JointState, "joints", qos.LATCHED)
+        latched.publish(world.joint_state(*divmod(world.now(), 10**9)))
+        time.sleep(0.3)
+        assert world.configure()
+        assert world.activate()
+        world.until_state("driving")
+    finally:
+        again.kill()

@@ -36,6 +36,7 @@ def pick_decoder(which: str) -> tuple[Decoder, str]:
         return messages.decode, "opencv"
     why = _why_not()
     if not why:
+        _bridge()  # now, not while the first picture waits for it
         return _decode, "cv_bridge"
     if which == "cv_bridge":
         raise UserError(f"cv_bridge does not work here: {why}; set image_decoder to opencv")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from d4_nodes.parameters import Parameter
 
 PARAMETERS = (
-    Parameter("contract", "", "robot.yaml that the policy was trained with"),
-    Parameter("socket", "", "socket of the inference server; empty: where d4-serve listens by default"),
-    Parameter("server_wait_s", 60.0, "how long configuring waits for the inference server, s", (0, 3600)),
-    Parameter("task", "", "a task of the contract; empty: its first"),
+    Parameter("contract", "", "robot.yaml that the policy was trained with", fixed="configured"),
+    Parameter("socket", "", "socket of the inference server; empty: where d4-serve listens by default",
+              fixed="configured"),
+    Parameter("server_wait_s", 60.0, "how long configuring waits for the inference server, s", (0, 3600),
+              fixed="configured"),
+    Parameter("task", "", "a task of the contract; empty: its first", fixed="never"),
     Parameter("shadow", False, "compute and report everything, send nothing"),
     Parameter("allow_slow", False, "activate although decisions take longer than the contract's latency_ms"),
     Parameter("guard", True, "check every command; without it only the emergency stop works"),
@@ -18,20 +20,20 @@ PARAMETERS = (
     Parameter("frozen_frames", 2, "a camera that repeats a picture so often is frozen; 0: never", (0, 1000)),
     Parameter("ahead_ms", 20.0, "a stamp so far ahead of the clock is wrong, ms", (0, 10_000)),
     Parameter("watchdog_ms", 100.0, "oldest sign of life of the inference server, ms", (1, 10_000)),
-    Parameter("dead_man_button", -1, "button of `joy` to be held for commands to pass; -1: none", (-1, 63)),
+    Parameter("dead_man_button", -1, "button of `joy` to be held for commands to pass; -1: none", (-1, 63),
+              fixed="configured"),
     Parameter("dead_man_ms", 500.0, "it counts as released if `joy` is silent so long, ms", (1, 10_000)),
     Parameter("priority", 0, "SCHED_FIFO priority of the loop's thread; 0: the usual scheduler", (0, 99)),
     Parameter("cores", [-1], "run the loop's thread on these cores only; [-1]: on any"),
     Parameter("lock_memory", False, "keep the process in memory"),
-    Parameter("command_frame_id", "", "frame_id of commands that have a header"),
-    Parameter("image_decoder", "auto", "auto, opencv or cv_bridge; auto: cv_bridge where both agree"),
+    Parameter("command_frame_id", "", "frame_id of commands that have a header", fixed="configured"),
+    Parameter("image_decoder", "auto", "auto, opencv or cv_bridge; auto: cv_bridge where both agree",
+              fixed="configured"),
     Parameter("observation_deadline_ms", 0.0, "deadline requested of observations, ms; 0: none. From a "
-              "camera that offers none nothing is received if one is requested", (0, 60_000)),
-    Parameter("report_folder", "", "where reports go; empty: the ROS log folder"),
+              "camera that offers none nothing is received if one is requested", (0, 60_000),
+              fixed="configured"),
+    Parameter("report_folder", "", "where reports go; empty: the ROS log folder", fixed="never"),
     Parameter("missed_warn", 0.01, "share of late answers from which diagnostics warn", (0, 1)),
     Parameter("missed_error", 0.1, "share of late answers from which diagnostics are in error", (0, 1)),
     Parameter("rate_warn", 0.9, "diagnostics warn if a camera has less of the contract's rate", (0, 1)),
 )  # fmt: skip
-
-# read when the node is activated: changing them later would change nothing, and look as if it had
-FIXED_WHILE_ACTIVE = {p.name for p in PARAMETERS} - {"task", "report_folder"}

@@ -60,13 +60,27 @@ def subscription_events(topic: str, complain: Callable[[str], None]) -> Any:
     )
 
 
-def publisher_events(topic: str, complain: Callable[[str], None]) -> Any:
-    """Says when a subscriber asks for more than is offered, and when an own promise was broken."""
+def silent() -> Any:
+    """Says nothing: for a second subscription that need not fit every publisher."""
+    return SubscriptionEventCallbacks(use_default_callbacks=False)
+
+
+def offer_events(topic: str, complain: Callable[[str], None], **more: Any) -> Any:
+    """Says when a subscriber asks for more than is offered."""
     return PublisherEventCallbacks(
         incompatible_qos=lambda e: complain(
             f"{topic}: a subscriber asks for a quality of service that is not offered ({_policy(e)}): "
-            "it gets no commands; see qos_overrides"
+            "it gets nothing; see qos_overrides"
         ),
+        **more,
+    )
+
+
+def publisher_events(topic: str, complain: Callable[[str], None]) -> Any:
+    """The same, and when an own promise was broken."""
+    return offer_events(
+        topic,
+        complain,
         deadline=lambda e: complain(f"{topic}: own deadline missed {e.total_count} times"),
         liveliness=lambda e: complain(f"{topic}: own liveliness lost {e.total_count} times"),
     )

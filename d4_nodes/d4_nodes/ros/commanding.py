@@ -1,0 +1,237 @@
+"""What nodes share that command a robot: the guard and its latched stop, command topics, status, report.
+
+Everything that keeps a robot safe is here once, for the policy node and for the guard node alike.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from d4_interfaces.msg import PolicyStatus
+from rclpy.duration import Duration
+from sensor_msgs.msg import Joy
+from std_msgs.msg import Bool
+from std_srvs.srv import Trigger
+
+from d4_datasets.contract import Contract
+from d4_nodes.codec import Codec
+from d4_nodes.guard import RULES, Guard, GuardConfig, Verdict
+from d4_nodes.health import Thresholds
+from d4_nodes.parameters import Parameter
+from d4_nodes.ros import qos
+from d4_nodes.ros.lifecycle import Complaints, ManagedNode
+from d4_nodes.ros.shell import RosTypes, message_class
+from d4_nodes.runner import Realtime, Runner
+from d4_nodes.watchdog import Driver
+
+_Driver = TypeVar("_Driver", bound=Driver)
+_DELIVERY_S = 0.2
+
+
+class CommandingNode(ManagedNode, Generic[_Driver]):
+    """A node in which a guard has the last word on what a `Driver` sends.
+
+    Attributes:
+        runner: the driver's, None while nothing runs.
+        guard: of the contract the node is configured for.
+    """
+
+    def __init__(self, name: str, parameters: Sequence[Parameter]) -> None:
+        super().__init__(name, parameters)
+        self.runner: Runner[_Driver] | None = None
+        self.guard: Guard | None = None
+        self._stop_reason = ""  # outlives guards: a stop holds from the first moment of the node to its reset
+        self._publishers_of: dict[str, Any] = {}
+        self._said_state, self._status_due = "", 0.0
+        self._mention = Complaints(lambda text: self.get_logger().info(text), 1.0)
+        self._status = self.create_publisher(PolicyStatus, "~/status", qos.LATCHED)
+        self.create_service(Trigger, "~/stop", self._on_stop)
+        self.create_service(Trigger, "~/reset_stop", self._on_reset_stop)
+        self.create_subscription(Bool, "emergency_stop", self._on_emergency_stop, qos.EVENT)
+        # one that was pressed before this node began counts too
+        self.create_subscription(
+            Bool, "emergency_stop", self._on_emergency_stop, qos.LATCHED, event_callbacks=qos.silent()
+        )
+        self._every(0.05, self._on_status)
+
+    # -- transitions --
+
+    def _command(self, contract: Contract) -> None:
+        """Make the guard and the command topics."""
+        self._codec = Codec(contract, RosTypes(), self._get("command_frame_id"))
+        self.guard = Guard(contract, self._guard_config())
+        if self._stop_reason:
+            self.guard.stop(self._stop_reason)
+        if self._get("dead_man_button") >= 0:
+            self._listen("joy", "sensor_msgs/msg/Joy", self._on_joy, qos.EVENT)
+        profile = qos.command(None if self._is_simulated else contract.period_ns)
+        self._publishers_of = {
+            topic.name: self._publisher_for(
+                message_class(topic.type), topic.name, profile,
+                qos.publisher_events(topic.name, self._complain_driving),
+            )
+            for topic in self._codec.topics
+        }  # fmt: skip
+
+    def _run(self, driver: _Driver) -> None:
+        """Let a driver command the robot."""
+        cores = tuple(core for core in self._get("cores") if core >= 0)
+        settings = Realtime(priority=self._get("priority"), cores=cores, lock_memory=self._get("lock_memory"))
+        self.runner = Runner(driver, settings, lambda line: self.get_logger().info(line))
+        self.runner.start()
+
+    def _halt(self) -> None:
+        runner, self.runner = self.runner, None
+        if runner is None:
+            return
+        has_ended = runner.stop()
+        self._await_delivery()
+        folder = self._get("report_folder") or os.path.join(os.environ.get("ROS_LOG_DIR", "~/.ros/log"), "d4")
+        try:
+            path = runner.conclude(Path(folder).expanduser())
+            self.get_logger().info(f"report: {path}")
+        except OSError as error:
+            self.get_logger().error(f"the report cannot be written: {error}")
+        if has_ended:  # a thread that still runs still waits on it
+            runner.loop.inbox.close()
+
+    def _await_delivery(self) -> None:
+        """The safety action was last: see that it arrives before publishers fall silent."""
+        until = time.monotonic() + _DELIVERY_S
+        with contextlib.suppress(Exception):  # a failing middleware must not cost the report
+            for publisher in self._publishers_of.values():
+                publisher.wait_for_all_acked(Duration(seconds=max(0.0, until - time.monotonic())))
+
+    def _release(self) -> None:
+        super()._release()
+        self._publishers_of = {}
+        self.guard = None
+
+    # -- commands --
+
+    def _send(self, verdict: Verdict, now_ns: int) -> None:
+        """What moves the robot; called from the driver's thread, and from the watchdog's."""
+        assert self.guard is not None
+        if not self.guard.config.send:
+            return
+        for topic, message in self._codec.messages(verdict.values, verdict.send, now_ns):
+            self._publishers_of[topic].publish(message)
+
+    def _look_for_rivals(self) -> None:
+        """Who else commands the robot goes past the guard."""
+        for topic, publisher in self._publishers_of.items():
+            others = self.count_publishers(publisher.topic_name) - 1
+            if others > 0:
+                who = f"{others} other publishers command {topic}, past the {self.get_name()}"
+                self._complain(f"{who}: {self._advice(topic)}")
+
+    def _advice(self, topic: str) -> str:
+        """What to do about those who command a topic, too."""
+        return "which one does the robot obey?"
+
+    def _complain_driving(self, text: str) -> None:
+        """The promises of a command publisher count while commands are sent, not before the first."""
+        if self.runner is not None and self.runner.loop.report.counts["commands"] > 1:
+            self._complain(text)
+
+    # -- stop and dead-man switch --
+
+    def _on_emergency_stop(self, msg: Bool) -> None:
+        if msg.data:
+            self._stop("the topic emergency_stop says so")
+
+    def _on_stop(self, request: Any, response: Any) -> Any:
+        self._stop("the service stop was called")
+        response.success, response.message = True, "stopped; ~/reset_stop releases it"
+        return response
+
+    def _on_reset_stop(self, request: Any, response: Any) -> Any:
+        self._stop_reason = ""
+        self._tell(lambda guard: guard.reset_stop())
+        response.success, response.message = True, "released"
+        return response
+
+    def _stop(self, reason: str) -> None:
+        self._stop_reason = self._stop_reason or reason
+        self.get_logger().warning(f"emergency stop: {reason}")
+        self._tell(lambda guard: guard.stop(reason))
+
+    def _on_joy(self, msg: Joy) -> None:
+        button = self._get("dead_man_button")
+        held = 0 <= button < len(msg.buttons) and bool(msg.buttons[button])
+        self._tell(lambda guard: guard.switch(held, self._now()))
+
+    def _tell(self, act: Callable[[Guard], None]) -> None:
+        """Tell the guard something, if there is one; under the driver's lock while that runs."""
+        if self.runner is not None:
+            self.runner.loop.tell(act)
+        elif self.guard is not None:
+            act(self.guard)
+
+    # -- parameters --
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a driver commands the robot."""
+        return self.runner is not None
+
+    @property
+    def _is_simulated(self) -> bool:
+        return bool(self._get("use_sim_time"))
+
+    def _guard_config(self, **more: Any) -> GuardConfig:
+        return GuardConfig(
+            enabled=self._get("guard"), frozen_frames=self._get("frozen_frames"),
+            ahead_ms=self._get("ahead_ms"), dead_man=self._get("dead_man_button") >= 0,
+            dead_man_ms=self._get("dead_man_ms"), send=not self._get("shadow"), **more,
+        )  # fmt: skip
+
+    def _thresholds(self) -> Thresholds:
+        return Thresholds(
+            missed_warn=self._get("missed_warn"), missed_error=self._get("missed_error"),
+            rate_warn=self._get("rate_warn"),
+        )  # fmt: skip
+
+    # -- what it says --
+
+    def _log_driver(self, line: str) -> None:
+        if line.startswith("safety action"):
+            self._complain(line)
+        else:
+            self._mention(line)
+
+    @property
+    def state(self) -> str:
+        """As in PolicyStatus."""
+        return "inactive" if self.runner is None else self.runner.loop.state
+
+    def _on_status(self) -> None:
+        state, now = self.state, time.monotonic()
+        if state == self._said_state and now < self._status_due:
+            return
+        self._said_state, self._status_due = state, now + 0.5
+        self._status.publish(self._make_status(state))
+
+    def _make_status(self, state: str) -> PolicyStatus:
+        msg = PolicyStatus(state=state, reason=self.refusal)
+        msg.header.stamp = self.get_clock().now().to_msg()
+        if self.runner is None or self.guard is None:
+            return msg
+        report = self.runner.loop.report
+        if state in RULES:
+            msg.reason = self.guard.tally[state].reason
+        msg.shadow = not self.guard.config.send
+        msg.commands, msg.missed = report.counts["commands"], report.counts["missed"]
+        msg.safe, msg.rate_hz = report.counts["safe"], report.achieved_hz
+        self._tell_more(msg, self.runner.loop)
+        return msg
+
+    @abc.abstractmethod
+    def _tell_more(self, msg: PolicyStatus, driver: _Driver) -> None:
+        """What this kind of node adds to the status of a running driver."""
