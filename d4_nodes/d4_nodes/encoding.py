@@ -22,7 +22,7 @@ import numpy as np
 
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
-from d4_datasets.messages import decode, resize
+from d4_datasets.messages import decode, look
 from d4_nodes.health import ERROR, OK, WARN, Finding
 from d4_nodes.inbox import Sample, inbox_of
 from d4_nodes.link import Encoded, TokenizerLink
@@ -191,7 +191,7 @@ class Encoding:
         began = time.monotonic_ns()
         try:
             picture = link.cameras[self._camera.name]
-            picture[...] = resize(self._decode(sample.message), picture.shape[:2])
+            picture[...] = look(sample.message, picture.shape[:2], self._camera.depth_m, self._decode)
             for name, target in link.vectors.items():
                 target[...] = self._vector(name, sample.stamp_ns)
         except (UserError, ValueError, TypeError, AttributeError, cv2.error) as error:

@@ -24,7 +24,7 @@ import numpy as np
 
 from d4_datasets.contract import Align, Contract
 from d4_datasets.errors import UserError
-from d4_datasets.messages import decode, resize
+from d4_datasets.messages import decode, look
 from d4_nodes.guard import Guard, Verdict
 from d4_nodes.inbox import Inbox, Sample
 from d4_nodes.link import Link, Reply
@@ -122,6 +122,7 @@ class Loop:
         self._send, self._connect, self._clock, self._log = send, connect, clock, log
         self._decode, self.reward = decode, 0.0
         self._camera = contract.images[0].name
+        self._depth_m = {camera.name: camera.depth_m for camera in contract.images}
         self._held = tuple(s.name for s in contract.observations if s.holds_for_ever)
         self._longest = {s.name: _longest(s.align, contract.period_ns) for s in contract.observations}
         left = contract.latency_ns // 2
@@ -428,7 +429,8 @@ class Loop:
             try:
                 if name in self._link.cameras:
                     self._look(name, sample)
-                    target[...] = resize(self._decode(sample.message), target.shape[:2])
+                    depth_m = self._depth_m[name]
+                    target[...] = look(sample.message, target.shape[:2], depth_m, self._decode)
                 elif np.isfinite(sample.message).all():
                     target[...] = sample.message
                 else:

@@ -67,6 +67,8 @@ class Align:
 class Observation:
     """One observed stream: a camera (`size` = height, width) or a vector (`select` = field paths).
 
+    depth_m: of a depth camera the nearest and farthest metres that its pictures tell apart; see
+      `stills.shade`. None for cameras that see colours or grey.
     lerobot: the features, or elements of features, of other people's LeRobotDatasets that it is read from,
       here and everywhere below; empty for those of the same name.
     """
@@ -80,6 +82,7 @@ class Observation:
     units: tuple[str, ...] = ()
     role: str = "input"
     lerobot: tuple[str, ...] = ()
+    depth_m: tuple[float, float] | None = None
 
     @property
     def is_image(self) -> bool:
@@ -457,6 +460,15 @@ def _size(node: _Node) -> tuple[int, int]:
     return size[0], size[1]
 
 
+def _depth(node: _Node) -> tuple[float, float] | None:
+    if (given := node.take("depth_m", None)) is None:
+        return None
+    values = [node._number("depth_m", value) for value in given] if isinstance(given, list) else []
+    if len(values) != 2 or not 0 <= values[0] < values[1]:
+        raise node.error("depth_m", f"must be [nearest, farthest] in metres, not {given!r}")
+    return values[0], values[1]
+
+
 def _observation(node: _Node) -> Observation:
     name, topic, kind = node.word("name"), node.topic(), node.type()
     camera = kind in IMAGE_TYPES
@@ -466,9 +478,10 @@ def _observation(node: _Node) -> Observation:
     role = node.choice("role", ROLES, "input")
     if camera and role != "input":
         raise node.error("role", "a camera is always an input; only vectors can be probes")
+    depth = _depth(node) if camera else None
     features = node.features(max(1, len(select)))
     align = _align(node, camera=camera)
-    stream = Observation(name, topic, kind, align, size, select, units, role, features)
+    stream = Observation(name, topic, kind, align, size, select, units, role, features, depth)
     node.finish()
     return stream
 

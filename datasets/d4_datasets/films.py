@@ -129,6 +129,9 @@ class Film:
         self.notes: list[str] = []
         self.table = self._read_table()
         self.footage = {name: self._footage(place) for name, place in self.parts.cameras.items()}
+        for camera in contract.images:
+            if isinstance(pictures := self.footage[camera.name], PictureFolder):
+                pictures.depth_m = camera.depth_m
         self.numbers = self._numbers()
 
     @property

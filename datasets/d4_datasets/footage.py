@@ -20,17 +20,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import av
-import cv2
 import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from d4_datasets.aligned import ahead
 from d4_datasets.errors import UserError
+from d4_datasets.stills import MOST_PIXELS, Range, decode_still
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MOST_PIXELS = 1 << 26  # of one picture, 8192 x 8192: a header that says more is damaged or means harm
 _LARGE = 1 << 20  # pixels
 _MOST_BYTES = 1 << 28  # of one picture file
 _FASTEST_HZ = 2000.0  # pictures per second above which stamps are broken
@@ -381,6 +380,8 @@ def _nanoseconds(pts: np.ndarray, base: Any) -> np.ndarray:
 class PictureFolder:
     """Picture files `names` in `folder`, of which number n was taken at `stamps[n]` ns, in any order."""
 
+    depth_m: Range | None = None  # of a depth camera, see `stills`
+
     def __init__(self, folder: Path, names: Sequence[str], stamps: np.ndarray) -> None:
         self.path, self.warnings = folder, []
         order = np.argsort(stamps, kind="stable")
@@ -399,7 +400,7 @@ class PictureFolder:
         good = np.ones(len(self.names), bool)
         for number in np.flatnonzero(wanted):
             try:
-                picture = read_picture(self.path / self.names[number])
+                picture = read_picture(self.path / self.names[number], self.depth_m)
             except UserError as error:
                 good[number] = False
                 self.warnings.append(f"{error}; it is left out")
@@ -427,67 +428,15 @@ def _part(text: str) -> tuple[int, int, str]:
     return (0, int(text), "") if text.isascii() and text.isdigit() and len(text) < 1000 else (1, 0, text)
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """A png, jpeg or webp file, RGB uint8 [H, W, 3], turned as its metadata say.
+def read_picture(path: Path, depth_m: Range | None = None) -> np.ndarray:
+    """A png, jpeg or webp file, RGB uint8 [H, W, 3], turned as its metadata say; `depth_m` as in `stills`.
 
     Raises:
         UserError: it is none, damaged, cut off, or too large.
     """
     if path.stat().st_size > _MOST_BYTES:
         raise UserError(f"{path} has more than {_MOST_BYTES >> 20} MiB")
-    data = path.read_bytes()
-    size = picture_size(data)
-    if size is None:
-        raise UserError(f"{path} is no whole png, jpeg or webp picture")
-    if size[0] * size[1] > MOST_PIXELS:
-        raise UserError(f"{path} says that it has {size[1]} x {size[0]} pixels, which is too many")
-    bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    if bgr is None:
-        raise UserError(f"{path} is damaged")
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
-
-
-def picture_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) that the header of a png, jpeg or webp file says; None if it is none, or is cut off.
-
-    OpenCV believes headers, however large, and fills what is missing with grey.
-    """
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        whole = len(data) >= 45 and b"IEND" in data[-64:]
-        return (_big(data[20:24]), _big(data[16:20])) if whole else None
-    if data[:2] == b"\xff\xd8":
-        return _jpeg_size(data)
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30:
-        return _webp_size(data) if len(data) >= 8 + _little(data[4:8]) else None
-    return None
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    place = 2
-    while place + 9 < len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            # The mark of the end behind it: one before it may be that of a thumbnail.
-            size = _big(data[place + 5 : place + 7]), _big(data[place + 7 : place + 9])
-            return size if data.find(b"\xff\xd9", place) > 0 else None
-        alone = marker in (0x01, 0xFF) or 0xD0 <= marker <= 0xD8
-        place += (1 if marker == 0xFF else 2) if alone else 2 + _big(data[place + 2 : place + 4])
-    return None
-
-
-def _webp_size(data: bytes) -> tuple[int, int] | None:
-    kind = data[12:16]
-    if kind == b"VP8X":
-        return 1 + _little(data[27:30]), 1 + _little(data[24:27])
-    if kind == b"VP8L":
-        bits = _little(data[21:25])
-        return 1 + (bits >> 14 & 0x3FFF), 1 + (bits & 0x3FFF)
-    return (_little(data[28:30]) & 0x3FFF, _little(data[26:28]) & 0x3FFF) if kind == b"VP8 " else None
-
-
-def _big(data: bytes) -> int:
-    return int.from_bytes(data, "big")
-
-
-def _little(data: bytes) -> int:
-    return int.from_bytes(data, "little")
+    try:
+        return decode_still(path.read_bytes(), depth_m, upright=True)
+    except ValueError as error:
+        raise UserError(f"{path} is no picture that can be read: {error}") from None

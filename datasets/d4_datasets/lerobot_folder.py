@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import av
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from d4_datasets.errors import UserError
+from d4_datasets.stills import decode_still
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 PICTURES = ("video", "image")  # the dtypes of features that hold pictures
@@ -381,7 +381,7 @@ def _still(cell: Any, root: Path, where: str) -> np.ndarray:
         data = path.read_bytes()
     if not isinstance(data, bytes):
         raise UserError(f"{where} has no picture; copy the dataset again")
-    bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if bgr is None:
-        raise UserError(f"{where} cannot be decoded; copy the dataset again")
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+    try:
+        return decode_still(data)
+    except ValueError as error:
+        raise UserError(f"{where} cannot be decoded: {error}; copy the dataset again") from None

@@ -7,12 +7,14 @@ live what it saw in training. Messages are read by `getattr` only: those of rosb
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import cv2
 import numpy as np
 
 from d4_datasets.errors import UserError
+from d4_datasets.stills import Range, decode_raw_still, decode_still, shade
 
 # encoding -> (bytes per channel, channels, OpenCV conversion to RGB or None). 16-bit values keep their high
 # byte.
@@ -31,11 +33,21 @@ _ENCODINGS: dict[str, tuple[int, int, int | None]] = {
     "bgra16": (2, 4, cv2.COLOR_BGRA2RGB),
     "mono16": (2, 1, cv2.COLOR_GRAY2RGB),
     "16UC1": (2, 1, cv2.COLOR_GRAY2RGB),
+    "16UC3": (2, 3, cv2.COLOR_BGR2RGB),
+    "16UC4": (2, 4, cv2.COLOR_BGRA2RGB),
+    "32FC1": (4, 1, None),
     "yuv422": (1, 2, cv2.COLOR_YUV2RGB_UYVY),
     "uyvy": (1, 2, cv2.COLOR_YUV2RGB_UYVY),
     "yuv422_yuy2": (1, 2, cv2.COLOR_YUV2RGB_YUYV),
     "yuyv": (1, 2, cv2.COLOR_YUV2RGB_YUYV),
 }
+_PLANAR = {"nv12": cv2.COLOR_YUV2RGB_NV12, "nv21": cv2.COLOR_YUV2RGB_NV21}
+_METRES = {"16UC1": 0.001, "mono16": 0.001, "32FC1": 1.0}  # in one unit of a depth camera
+_DEPTH_HEAD = 12  # bytes before the png of a compressedDepth image
+_NEEDS_RANGE = (
+    "a picture of floats (32FC1) is depth; write the range that counts to the camera in the contract, as in "
+    "`depth_m: [0.3, 6]`"
+)
 # OpenCV names a Bayer pattern by its second row, ROS by its first.
 _BAYER = {
     "bayer_rggb": cv2.COLOR_BayerBG2RGB,
@@ -54,15 +66,28 @@ def stamp_ns(msg: Any) -> int | None:
     return None if header is None else header.stamp.sec * 1_000_000_000 + header.stamp.nanosec
 
 
-def decode(msg: Any) -> np.ndarray:
+def decode(msg: Any, depth_m: Range | None = None) -> np.ndarray:
     """The picture in an Image or CompressedImage message, RGB uint8 [H, W, 3].
+
+    Args: depth_m: nearest and farthest metres of a depth camera, from the contract: depth becomes grey as
+        `stills.shade` says. Pictures of 8 bits are taken as they are.
 
     Raises UserError if the encoding is not supported or the data is damaged or too short.
     """
-    return _decode_raw(msg) if hasattr(msg, "encoding") else _decode_compressed(msg)
+    return _decode_raw(msg, depth_m) if hasattr(msg, "encoding") else _decode_compressed(msg, depth_m)
 
 
-def resize(rgb: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def look(
+    msg: Any,
+    size: tuple[int, ...],
+    depth_m: Range | None = None,
+    decoder: Callable[[Any], np.ndarray] = decode,
+) -> np.ndarray:
+    """The picture in a message at `size` (height, width): by `decoder`, but for depth cameras (`decode`)."""
+    return resize(decoder(msg) if depth_m is None else decode(msg, depth_m), size)
+
+
+def resize(rgb: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """`rgb` [H, W, 3] at `size` (height, width): area averaging when it shrinks, linear when it grows."""
     height, width = size
     if rgb.shape[:2] == size:
@@ -71,29 +96,21 @@ def resize(rgb: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
-def _decode_raw(msg: Any) -> np.ndarray:
+def _decode_raw(msg: Any, depth_m: Range | None) -> np.ndarray:
     """sensor_msgs/Image: `step` bytes a row, of which the row's pixels come first."""
+    if msg.encoding in _PLANAR:
+        return _decode_planar(msg)
     if msg.encoding not in _ENCODINGS:
-        known = ", ".join(sorted(_ENCODINGS))
+        known = ", ".join(sorted([*_ENCODINGS, *_PLANAR]))
         raise UserError(f"the image encoding {msg.encoding!r} is not supported; supported are {known}")
     depth, channels, conversion = _ENCODINGS[msg.encoding]
-    height, width, step = int(msg.height), int(msg.width), int(msg.step)
-    row = width * channels * depth
-    data = np.frombuffer(msg.data, np.uint8)
-    if height == 0 or width == 0:
-        raise UserError(f"an image of {height} x {width} pixels is empty")
-    if step < row:
-        raise UserError(
-            f"an image {width} pixels wide in {msg.encoding} needs {row} bytes a row, its step is {step}"
-        )
-    if len(data) < step * height:
-        raise UserError(
-            f"the image data is cut off: {len(data)} bytes of {step * height} ({height} rows of {step})"
-        )
-    rows = data[: step * height].reshape(height, step)[:, :row]
+    width = int(msg.width)
+    rows = _rows(msg, width * channels * depth, int(msg.height))
+    if msg.encoding in _METRES and (depth_m is not None or depth == 4):
+        return _decode_depth(rows, _METRES[msg.encoding], bool(msg.is_bigendian), depth_m)
     if depth == 2:
         rows = rows[:, 0::2] if msg.is_bigendian else rows[:, 1::2]
-    pixels = np.ascontiguousarray(rows).reshape(height, width, channels)
+    pixels = np.ascontiguousarray(rows).reshape(-1, width, channels)
     if conversion is None:
         return pixels
     if width % 2 and conversion in (cv2.COLOR_YUV2RGB_UYVY, cv2.COLOR_YUV2RGB_YUYV):
@@ -101,26 +118,84 @@ def _decode_raw(msg: Any) -> np.ndarray:
     return cv2.cvtColor(pixels, conversion)
 
 
-def _decode_compressed(msg: Any) -> np.ndarray:
+def _rows(msg: Any, row: int, count: int) -> np.ndarray:
+    """`count` rows of `row` bytes without what pads them, uint8 [count, row]."""
+    height, width, step = int(msg.height), int(msg.width), int(msg.step)
+    data = np.frombuffer(msg.data, np.uint8)
+    if height == 0 or width == 0:
+        raise UserError(f"an image of {height} x {width} pixels is empty")
+    if step < row:
+        raise UserError(
+            f"an image {width} pixels wide in {msg.encoding} needs {row} bytes a row, its step is {step}"
+        )
+    if len(data) < step * count:
+        raise UserError(
+            f"the image data is cut off: {len(data)} bytes of {step * count} ({count} rows of {step})"
+        )
+    return data[: step * count].reshape(count, step)[:, :row]
+
+
+def _decode_planar(msg: Any) -> np.ndarray:
+    """A plane of brightness with one byte a pixel, then one of colours at half the height."""
+    height, width = int(msg.height), int(msg.width)
+    if height % 2 or width % 2:
+        raise UserError(
+            f"an image in {msg.encoding} must have an even number of rows and columns, not {height} x {width}"
+        )
+    planes = _rows(msg, width, height * 3 // 2)
+    return cv2.cvtColor(np.ascontiguousarray(planes), _PLANAR[msg.encoding])
+
+
+def _decode_depth(rows: np.ndarray, unit: float, bigendian: bool, depth_m: Range | None) -> np.ndarray:
+    """Depth pixels in rows of bytes, in `unit` metres."""
+    if depth_m is None:
+        raise UserError(_NEEDS_RANGE)
+    kind = np.dtype("u2" if unit < 1 else "f4").newbyteorder(">" if bigendian else "<")
+    values = np.ascontiguousarray(rows).view(kind).astype(np.float32)
+    return shade(values * np.float32(unit), depth_m)
+
+
+def _decode_compressed(msg: Any, depth_m: Range | None) -> np.ndarray:
     """sensor_msgs/CompressedImage: whatever still-picture format OpenCV knows, by its content."""
     # "rgb8; jpeg compressed bgr8": the camera's encoding; the codec and the channel order the codec was
     # given.
-    given = msg.format.partition(";")[2]
+    _, _, given = msg.format.partition(";")
     data = np.frombuffer(msg.data, np.uint8)
-    if "compressedDepth" in msg.format:
+    try:
+        if "compressedDepth" in given:
+            return _decode_compressed_depth(msg.format, data, depth_m)
+        rgb = decode_still(data, depth_m)
+    except ValueError as error:
         raise UserError(
-            f"the image format {msg.format!r} is not supported; record the depth image raw instead"
-        )
-    if data[:2].tobytes() == b"\xff\xd8" and b"\xff\xd9" not in data.tobytes():
-        # OpenCV would fill the missing rows with grey and say nothing.
-        raise UserError(f"a jpeg image of {len(data)} bytes is cut off")
-    # A file's own rotation flag is ignored, as the ROS decoder does. To BGR, which every OpenCV can: the
-    # robot's may be years older than the importer's.
-    bgr = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if len(data) else None
-    if bgr is None:
-        raise UserError(
-            f"an image of format {msg.format!r} ({len(data)} bytes) cannot be decoded; "
-            "it is damaged or no still-picture format such as jpeg or png"
-        )
-    # The codec takes its input for BGR. Given RGB it stored the colours swapped, so what comes out is RGB.
-    return bgr if "compressed rgb" in given else cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+            f"an image of format {msg.format!r} ({len(data)} bytes) cannot be decoded: {error}"
+        ) from None
+    # The codec takes its input for BGR. Given RGB it stored the colours swapped.
+    return np.ascontiguousarray(rgb[..., ::-1]) if "compressed rgb" in given else rgb
+
+
+def _decode_compressed_depth(format: str, data: np.ndarray, depth_m: Range | None) -> np.ndarray:
+    """A 16-bit png behind 12 bytes: what it is (4 bytes), and the two numbers that turn what stands in it
+    into metres where the camera gave floats (32FC1): metres = a / (pixel - b). Raises ValueError.
+    """
+    if "rvl" in format:
+        raise ValueError("rvl is not supported; set the publisher's compressedDepth format to png")
+    if len(data) < _DEPTH_HEAD:
+        raise ValueError("it is cut off")
+    pixels = decode_raw_still(data[_DEPTH_HEAD:])
+    if pixels.dtype != np.uint16 or pixels.ndim != 2:
+        raise ValueError("it holds no 16-bit depth")
+    if not format.startswith("32FC1"):
+        return _decode_raw_16(pixels, depth_m)
+    if depth_m is None:
+        raise UserError(_NEEDS_RANGE)
+    a, b = np.frombuffer(data[4:_DEPTH_HEAD], "<f4")
+    with np.errstate(all="ignore"):
+        metres = np.where(pixels > 0, a / (pixels.astype(np.float32) - b), np.nan)
+    return shade(metres, depth_m)
+
+
+def _decode_raw_16(pixels: np.ndarray, depth_m: Range | None) -> np.ndarray:
+    """16-bit depth in millimetres, native [H, W]; its high byte where the contract says nothing."""
+    if depth_m is not None:
+        return shade(pixels * np.float32(_METRES["16UC1"]), depth_m)
+    return cv2.cvtColor((pixels >> 8).astype(np.uint8), cv2.COLOR_GRAY2RGB)

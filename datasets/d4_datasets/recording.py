@@ -189,27 +189,30 @@ def encode_frames(recording: Recording, folder: Path) -> dict[str, list[Video]]:
     topics: dict[str, list[FrameWriter]] = {}
     for camera in cameras:
         topics.setdefault(camera.camera.topic, []).append(camera)
-    for topic, ordinal, rgb in ahead(_pictures(recording, topics)):
-        for camera in topics[topic]:
-            if camera.uses(ordinal):
-                camera.add(ordinal, rgb)
+    for camera, ordinal, rgb in ahead(_pictures(recording, topics)):
+        camera.add(ordinal, rgb)
     return {camera.camera.name: camera.videos for camera in cameras}
 
 
 def _pictures(
     recording: Recording, topics: dict[str, list[FrameWriter]]
-) -> Generator[tuple[str, int, np.ndarray], None, None]:
-    """(topic, number on the topic, RGB) of the pictures that any tick uses."""
+) -> Generator[tuple[FrameWriter, int, np.ndarray], None, None]:
+    """(camera, number on its topic, RGB) of the pictures that any tick uses."""
     seen = dict.fromkeys(topics, 0)
     for topic, receive, data in recording.bag.raw(list(topics)):
         ordinal = seen[topic]
         seen[topic] += 1
-        if any(camera.uses(ordinal) for camera in topics[topic]):
-            try:
-                rgb = messages.decode(recording.bag.decode(topic, data))
-            except UserError as error:
-                raise UserError(f"{recording.bag.path}: {topic} at {receive / 1e9:.3f} s: {error}") from None
-            yield topic, ordinal, rgb
+        cameras = [camera for camera in topics[topic] if camera.uses(ordinal)]
+        if not cameras:
+            continue
+        try:
+            msg = recording.bag.decode(topic, data)
+            ranges = {camera.camera.depth_m for camera in cameras}
+            pictures = {depth_m: messages.decode(msg, depth_m) for depth_m in ranges}
+        except UserError as error:
+            raise UserError(f"{recording.bag.path}: {topic} at {receive / 1e9:.3f} s: {error}") from None
+        for camera in cameras:
+            yield camera, ordinal, pictures[camera.camera.depth_m]
 
 
 # ---- as a reader of `sources` ----

@@ -239,7 +239,7 @@ def test_a_damaged_picture_is_left_out(tmp_path):
         (folder / f"{k}.png").write_bytes((folder / f"{k}.png").read_bytes()[:-30])
     dataset, summary = take(folder, contract(), tmp_path / "out")
     assert [numbers(dataset, n) for n in range(2)] == [[0, 1, 2, 3, 3], [6, 7, 8, 9]]
-    assert sum("is no whole png, jpeg or webp picture" in warning for warning in summary.warnings) == 2
+    assert sum("is no picture that can be read" in warning for warning in summary.warnings) == 2
 
 
 # ---- what is found

@@ -44,6 +44,8 @@ def raw(encoding, pixels, padding=0, bigendian=0):
         ("bgr8", cv2.COLOR_RGB2BGR),
         ("rgba8", cv2.COLOR_RGB2RGBA),
         ("bgra8", cv2.COLOR_RGB2BGRA),
+        ("8UC3", cv2.COLOR_RGB2BGR),
+        ("8UC4", cv2.COLOR_RGB2BGRA),
     ],
 )
 def test_eight_bit_colour_is_exact(encoding, conversion, padding):
@@ -55,10 +57,12 @@ def test_eight_bit_colour_is_exact(encoding, conversion, padding):
     assert out.dtype == np.uint8
 
 
+@pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("encoding", ["mono8", "8UC1"])
-def test_grey(encoding):
+def test_grey(encoding, padding):
     grey = picture()[:, :, 1]
-    np.testing.assert_array_equal(messages.decode(raw(encoding, grey)), np.repeat(grey[..., None], 3, 2))
+    out = messages.decode(raw(encoding, grey, padding))
+    np.testing.assert_array_equal(out, np.repeat(grey[..., None], 3, 2))
 
 
 @pytest.mark.parametrize("encoding", ["mono16", "16UC1"])
@@ -70,36 +74,65 @@ def test_sixteen_bits_keep_the_high_byte(encoding, bigendian):
     assert out[0, :, 0].tolist() == [0, 0, 1, 255]
 
 
-def test_sixteen_bit_colour():
-    pixels = picture().astype(np.uint16)[..., ::-1] * 256
-    np.testing.assert_array_equal(messages.decode(raw("bgr16", pixels)), picture())
+@pytest.mark.parametrize("bigendian", [0, 1])
+@pytest.mark.parametrize(
+    ("encoding", "order"),
+    [
+        ("rgb16", [0, 1, 2]),
+        ("bgr16", [2, 1, 0]),
+        ("16UC3", [2, 1, 0]),
+        ("rgba16", [0, 1, 2, 0]),
+        ("bgra16", [2, 1, 0, 0]),
+        ("16UC4", [2, 1, 0, 0]),
+    ],
+)
+def test_sixteen_bit_colour(encoding, order, bigendian):
+    pixels = (picture().astype(np.uint16)[..., order] * 256 + 77).astype(">u2" if bigendian else "<u2")
+    np.testing.assert_array_equal(messages.decode(raw(encoding, pixels, 3, bigendian)), picture())
 
 
+@pytest.mark.parametrize(("encoding", "order"), [("nv12", (0, 1)), ("nv21", (1, 0))])
+@pytest.mark.parametrize("padding", [0, 6])
+def test_a_plane_of_brightness_and_one_of_colours(encoding, order, padding):
+    # See test_yuv422 for the numbers.
+    planes = np.empty((12, 8), np.uint8)
+    planes[:8] = [82] * 4 + [41] * 4
+    colours = np.array([(90, 240)] * 2 + [(240, 110)] * 2, np.uint8)[:, order]
+    planes[8:] = colours.reshape(-1)
+    msg = raw(encoding, planes, padding)
+    msg.height = 8
+    out = messages.decode(msg).astype(int)
+    assert out.shape == (8, 8, 3)
+    assert abs(out[:, :3] - [255, 0, 0]).max() < 6
+    assert abs(out[:, 5:] - [0, 0, 255]).max() < 6
+
+
+@pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize(
     ("encoding", "order"), [("yuv422", "uyvy"), ("uyvy", "uyvy"), ("yuv422_yuy2", "yuyv"), ("yuyv", "yuyv")]
 )
-def test_yuv422(encoding, order):
+def test_yuv422(encoding, order, padding):
     # BT.601: pure red is Y 82, U 90, V 240; pure blue is Y 41, U 240, V 110.
     red, blue = {"y": 82, "u": 90, "v": 240}, {"y": 41, "u": 240, "v": 110}
     row = [pixel[c] for pixel in (red, blue) for c in order]
     pixels = np.array([row], np.uint8).reshape(1, 4, 2).repeat(2, 0)
-    out = messages.decode(raw(encoding, pixels)).astype(int)
+    out = messages.decode(raw(encoding, pixels, padding)).astype(int)
     assert abs(out[0, 0] - [255, 0, 0]).max() < 6
     assert abs(out[0, 2] - [0, 0, 255]).max() < 6
 
 
 @pytest.mark.parametrize("pattern", ["rggb", "bggr", "gbrg", "grbg"])
 @pytest.mark.parametrize("bits", [8, 16])
-def test_bayer(pattern, bits):
+@pytest.mark.parametrize(("padding", "bigendian"), [(0, 0), (4, 1)])
+def test_bayer(pattern, bits, padding, bigendian):
     channel = {"r": 0, "g": 1, "b": 2}
     rgb = np.full((16, 16, 3), (200, 120, 40), np.uint8)
     mosaic = np.empty((16, 16), np.uint8)
     for i, letter in enumerate(pattern):
         mosaic[i // 2 :: 2, i % 2 :: 2] = rgb[i // 2 :: 2, i % 2 :: 2, channel[letter]]
-    pixels = mosaic if bits == 8 else mosaic.astype(np.uint16) * 256
-    np.testing.assert_array_equal(
-        messages.decode(raw(f"bayer_{pattern}{bits}", pixels))[4:-4, 4:-4], rgb[4:-4, 4:-4]
-    )
+    pixels = mosaic if bits == 8 else (mosaic.astype(np.uint16) * 256).astype(">u2" if bigendian else "<u2")
+    out = messages.decode(raw(f"bayer_{pattern}{bits}", pixels, padding, bigendian))
+    np.testing.assert_array_equal(out[4:-4, 4:-4], rgb[4:-4, 4:-4])
 
 
 @pytest.mark.parametrize(
@@ -152,15 +185,15 @@ JPEG = bytes(bags.compressed_image(picture(64, 64), 0, format="jpeg").data)
 @pytest.mark.parametrize(
     ("msg", "message"),
     [
-        (broken(encoding="32FC1"), "encoding '32FC1' is not supported; supported are"),
+        (broken(encoding="64FC1"), "encoding '64FC1' is not supported; supported are"),
         (broken(data=np.zeros(100, np.uint8)), r"cut off: 100 bytes of 144 \(6 rows of 24\)"),
         (broken(step=23), "needs 24 bytes a row, its step is 23"),
         (broken(height=0), "0 x 8 pixels is empty"),
         (raw("yuyv", np.zeros((2, 3, 2), np.uint8)), "even number of pixels wide, not 3"),
         (compressed(), r"'jpeg' \(0 bytes\) cannot be decoded"),
         (compressed("h264", b"\0\0\0\1g" * 9), "'h264' .* no still-picture format"),
-        (compressed("jpeg", JPEG[: len(JPEG) // 2]), "jpeg image of .* bytes is cut off"),
-        (compressed("16UC1; compressedDepth png", JPEG), "record the depth image raw"),
+        (compressed("jpeg", JPEG[: len(JPEG) // 2]), "'jpeg' .* cannot be decoded: it is cut off"),
+        (raw("nv12", np.zeros((6, 5), np.uint8)), "even number of rows and columns, not 6 x 5"),
     ],
 )
 def test_damaged_and_foreign_images_are_refused(msg, message):
