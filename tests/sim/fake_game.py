@@ -1,7 +1,7 @@
 """A game for tests of the benchmark's protocol: it can be told to hang, crash, be slow, refuse to start.
 
-Attack mines a log every other tick, use makes four planks of one. Options say what goes wrong and at which tick
-of an episode; with `once`, a file, only the first time.
+Attack mines a log every other tick, use makes four planks of one. Options say what goes wrong and at which
+tick of an episode; with `once`, a file, only the first time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ OPTIONS = ("trouble", "at", "once", "children", "begins_with", "dies_at", "late"
 class Fake:
     realtime = False
 
-    def __init__(self, trouble="", at="0", once="", children="", begins_with="", dies_at="", late="0") -> None:
+    def __init__(
+        self, trouble="", at="0", once="", children="", begins_with="", dies_at="", late="0"
+    ) -> None:
         self.trouble, self.at, self.once, self.begins_with = trouble, int(at), once, begins_with
         self.dies_at, self.late = int(dies_at or 10**9), float(late)
         if trouble == "refuse":
@@ -32,7 +34,9 @@ class Fake:
         if trouble == "no_start":
             raise RuntimeError("libGL is missing")
         if children:  # a child in a session of its own, as games have them
-            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+            child = subprocess.Popen(
+                [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True
+            )
             with Path(children).open("a") as file:
                 file.write(f"{child.pid} {os.getpid()} {os.getppid()}\n")
 
@@ -84,7 +88,9 @@ class Fake:
             "minecraft.mine_block:minecraft.oak_log": self.mined,
             "minecraft.craft_item:minecraft.oak_planks": self.made,
         }
-        return View(pov, items, stats, slot=0, over=self.tick >= self.dies_at, late_ms=self.late, more={"yaw": 1.5})
+        return View(
+            pov, items, stats, slot=0, over=self.tick >= self.dies_at, late_ms=self.late, more={"yaw": 1.5}
+        )
 
     def close(self) -> None:
         pass
@@ -108,6 +114,7 @@ class Scripted:
 
 ENGINE = Engine(
     name="fake", title="Fake game", kind="game", opens="fake_game:Fake", options=OPTIONS,
-    milestones=tuple(MILESTONES), ladder=(Rung("mine_log", 3), Rung("craft_planks", 8), Rung("mine_log", None)),
+    milestones=tuple(MILESTONES),
+    ladder=(Rung("mine_log", 3), Rung("craft_planks", 8), Rung("mine_log", None)),
     minutes=40 / 1200, player="fake_game:Scripted", start_s=30.0, step_s=1.5,
 )  # fmt: skip

@@ -29,9 +29,9 @@ SPACE = (
     "right", "sneak", "sprint", "swapHands", "use",
 )  # fmt: skip
 WIRE = (
-    "forward 1\nleft 0\nback 0\nright 0\njump 0\ninventory 0\ndrop 0\nswapHands 0\nsneak 0\nsprint 0\nattack 0\n"
-    "use 0\npickItem 0\nhotbar.1 0\nhotbar.2 0\nhotbar.3 0\nhotbar.4 0\nhotbar.5 0\nhotbar.6 0\nhotbar.7 0\n"
-    "hotbar.8 0\nhotbar.9 0\nESC 0\ncamera 3.0 -7.5"
+    "forward 1\nleft 0\nback 0\nright 0\njump 0\ninventory 0\ndrop 0\nswapHands 0\nsneak 0\nsprint 0\n"
+    "attack 0\nuse 0\npickItem 0\nhotbar.1 0\nhotbar.2 0\nhotbar.3 0\nhotbar.4 0\nhotbar.5 0\nhotbar.6 0\n"
+    "hotbar.7 0\nhotbar.8 0\nhotbar.9 0\nESC 0\ncamera 3.0 -7.5"
 )
 CENTRES = (-10, -5.8095, -3.2154, -1.6095, -0.6154, 0, 0.6154, 1.6095, 3.2154, 5.8095, 10)
 EDGES = (0.271, 1.0531, 2.3166, 4.3577, 7.6547)
@@ -43,7 +43,12 @@ def foveated() -> Contract:
     camera = spec["actions"][1]
     for name in ("low", "high", "units"):
         del camera[name]
-    spec["actions"][1] = camera | {"select": ["foveated"], "kind": "categorical", "classes": 121, "safety": "none"}
+    spec["actions"][1] = camera | {
+        "select": ["foveated"],
+        "kind": "categorical",
+        "classes": 121,
+        "safety": "none",
+    }
     return Contract.from_dict(spec)
 
 
@@ -57,7 +62,7 @@ actions = st.builds(
 def test_the_spaces_are_minerls() -> None:
     assert keys.ENV_KEYS == SPACE
     assert len(minecraft.KEYS) == 23
-    assert minerl_worker.KEYS == tuple(key.replace("hotbar_", "hotbar.") for key in minecraft.KEYS)
+    assert tuple(key.replace("hotbar_", "hotbar.") for key in minecraft.KEYS) == minerl_worker.KEYS
 
 
 def test_the_text_is_minerls() -> None:
@@ -101,7 +106,7 @@ def test_every_class_of_the_camera_comes_back(index) -> None:
 
 
 def test_the_quantiser_over_its_whole_range() -> None:
-    """Every hundredth of a degree against the table of centres and edges, and all beyond in the outer bins."""
+    """Every hundredth of a degree against the table of centres and edges, and beyond it the outer bins."""
     degrees = np.linspace(-12, 12, 2401)
     edges = np.array([*(-edge for edge in reversed(EDGES)), *EDGES])
     clear = np.abs(degrees[:, None] - edges).min(1) > 1e-3  # the table has four digits

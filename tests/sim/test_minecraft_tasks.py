@@ -126,5 +126,9 @@ def test_without_counters_the_inventory_tells() -> None:
 def test_amounts_and_events_agree() -> None:
     """One table of tasks for labels of recordings and for live games."""
     events, amounts = minecraft.Events(TASKS), minecraft.Events(TASKS)
-    for counts in (stats(), stats(mine_block__stone=2), stats(mine_block__stone=2, use_item__stone_pickaxe=1)):
+    for counts in (
+        stats(),
+        stats(mine_block__stone=2),
+        stats(mine_block__stone=2, use_item__stone_pickaxe=1),
+    ):
         assert (events.step(counts, None) == (amounts.amounts(counts, None) > 0)).all()

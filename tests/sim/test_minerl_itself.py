@@ -31,7 +31,11 @@ def where(monkeypatch) -> None:
 
 def ask(*arguments: str, text: str = ""):
     done = subprocess.run(
-        [PYTHON, "-W", "ignore", str(SCRIPT), *arguments], input=text, capture_output=True, text=True, timeout=120
+        [PYTHON, "-W", "ignore", str(SCRIPT), *arguments],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -45,7 +49,9 @@ def test_spaces() -> None:
     assert camera == {"shape": [2], "limits": [-keys.CAMERA_SPACE, keys.CAMERA_SPACE], "dtype": "float32"}
     assert all(part == {"n": 2} for part in said["actions"].values())
     assert said["pov"] == [360, 640, 3]
-    known = {f"minecraft.{family}:minecraft.{name}" for family, names in said["known"].items() for name in names}
+    known = {
+        f"minecraft.{family}:minecraft.{name}" for family, names in said["known"].items() for name in names
+    }
     known |= {f"minecraft.custom:minecraft.{name}" for name in said["known"]["full_stats"]}
     for task in minecraft.TASKS.values():
         assert set(task.stats) <= known

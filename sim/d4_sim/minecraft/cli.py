@@ -261,8 +261,10 @@ class Train:
             for stage in recipes.plan(recipe):
                 for words in stage.commands:
                     print(f"$ {shlex.join(words)}")
-        elif code := recipes.run(recipe, _say):
-            return code
+        else:
+            recipes.require_space(recipe, here)
+            if code := recipes.run(recipe, _say):
+                return code
         print(
             f"next: d4-minecraft benchmark {self.out / 'run'} --episodes 1000 --python <python with MineRL>"
         )

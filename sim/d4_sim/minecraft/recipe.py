@@ -103,42 +103,70 @@ def told(recipe: Recipe, here: Stock, measure: bool) -> Iterator[str]:
     Args: measure: time the layers on this machine, which takes some seconds.
     """
     contract, settings = Contract.load(recipe.contract), training(recipe)
-    hours = here.hours if here.recordings and not recipe.index else recipe.hours
+    hours = hours_of(recipe, here)
     frames = round(hours * 3600 * contract.rate_hz)
     yield f"data: {hours:,.1f} h of play = {frames:,} frames; the paper has {PAPER_HOURS:,} h"
-    yield from _disk(recipe, here, contract, settings, hours, frames)
+    sizes, free = disk(recipe, here), shutil.disk_usage(_existing(recipe.out)).free / 1e9
+    each = ", ".join(f"{name} {size:,.1f} GB" for name, size in sizes.items())
+    yield f"disk: {sum(sizes.values()):,.1f} GB ({each}); {free:,.1f} GB are free"
     per_phase, parts = work(settings, contract), costs(settings, contract)
-    sizes = ", ".join(f"{name} {part.parameters / 1e6:,.1f} M" for name, part in parts.items())
-    yield f"model: preset {recipe.preset}, {sizes} parameters"
+    counts = ", ".join(f"{name} {part.parameters / 1e6:,.1f} M" for name, part in parts.items())
+    yield f"model: preset {recipe.preset}, {counts} parameters"
     for name, job in per_phase.items():
         passes = f", {job.frames / max(1, frames):.2g} times over the data" if name != "imagination" else ""
         yield f"  {name}: {job.steps:,} steps, {job.frames:,} frames{passes}, {job.flops:.2g} operations"
     total = sum(job.flops for job in per_phase.values())
-    days = ", ".join(f"{n} GPU{'s' * (n > 1)} {_days(total / GPU_FLOPS / n)}" for n in GPU_COUNTS)
-    yield f"time: {total:.2g} operations; at {GPU_FLOPS:.0e} a second and GPU (assumed, H100 or H200): {days}"
+    yield f"time: {total:.2g} operations; {_on_gpus(total)}"
+    if frames > (drawn := per_phase["dynamics"].frames):
+        more = frames / drawn
+        yield f"  once over the data takes --scale {recipe.scale * more:.3g}; {_on_gpus(total * more)}"
     if measure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         seconds = sum(training_seconds(settings, contract, device).values())
-        yield f"  on this machine ({device.type}, measured for a moment): {_days(seconds)}"
+        yield f"  on this machine ({device.type}, its layers measured for a moment): {_days(seconds)}"
 
 
-def _disk(
-    recipe: Recipe, here: Stock, contract: Contract, settings: Preset, hours: float, frames: int
-) -> Iterator[str]:
+def _on_gpus(operations: float) -> str:
+    days = (f"{n} GPU{'s' * (n > 1)} {_days(operations / GPU_FLOPS / n)}" for n in GPU_COUNTS)
+    return f"at {GPU_FLOPS:.0e} a second (assumed: a large model on an H100 or H200): {', '.join(days)}"
+
+
+def hours_of(recipe: Recipe, here: Stock) -> float:
+    """Hours of play: what is there, or what will be fetched."""
+    return recipe.hours if recipe.index else here.hours
+
+
+def disk(recipe: Recipe, here: Stock) -> dict[str, float]:
+    """GB that each part takes in the end, by what it is."""
+    contract, settings, hours = Contract.load(recipe.contract), training(recipe), hours_of(recipe, here)
+    frames = round(hours * 3600 * contract.rate_hz)
     known = here.recordings > 0 and here.hours > 0
     rate = here.bytes / 1e9 / here.hours if known else VIDEO_GB_PER_HOUR
     held = cache_bytes(contract, frames) / 1e9
-    latents = frames * settings.num_latents * settings.latent_dim * 2 / 1e9
     weights = sum(part.parameters for part in costs(settings, contract).values())
-    kept = _CHECKPOINTS * len(PHASES) * 16 * weights / 1e9
-    sizes = {
+    return {
         f"recordings ({'measured' if known else 'assumed'} {rate:.2g} GB an hour)": rate * hours,
         "dataset (assumed, lossless pictures)": PICTURE_SHARE * held,
-        "frame cache": held, "latents": latents, "checkpoints": kept,
-    }  # fmt: skip
+        "frame cache": held,
+        "latents": frames * settings.num_latents * settings.latent_dim * 2 / 1e9,
+        "checkpoints": _CHECKPOINTS * len(PHASES) * 16 * weights / 1e9,
+    }
+
+
+def require_space(recipe: Recipe, here: Stock) -> None:
+    """Check that the disk is large enough; what is there already counts as free.
+
+    Raises:
+        UserError: it is not.
+    """
+    needed = sum(disk(recipe, here).values())
+    kept = sum(path.stat().st_size for path in recipe.out.rglob("*") if path.is_file()) / 1e9
     free = shutil.disk_usage(_existing(recipe.out)).free / 1e9
-    each = ", ".join(f"{name} {size:,.1f} GB" for name, size in sizes.items())
-    yield f"disk: {sum(sizes.values()):,.1f} GB ({each}); {free:,.1f} GB are free"
+    if needed > free + kept:
+        raise UserError(
+            f"about {needed:,.0f} GB are needed in {recipe.out}, {free + kept:,.0f} GB are free or used "
+            "for it: give fewer --hours, a smaller picture in the contract, or another --out"
+        )
 
 
 def _existing(path: Path) -> Path:
@@ -159,10 +187,10 @@ def plan(recipe: Recipe) -> list[Stage]:
     out, dataset = recipe.out, recipe.out / "dataset"
     stages = []
     if recipe.index:
-        limit = recipe.hours * VIDEO_GB_PER_HOUR
-        fetched = [
-            command("d4-fetch", source, to=recipe.recordings, limit_gb=f"{limit:g}", jobs=recipe.jobs)
-            for source in recipe.index
+        each = recipe.hours * VIDEO_GB_PER_HOUR / len(recipe.index)
+        fetched = [  # the limit is of all that is in the folder
+            command("d4-fetch", source, to=recipe.recordings, limit_gb=f"{n * each:g}", jobs=recipe.jobs)
+            for n, source in enumerate(recipe.index, 1)
         ]
         stages.append(Stage("fetch", "fetch recordings", tuple(fetched), (), (), 3600, gated=False))
     needs = ("fetch",) if recipe.index else ()

@@ -1,0 +1,228 @@
+"""Recording in the contractors' format: what goes in comes out of their reader, from lines to a dataset."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.append(str(Path(__file__).parent))
+import fake_game
+
+from d4_datasets import contractor, minecraft, stepwise
+from d4_datasets.contract import Contract
+from d4_datasets.errors import UserError
+from d4_datasets.ingest import ingest
+from d4_datasets.windows import Windows
+from d4_sim.minecraft import cli, game
+from d4_sim.minecraft.hands import Hands
+from d4_sim.minecraft.record import Again, Script, Settings, make_player, play
+from d4_sim.minecraft.recorder import Lines, Recorder
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "docs" / "examples" / "minecraft.yaml"
+IMAGE = np.zeros((36, 64, 3), np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch):
+    monkeypatch.setitem(game._ENGINES, "fake", "fake_game:ENGINE")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+def action(*down: str, pitch: float = 0, yaw: float = 0) -> np.ndarray:
+    out = np.zeros(minecraft.SIZE)
+    out[[minecraft.COLUMN[name] for name in down]] = 1
+    out[-2:] = pitch, yaw
+    return out
+
+
+def back(lines: list[dict], esc_is_a_key: bool = True) -> list[np.ndarray | None]:
+    """The actions that the reader of recordings makes of lines."""
+    player = contractor.Player(esc_is_a_key=esc_is_a_key)
+    return [player.step(json.loads(json.dumps(line))) for line in lines]
+
+
+def written(actions: list, said: list[dict] | None = None) -> list[dict]:
+    lines = Lines()
+    out = []
+    for number, what in enumerate(actions):
+        out += lines.add(said[number] if said else {}, what)
+    return out + lines.flush()
+
+
+rows = st.lists(
+    st.builds(
+        lambda down, pitch, yaw: action(*down, pitch=pitch, yaw=yaw),
+        st.sets(st.sampled_from(minecraft.KEYS), max_size=5), st.floats(-180, 180), st.floats(-180, 180),
+    ),
+    min_size=1, max_size=12,
+)  # fmt: skip
+
+
+@given(actions=rows, gui=st.booleans())
+def test_actions_come_back_from_the_lines(actions, gui) -> None:
+    """Every key and every turn, held or pressed at once, from the first line on."""
+    said = [{"gui": gui, "pointer": [3.0, 4.0] if gui else None, "slot": None}] * len(actions)
+    lines = written(actions, said)
+    assert len(lines) == len(actions)
+    for mine, its in zip(actions, back(lines), strict=True):
+        np.testing.assert_array_equal(its[:23], mine[:23])
+        np.testing.assert_allclose(its[23:], mine[23:], atol=1e-9)
+
+
+def test_an_attack_from_the_first_line_on_is_not_stuck() -> None:
+    """Readers take a first line with a fresh attack for the click that closed the start menu."""
+    for its in back(written([action("attack")] * 5)):
+        assert its[minecraft.COLUMN["attack"]] == 1
+
+
+def test_a_slot_that_follows_its_key_is_no_second_key() -> None:
+    """The game shows the slot some ticks after the key; the wheel, which has no key, becomes one."""
+    keys = [action(), action("hotbar_3"), *[action()] * 10]
+    slots = [0, 0, 0, 2, 2, 2, 2, 2, 5, 5, 5, 5]
+    got = back(written(keys, [{"slot": slot} for slot in slots]))
+    pressed = [(n, name) for n, a in enumerate(got) for name in minecraft.HOTBAR if a[minecraft.COLUMN[name]]]
+    assert pressed == [(1, "hotbar_3"), (8, "hotbar_6")]
+
+
+def test_a_key_that_the_game_ignores_changes_no_slot() -> None:
+    got = back(written([action("hotbar_3"), *[action()] * 8], [{"slot": 0}] * 9))
+    assert [a[minecraft.COLUMN["hotbar_3"]] for a in got] == [1] + [0] * 8
+    assert not any(a[minecraft.COLUMN["hotbar_1"]] for a in got)
+
+
+def test_lines_say_counters_items_and_the_rest() -> None:
+    said = {
+        "stats": {"a": 1},
+        "items": {"oak_log": 2},
+        "gui": True,
+        "pointer": [640.0, 360.0],
+        "more": {"yaw": 3.0},
+    }
+    (line,) = written([action("use", yaw=1.5)], [said])
+    assert line["stats"] == {"a": 1}
+    assert line["inventory"] == [{"type": "oak_log", "quantity": 2}]
+    assert (line["isGuiOpen"], line["mouse"]["x"], line["mouse"]["dx"], line["yaw"]) == (
+        True,
+        640.0,
+        10.0,
+        3.0,
+    )
+    assert contractor.counters(line) == ({"a": 1}, {"oak_log": 2})
+    (bare,) = written([None], [{"stats": None, "items": None}])
+    assert "stats" not in bare
+    assert contractor.counters(bare) == (None, None)
+    assert back([bare]) == [None]
+
+
+def test_a_session_is_cut_into_parts_and_late_ones_are_refused(tmp_path, monkeypatch) -> None:
+    """Pictures that came half a tick late or more do not belong to their actions."""
+    monkeypatch.setattr("d4_sim.minecraft.recorder.PART_TICKS", 10)
+    recorder = Recorder(tmp_path, "luanti-000000", most_late=0.2)
+    for n in range(25):
+        recorder.add(IMAGE, {"late_ms": 30.0 if 10 <= n < 13 else 1.0}, action())
+    assert [path.name for path in recorder.close()] == ["luanti-000000-000.jsonl", "luanti-000000-002.jsonl"]
+    assert recorder.refused == 1
+    left = {f"luanti-000000-{part}.{ending}" for part in ("000", "002") for ending in ("jsonl", "mp4")}
+    assert {path.name for path in tmp_path.iterdir()} == left
+    assert stepwise.count_frames(tmp_path / "luanti-000000-002.mp4") == 5
+    recorder.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_from_a_played_game_to_a_dataset(tmp_path, capsys) -> None:
+    """`record` with the engine's script, then ingest: actions, rewards and frames are what was played."""
+    args = cli.Record(
+        out=tmp_path / "rec", engine="fake", player="scripted", minutes=60 / 1200, episode_minutes=40 / 1200
+    )
+    assert args.run() == 0
+    assert "60 ticks in 2 episodes, 2 parts" in capsys.readouterr().out
+    again = cli.Record(out=tmp_path / "rec", engine="fake", player="scripted", minutes=20 / 1200)
+    again.run()
+    assert len(list((tmp_path / "rec").glob("fake-00000[012]-000.jsonl"))) == 3
+    spec = Contract.load(EXAMPLE).to_dict()
+    spec["observations"][0]["size"] = [18, 32]
+    spec["episode"] = None
+    ingest([tmp_path / "rec"], Contract.from_dict(spec), tmp_path / "dataset", jobs=1)
+    logs = Windows(tmp_path / "dataset")
+    assert logs.num_frames == 41 + 21 + 21
+    labelled = logs.action_mask.astype(bool)
+    assert labelled.sum() == 80
+    attack = logs.action[:, 0][labelled]
+    assert attack[:8].tolist() == [1, 0, 0, 1, 1, 0, 0, 1]
+    yaw = logs.action[:40, -1]
+    np.testing.assert_allclose(yaw, np.minimum(0.15 * np.arange(1, 41), 10), rtol=1e-5)
+    tasks = list(logs.contract.task_names)
+    assert logs.reward[:41, tasks.index("mine_log")].sum() > 5
+    assert logs.reward[:41, tasks.index("craft_planks")].sum() > 2
+    levels = np.asarray(logs.images["pov"][:41]).mean((1, 2, 3))
+    assert np.abs(np.diff(levels) % 256 - 1).max() < 1.5  # a frame a tick, none twice
+
+
+def settings(tmp_path: Path, **changes) -> Settings:
+    plain = {"out": tmp_path, "ticks": 30, "episode_ticks": 30, "episodes": 9, "seed": 0, "most_late": 1.0}
+    return Settings(**plain | changes)
+
+
+def test_a_recording_is_played_again(tmp_path) -> None:
+    first = play(fake_game.ENGINE, {}, Script(fake_game.Scripted), settings(tmp_path / "a"))
+    second = play(fake_game.ENGINE, {}, Again(first.parts[0]), settings(tmp_path / "b", episodes=1))
+    mine, its = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (first.parts[0], second.parts[0])
+    )
+    assert [line["mouse"] for line in mine] == [line["mouse"] for line in its]
+    assert [line["stats"] for line in mine] == [line["stats"] for line in its]
+
+
+def test_what_was_recorded_stays_when_the_game_is_lost(tmp_path) -> None:
+    with pytest.raises(
+        UserError, match="Fake game was lost: RuntimeError: the server closed the connection; see"
+    ):
+        play(
+            fake_game.ENGINE, {"trouble": "raise", "at": "12"}, Script(fake_game.Scripted), settings(tmp_path)
+        )
+    (lines,) = tmp_path.glob("*.jsonl")
+    assert len(lines.read_text().splitlines()) == 12
+
+
+def test_players_that_are_not_there(tmp_path, monkeypatch) -> None:
+    with pytest.raises(UserError, match="has no scripted player"):
+        make_player("scripted", game.engine("minerl"), 1)
+    with pytest.raises(UserError, match="neither person, scripted, module:function nor a file"):
+        make_player("nobody", fake_game.ENGINE, 1)
+    with pytest.raises(UserError, match="has no no_such_module:make"):
+        make_player("no_such_module:make", fake_game.ENGINE, 1)
+    (tmp_path / "x.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="is no file of lines of a recording"):
+        make_player(str(tmp_path / "x.jsonl"), fake_game.ENGINE, 1)
+    monkeypatch.setenv("DISPLAY", ":931")
+    with pytest.raises(UserError, match=r"there is no display to play on|has no Tk"):
+        make_player("person", fake_game.ENGINE, 1)
+
+
+def test_hands_make_actions_of_keys_and_mouse() -> None:
+    hands = Hands()
+    assert Hands.key("w") == Hands.key("W") == "forward"
+    assert (Hands.key("Shift_L"), Hands.key("exclam", 10), Hands.key("F5")) == ("sneak", "hotbar_1", None)
+    hands.press("forward")
+    hands.press("attack")
+    hands.lift("attack", now=0.0)  # a click that is over before the tick
+    hands.move(10, -4)
+    first = hands.tick(now=1.0)
+    assert first[minecraft.COLUMN["forward"]] == first[minecraft.COLUMN["attack"]] == 1
+    np.testing.assert_allclose(first[-2:], (-0.6, 1.5))
+    second = hands.tick(now=1.05)
+    assert second.tolist() == action("forward").tolist()
+    hands.lift("forward", now=1.1)  # a held key is lifted and pressed by X11 at its repeat rate
+    hands.press("forward")
+    assert hands.tick(now=2.0)[minecraft.COLUMN["forward"]] == 1
+    hands.scroll(-1)
+    assert hands.tick(now=2.1)[minecraft.COLUMN["hotbar_9"]] == 1
+    assert hands.tick(now=2.2)[minecraft.COLUMN["hotbar_9"]] == 0
