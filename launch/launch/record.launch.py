@@ -8,11 +8,11 @@ Ctrl-C ends the bag. One recording is one bag; give `d4-ingest` the folder of th
 import os
 import time
 
-from launch import LaunchDescription
-from launch.actions import DeclareLaunchArgument, ExecuteProcess, OpaqueFunction
-from launch.substitutions import LaunchConfiguration
+from launch.actions import ExecuteProcess
 
+from d4_datasets.contract import Contract
 from d4_nodes.launching import switch
+from d4_nodes.ros import launching
 
 ARGUMENTS = [
     ("contract", "", "robot.yaml; or give a checkpoint"),
@@ -25,24 +25,17 @@ ARGUMENTS = [
 ]
 
 
-def _up(context):
-    from d4_datasets.contract import Contract
-
-    get = {name: LaunchConfiguration(name).perform(context) for name, _, _ in ARGUMENTS}
-    path = get["contract"] or os.path.join(get["checkpoint"], "contract.yaml")
-    contract = Contract.load(os.path.expanduser(path))
-    entries = [
-        *contract.observations,
-        *contract.actions,
-        contract.tasks,
-        contract.reward,
-        contract.episode.start,
-        contract.episode.terminal,
-    ]
+def _up(get):
+    if not get["contract"] and not get["checkpoint"]:
+        raise RuntimeError("what is to be recorded? give contract:=robot.yaml, or checkpoint:=RUN")
+    phases = ("imagination", "agent", "dynamics", "tokenizer")
+    contract = Contract.load(get["contract"] or launching.contract_of(get["checkpoint"], *phases))
+    episode = contract.episode
+    single = (contract.tasks, contract.reward, episode.start, episode.terminal)
+    entries = [*contract.observations, *contract.actions, *single]
     topics = sorted({entry.topic for entry in entries if entry is not None})
-    folder = os.path.expanduser(get["out"])
-    os.makedirs(folder, exist_ok=True)
-    bag = os.path.join(folder, f"{contract.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    os.makedirs(get["out"], exist_ok=True)
+    bag = os.path.join(get["out"], f"{contract.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     command = ["ros2", "bag", "record", "--storage", get["storage"], "--output", bag]
     command += ["--storage-preset-profile", get["preset"]] if get["preset"] else []
     command += ["--use-sim-time"] if switch("use_sim_time", get["use_sim_time"]) else []
@@ -51,8 +44,4 @@ def _up(context):
 
 
 def generate_launch_description():
-    declared = [
-        DeclareLaunchArgument(name, default_value=default, description=about)
-        for name, default, about in ARGUMENTS
-    ]
-    return LaunchDescription([*declared, OpaqueFunction(function=_up)])
+    return launching.description(ARGUMENTS, _up)

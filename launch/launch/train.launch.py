@@ -6,14 +6,10 @@
 Ctrl-C stops a training with a checkpoint; the same command goes on from it.
 """
 
-import os
-
-from launch import LaunchDescription
-from launch.actions import DeclareLaunchArgument, OpaqueFunction, RegisterEventHandler, Shutdown
-from launch.event_handlers import OnProcessExit
-from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
+
+from d4_nodes.ros import launching
 
 GOAL = [
     ("dataset", "", "train on this dataset folder at once, and end"),
@@ -26,11 +22,7 @@ GOAL = [
 ]
 ARGUMENTS = [
     *GOAL,
-    (
-        "server_python",
-        os.environ.get("D4_PYTHON", "python3"),
-        "Python that has d4 installed (torch); default: $D4_PYTHON, or python3",
-    ),
+    launching.python_argument(),
     ("stop_s", "60.0", "time to save and leave after a cancel or Ctrl-C, s; then the training is killed"),
     ("params_file", "", "YAML file with parameters of the node"),
     ("namespace", "", "namespace of the node"),
@@ -39,8 +31,7 @@ ARGUMENTS = [
 ]
 
 
-def _up(context):
-    get = {name: LaunchConfiguration(name).perform(context) for name, _, _ in ARGUMENTS}
+def _up(get):
     at_once = bool(get["dataset"] or get["bags"])
     if get["out"] and not at_once:
         raise RuntimeError("out:= names where to train to; give dataset:= or bags:= as well")
@@ -61,20 +52,8 @@ def _up(context):
         sigterm_timeout=patience,
         sigkill_timeout=patience,
     )
-    if not at_once:
-        return [node]
-    return [node, RegisterEventHandler(OnProcessExit(target_action=node, on_exit=_end))]
-
-
-def _end(event, context):
-    if event.returncode:
-        raise RuntimeError("the training did not end well, see above")
-    return [Shutdown(reason="the training has ended")]
+    return [node, launching.ends_all(node, "the training")] if at_once else [node]
 
 
 def generate_launch_description():
-    declared = [
-        DeclareLaunchArgument(name, default_value=default, description=about)
-        for name, default, about in ARGUMENTS
-    ]
-    return LaunchDescription([*declared, OpaqueFunction(function=_up)])
+    return launching.description(ARGUMENTS, _up)

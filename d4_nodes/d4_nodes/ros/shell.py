@@ -72,6 +72,7 @@ def clock_of(node: Node) -> Callable[[], int]:
     return time.time_ns
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # set by SIGINT and SIGTERM: whoever waits in a callback looks at it
 INTERRUPTED = threading.Event()
 
@@ -95,7 +96,7 @@ def spin(make: Callable[[], Node], args: list[str] | None = None) -> int:
     """
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     INTERRUPTED.clear()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _SIGNALS:
         signal.signal(number, lambda *_: INTERRUPTED.set())
     try:
         node = make()
@@ -118,4 +119,6 @@ def spin(make: Callable[[], Node], args: list[str] | None = None) -> int:
         executor.remove_node(node)
         node.destroy_node()
         rclpy.try_shutdown()
+        for number in _SIGNALS:  # a second Ctrl-C must not make an orderly end look like a death
+            signal.signal(number, signal.SIG_IGN)
     return int(getattr(node, "failed", False))
