@@ -28,6 +28,7 @@ from d4_datasets.contract import Align
 MIN_TICKS = 2  # a single frame has no transition to learn from
 
 
+LONGEST_GAP_NS = 3_600_000_000_000  # between frames of one episode
 _COMMAND_SLACK_NS = 5_000_000
 
 
@@ -66,6 +67,29 @@ def grid(first_frame: int, last_frame: int, period: int, starts: np.ndarray | No
     group = np.repeat(np.arange(len(starts)), counts)
     k = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return Grid(starts[group] + k * period, group)
+
+
+def runs(frames: np.ndarray) -> list[np.ndarray]:
+    """Frames divided where none came for more than `LONGEST_GAP_NS`: a clock jumped, or a recorder slept."""
+    return np.split(frames, np.flatnonzero(np.diff(frames) > LONGEST_GAP_NS) + 1)
+
+
+def grid_of(frames: np.ndarray, period: int, starts: np.ndarray | None = None) -> Grid:
+    """The ticks of all runs of frames, int64 [F] sorted, each as `grid` has them: nothing in between."""
+    times, groups, before, count = [], [], None, 0
+    for run in runs(frames):
+        own = starts
+        if starts is not None:
+            begin = 0 if before is None else int(np.searchsorted(starts, before, side="right"))
+            own = starts[begin : np.searchsorted(starts, run[-1] + period, side="right")]
+            # Of a start long before the first frame the ticks without frames are left out.
+            early = np.maximum(0, run[0] - own) * (run[0] - own > LONGEST_GAP_NS)
+            own = own + early // period * period
+        ticks = grid(int(run[0]), int(run[-1]), period, own)
+        times.append(ticks.time)
+        groups.append(ticks.group + count)
+        before, count = run[-1] + period, count + (1 if own is None else len(own))
+    return Grid(np.concatenate(times), np.concatenate(groups))
 
 
 def sample(stamps: np.ndarray, times: np.ndarray, align: Align, period: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ from d4_datasets.video import Video, VideoEncoder
 _T = TypeVar("_T")
 _LIMIT_SLACK = 1e-3  # of the range: rounding in a driver is no violation
 _UNSTAMPED_AFTER_NS = 60_000_000_000  # a zero stamp is genuine only near the start of simulated time
+_MOST_TICKS = 1 << 24  # of one recording: 19 days at 10 Hz, with which memory stays below 2 GB
+_MOST_WARNINGS = 100
 
 
 @dataclass
@@ -53,7 +56,7 @@ class Track:
                 raise UserError(
                     f"{self.topic} has no header to take its time from; write `timeline: receive`"
                 )
-            if stamp == 0 and receive > _UNSTAMPED_AFTER_NS:
+            if stamp < 0 or (stamp == 0 and receive > _UNSTAMPED_AFTER_NS):
                 self.unstamped += 1
                 return
             self.lag.append(receive - stamp)
@@ -148,7 +151,8 @@ class Aligned:
         contract, period = self.contract, self.contract.period_ns
         frames = self.tracks[contract.images[0].name].stamps
         starts = self.tracks["signal.start"].stamps if "signal.start" in self.tracks else None
-        self.ticks = align.grid(int(frames[0]), int(frames[-1]), period, starts)
+        self._check_span(frames)
+        self.ticks = align.grid_of(frames, period, starts)
         size = len(self.ticks.time)
         first = contract.images[0]
         index = align.sample(frames, self.ticks.time, first.align, period)
@@ -168,6 +172,24 @@ class Aligned:
         self.episodes = align.segments(valid, self.terminal, self.ticks, contract.max_ticks)
         self._label()
         self._reward_and_task(starts is not None)
+
+    def _check_span(self, frames: np.ndarray) -> None:
+        """Refuse stamps that would take no end of ticks, and tell those that show a clock that jumped."""
+        topic = self.tracks[self.contract.images[0].name].topic
+        runs = align.runs(frames)
+        span = sum(int(run[-1] - run[0]) for run in runs)
+        if span // self.contract.period_ns > _MOST_TICKS:
+            raise UserError(
+                f"{self.name}: by the stamps of {topic} it lasts {span / 86400e9:.0f} days, too long for one "
+                "recording; correct them, write `timeline: receive` for it, or cut the recording"
+            )
+        for before, after in pairwise(runs):
+            self.warnings.append(
+                f"{self.name}: after {before[-1] / 1e9:.3f} s {topic} has no frame for "
+                f"{(after[0] - before[-1]) / 3600e9:.1f} h (a clock that was set?); episodes end there"
+            )
+            if len(self.warnings) > _MOST_WARNINGS:
+                break
 
     def _label(self) -> None:
         """Actions [N, A] and their mask [N]: known where every channel has a command in force."""

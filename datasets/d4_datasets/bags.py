@@ -30,7 +30,7 @@ STORAGE_SUFFIXES = (".mcap", ".db3")
 _ROS1_SUFFIXES = (".bag", ".bag.active")
 _EXPECTED = "an .mcap, .db3 or .bag file"
 _LARGEST_METADATA = 1 << 22
-_LATEST = (1 << 63) - 1  # ns, in the year 2262
+_LATEST = 1 << 62  # ns, in the year 2116
 
 
 # ---- messages ----

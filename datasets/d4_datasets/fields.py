@@ -72,6 +72,8 @@ def get(msg: Any, path: str) -> Any:
         msg = _attribute(msg, step, path)
         if step.has_element:
             index = _index(parents, step, path)
+            if not hasattr(msg, "__getitem__"):
+                raise UserError(f"{path!r}: {step.attribute} is no array but {type(msg).__name__}")
             if index >= len(msg):
                 raise UserError(f"{path!r}: {step.attribute} has only {len(msg)} elements in this message")
             msg = msg[index]
@@ -151,7 +153,7 @@ def _index(parents: list[Any], step: Step, path: str, *, append: bool = False) -
         return step.element
     for parent in reversed(parents):
         names = getattr(parent, step.key or "", None)
-        if names is None:
+        if names is None or not hasattr(names, "__getitem__"):
             continue
         if step.value in names:
             return list(names).index(step.value)

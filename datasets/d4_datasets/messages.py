@@ -62,8 +62,8 @@ for _pattern, _code in _BAYER.items():
 
 def stamp_ns(msg: Any) -> int | None:
     """The header stamp in nanoseconds, None if the message has no header."""
-    header = getattr(msg, "header", None)
-    return None if header is None else header.stamp.sec * 1_000_000_000 + header.stamp.nanosec
+    stamp = getattr(getattr(msg, "header", None), "stamp", None)
+    return None if stamp is None else stamp.sec * 1_000_000_000 + stamp.nanosec
 
 
 def decode(msg: Any, depth_m: Range | None = None) -> np.ndarray:

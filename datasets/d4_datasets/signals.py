@@ -22,7 +22,7 @@ def task(contract: Contract, msg: Any) -> int:
     if isinstance(value, str):
         if value in names:
             return names.index(value)
-    elif 0 <= int(value) < len(names):
+    elif isinstance(value, int | float | np.number) and value in range(len(names)):
         return int(value)
     raise UserError(f"task {value!r} is not among the tasks {list(names)} of the contract")
 
@@ -35,7 +35,13 @@ def reward(contract: Contract, msg: Any) -> np.ndarray:
     """
     assert contract.reward is not None
     count = len(contract.task_names)
-    value = np.atleast_1d(np.asarray(fields.get(msg, contract.reward.select), np.float64))
+    given = fields.get(msg, contract.reward.select)
+    try:
+        value = np.atleast_1d(np.asarray(given, np.float64))
+    except (TypeError, ValueError):
+        raise UserError(
+            f"a reward is no number but {type(given).__name__}; correct `reward.select`"
+        ) from None
     if len(value) not in (1, count):
         raise UserError(f"a reward has {len(value)} entries; expected one per task ({count}) or a single one")
     if not np.isfinite(value).all():
@@ -47,4 +53,9 @@ def terminal(contract: Contract, msg: Any) -> bool:
     """Whether a message says that the episode is over for good."""
     signal = contract.episode.terminal
     assert signal is not None
-    return bool(fields.get(msg, signal.select))
+    value = fields.get(msg, signal.select)
+    if not isinstance(value, bool | int | float | np.generic):
+        raise UserError(
+            f"a terminal is no truth value but {type(value).__name__}; correct `episode.terminal.select`"
+        )
+    return bool(value)
