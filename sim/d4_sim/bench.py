@@ -19,6 +19,7 @@ import tyro
 from d4_core import threads
 from d4_datasets.errors import UserError, run_cli
 from d4_sim.chains import PHASES, Chains
+from d4_sim.crafter import experiment
 from d4_sim.lanes import Runner
 from d4_sim.stages import Interrupted, Stage, command, keys
 from d4_sim.world import make_world, world_class, world_names
@@ -271,14 +272,17 @@ def list_worlds(args: WorldsArgs) -> int:
 
 
 def _main() -> int:
-    args: Args | WorldsArgs = tyro.cli(
+    args: Args | experiment.Args | WorldsArgs = tyro.cli(
         Annotated[Args, tyro.conf.subcommand("bench")]
+        | Annotated[experiment.Args, tyro.conf.subcommand("crafter")]
         | Annotated[WorldsArgs, tyro.conf.subcommand("worlds")],
         prog="d4-sim",
     )
     if isinstance(args, WorldsArgs):
         return list_worlds(args)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if isinstance(args, experiment.Args):
+        return experiment.main(args)
     try:
         return bench(args)
     except (Interrupted, KeyboardInterrupt) as stop:

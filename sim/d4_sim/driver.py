@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class AxisDriver(Driver):
     A subclass knows one kind of robot: how to get to a target. Commands in here are in units of the limits.
     """
 
-    axes: ClassVar[int] = 2  # components of a command
+    axes: int = 2  # components of a command
 
     def __init__(self, kind: str, rng: np.random.Generator) -> None:
         super().__init__(kind, rng)
@@ -235,9 +235,12 @@ def join_episodes(episodes: Sequence[Episode]) -> dict[str, np.ndarray]:
 
 
 class ScriptedPolicy:
-    """A driver kind as a policy for `run_episodes` (it looks at the worlds, not at the pictures)."""
+    """A driver kind as a policy for `run_episodes` (it looks at the worlds, not at the pictures).
 
-    def __init__(self, kind: str, seed: int = 0) -> None:
+    Without a kind every episode has one of the log mix, as recordings have.
+    """
+
+    def __init__(self, kind: str | None, seed: int = 0) -> None:
         self.kind, self.seed = kind, seed
         self._worlds: Sequence[World] = ()
         self._drivers: list[Driver] = []
@@ -248,9 +251,10 @@ class ScriptedPolicy:
 
     def reset(self, n: int, tasks: np.ndarray) -> None:
         """Fresh drivers, one for each world."""
+        rngs = [np.random.default_rng([self.seed, i]) for i in range(len(self._worlds))]
         self._drivers = [
-            world.driver(self.kind, np.random.default_rng([self.seed, i]))
-            for i, world in enumerate(self._worlds)
+            world.driver(self.kind or LOG_MIX[int(rng.integers(len(LOG_MIX)))], rng)
+            for world, rng in zip(self._worlds, rngs, strict=True)
         ]
 
     def act(self, images: np.ndarray, vectors: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import tyro
@@ -87,9 +87,11 @@ def _main() -> None:
 class Evaluation:
     """Shared starts, loaded models and the growing result."""
 
+    file: ClassVar[str] = "eval.json"
+
     def __init__(self, args: EvalArgs) -> None:
         from d4_datasets.windows import Windows
-        from d4_sim.world import make_world
+        from d4_sim.world import has_events, make_world
 
         self.args = args
         self.logs: Windows = Windows(args.dataset)
@@ -98,11 +100,14 @@ class Evaluation:
         self.logs.keep_labels(self.train, about.get("labels", 1.0), about.get("labels_from", "*"))
         # baselines are trained from the run's own seed: starts are shared between runs, training is not
         self.training_seed = int(about.get("seed", args.seed))
+        # ... and cloned from the episodes that the run's own clone was
+        self.relevant = about.get("settings", {}).get("agent_training", {}).get("relevant_return")
         self.world = args.world or self.logs.contract.name
         world = make_world(self.world)
         if args.world and world.contract.hash != self.logs.contract.hash:
             raise UserError(f"the world {self.world} has another contract than {args.dataset}")
         self.horizon, self.success_reward = world.horizon, world.success_reward
+        self.events = has_events(world)
         self.seeds = EVAL_SEED + 10_000 * args.seed + np.arange(args.episodes)
         num_tasks = max(1, len(self.logs.contract.task_names))
         self.tasks = np.arange(args.episodes) % num_tasks
@@ -111,8 +116,8 @@ class Evaluation:
         self.result = self._open()
 
     def _open(self) -> dict[str, Any]:
-        """The eval.json as it is now, without what other start states or other weights gave."""
-        path, contract = self.args.run / "eval.json", self.logs.contract
+        """The file as it is now, without what other start states or other weights gave."""
+        path, contract = self.args.run / self.file, self.logs.contract
         result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         shared = {
             "world": self.world,
@@ -143,7 +148,7 @@ class Evaluation:
         began, name = time.perf_counter(), policy
         if self.args.argmax and policy in ("wm_bc", "imagination"):
             name += "_argmax"
-        if name == "data":
+        if name == "data" and not self.events:
             row = self._data()
         else:
             row = self._episodes(name)
@@ -154,7 +159,11 @@ class Evaluation:
         print(f"  {name:12} return {returns.mean():6.2f}  success {success.mean():.2f}  {cost}", flush=True)
 
     def _data(self) -> dict[str, Any]:
-        """Own-task returns of the logged episodes."""
+        """Own-task returns of the logged episodes.
+
+        Events may lie in any piece of a long recording that was cut, so that pieces tell little about whole
+        episodes: where tasks are events, those who made the logs drive again instead, on the shared starts.
+        """
         logs = self.logs
         first, last = logs.episode_start, logs.episode_start + logs.episode_length - 1
         column = np.minimum(logs.task_index, logs.reward.shape[1] - 1)
@@ -203,8 +212,8 @@ class Evaluation:
         contract, seed, n = self.logs.contract, self.args.seed, self._count(name)
         if name == "random":
             return RandomSession(contract.action_low, contract.action_high, seed, whole(contract)), {}
-        if name == "expert":
-            return ScriptedPolicy("expert", seed), {}
+        if name in ("expert", "data"):
+            return ScriptedPolicy("expert" if name == "expert" else None, seed), {}
         if name == "bc_scratch":
             return ScratchSession(self._trainer().clone(), seed), {}
         if name == "vpt":
@@ -230,10 +239,13 @@ class Evaluation:
         from d4_core.pipeline import data_identity
 
         steps = max(1, round(self.args.scratch_steps * self.args.scale))
+        scratch = ScratchTraining(steps=steps)
+        if self.relevant is not None:
+            scratch = replace(scratch, relevant_return=self.relevant)
         return BaselineTrainer(
             run=self.args.run, contract=self.logs.contract, logs=self.logs, episodes=self.train,
             data=data_identity(self.args.dataset, self.logs), seed=self.training_seed,
-            scratch=ScratchTraining(steps=steps), inverse=InverseTraining(steps=steps),
+            scratch=scratch, inverse=InverseTraining(steps=steps),
         )  # fmt: skip
 
     # -- gates -----------------------------------------------------------------------------------------------
@@ -298,13 +310,13 @@ class Evaluation:
         film_again(self.args.run / "media", name, self.world, seeds, batch, self.logs.contract.rate_hz)
 
     def write(self) -> None:
-        """eval.json, aside and renamed, with what others have added to it meanwhile."""
+        """The file, aside and renamed, with what others have added to it meanwhile."""
         self.result = self._open()
         self.result["policies"] |= self._own
         if self._imagined is not None:
             self.result["imagined"] = self._imagined
-        path = self.args.run / "eval.json"
-        aside = path.with_name(f".tmp-{os.getpid()}-eval.json")
+        path = self.args.run / self.file
+        aside = path.with_name(f".tmp-{os.getpid()}-{self.file}")
         aside.write_text(json.dumps(self.result))
         os.replace(aside, path)
 

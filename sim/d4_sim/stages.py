@@ -34,6 +34,7 @@ MODULES = {
     # steps of a study that are no command of their own
     "measure": "d4_sim.measure",
     "ladder": "d4_sim.ladder",
+    "crafter": "d4_sim.crafter.benchmark",
     "reference": "d4_sim.reference",
 }
 Command = tuple[str, ...]

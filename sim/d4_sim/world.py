@@ -21,6 +21,13 @@ _WORLDS: dict[str, str] = {
     "yard": "d4_sim.yard:Yard",
     "yard_dusk": "d4_sim.yard:YardDusk",
     "arm": "d4_sim.arm:Arm",
+    "cartpole_swingup": "d4_sim.suite.control:CartpoleSwingup",
+    "reacher_easy": "d4_sim.suite.control:ReacherEasy",
+    "ball_in_cup_catch": "d4_sim.suite.control:BallInCupCatch",
+    "finger_spin": "d4_sim.suite.control:FingerSpin",
+    "cheetah_run": "d4_sim.suite.control:CheetahRun",
+    "walker_walk": "d4_sim.suite.control:WalkerWalk",
+    "walker": "d4_sim.suite.control:Walker",
     "crafter": "d4_sim.crafter.world:Crafter",
     "crafter_peaceful": "d4_sim.crafter.world:CrafterPeaceful",
 }
@@ -40,6 +47,8 @@ class World(Protocol):
 
     Tick k is at k / rate seconds. `step(action)` takes the action chosen at the current frame, lets it act
     from `latency_ms` after the tick (before that the previous one is still in force), returns the next frame.
+    A world whose tasks are events, done once they have happened, has an attribute `event_tasks = True`; in
+    others a task is a state to be in at the end.
     """
 
     tasks: tuple[str, ...]
@@ -87,6 +96,11 @@ class World(Protocol):
     def driver(self, kind: str, rng: np.random.Generator) -> Driver:
         """A scripted driver of this robot for one episode; kinds are those of `d4_sim.driver`."""
         ...
+
+
+def has_events(world: World) -> bool:
+    """Whether the tasks of a world are events."""
+    return bool(getattr(world, "event_tasks", False))
 
 
 def world_names() -> tuple[str, ...]:

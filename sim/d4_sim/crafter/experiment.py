@@ -1,0 +1,149 @@
+"""`d4-sim crafter`: the offline diamond experiment on Crafter, from a recording to a table of milestones.
+
+One recording of scripted players of mixed quality, of which a tenth keeps its commands; for every seed the
+four phases of training, the baselines, and every policy in the game. Stages run side by side and go on where
+they were; whatever is there at the end is on one page (`d4_sim.crafter.page`).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from d4_core import threads
+from d4_datasets.errors import UserError
+from d4_sim.chains import PHASES, Chains
+from d4_sim.crafter.world import HORIZON
+from d4_sim.lanes import Runner
+from d4_sim.stages import Interrupted, Stage, command, keys
+from d4_sim.world import make_world, world_class
+
+TRAINED = ("bc_scratch", "vpt", "wm_bc", "imagination")
+GIVEN = ("random", "data", "expert")  # the same whatever was trained
+
+# What differs from the preset `nano`, and why, is in docs/crafter.md.
+SETTINGS = (
+    "patch=8",
+    "num_latents=32",
+    "num_tokens=16",
+    "agent_training.relevant_return=0.01",
+    "imagination_training.relevant_return=0.01",
+)
+_SLOWER = {"tokenizer": 5.0, "dynamics": 2.0, "agent": 2.0, "imagination": 2.0}  # than `nano` on the yard
+_FRAMES = 215  # of an episode of the log mix, on average
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Record, train and judge policies on Crafter over seeds, and write <out>/page.md with the milestones.
+
+    The same command continues after an interruption, and does nothing twice.
+    """
+
+    out: Path = Path("runs/crafter")
+    """Folder for everything."""
+    world: Literal["crafter", "crafter_peaceful"] = "crafter"
+    """The true game, or one without zombies and skeletons."""
+    seeds: int = 3
+    """Chains of training, all on the same recording."""
+    episodes: int = 1500
+    """Episodes to record."""
+    labelled: float = 0.1
+    """Share of the bags that keep the commands; the others are video with rewards."""
+    preset: Literal["nano", "small", "base", "large", "paper"] = "nano"
+    """Size of the networks."""
+    scale: float = 2.0
+    """Multiplies the training steps of the preset and the baselines."""
+    eval_episodes: int = 100
+    """Episodes per policy and seed, on shared starts."""
+    jobs: Literal["auto"] | int = "auto"
+    """Stages side by side; auto takes the free cores."""
+    only: tuple[str, ...] = ()
+    """Stages whose names begin like this; without it all that are not done yet."""
+
+
+class Plan(Chains):
+    """The stages, seed by seed."""
+
+    def __init__(self, args: Args, jobs: int) -> None:
+        super().__init__(args)
+        self.shape, self._jobs = args, jobs
+
+    def recording(self) -> str:
+        """The one dataset of all seeds."""
+        args = self.shape
+        recordings = [(args.world, 0, args.labelled, args.episodes)]
+        return self.data(args.out / "data", recordings, 1.3 * args.episodes, self._jobs)
+
+    def chain(self, seed: int, data: str) -> None:
+        """The four phases and all policies of one seed."""
+        args, run, dataset = (
+            self.shape,
+            self.shape.out / f"seed-{seed}" / "run",
+            self.shape.out / "data/dataset",
+        )
+        latest, name = data, f"seed-{seed}"
+        settings = {"set": SETTINGS} if args.preset == "nano" else {"set": SETTINGS[3:]}
+        for phase, seconds in PHASES.items():
+            makes = (run,) if phase == "tokenizer" else ()
+            work = self.train(run, dataset, phase, seed, 1.0, **settings)
+            typical_s = seconds * _SLOWER[phase] * args.scale
+            latest = self.add(
+                f"{name}/{phase}", [latest], typical_s, work, makes=makes, recipe=self.recipe(phase)
+            )
+        typical_s = 150 * args.scale + 0.01 * args.eval_episodes * HORIZON
+        tasks = self.drive(run, dataset, *TRAINED, world=args.world)
+        latest = self.add(f"{name}/tasks", [latest], typical_s, tasks)
+        policies = (*TRAINED, *(GIVEN if not seed else ()))
+        drive = command(
+            "crafter", run, dataset=dataset, policies=policies, world=args.world,
+            episodes=args.eval_episodes, scale=args.scale,
+        )  # fmt: skip
+        self.add(f"{name}/milestones", [latest], 0.02 * args.eval_episodes * HORIZON, drive)
+
+
+def plan(args: Args, jobs: int) -> list[Stage]:
+    """All stages; earlier ones matter more."""
+    planned = Plan(args, jobs)
+    data = planned.recording()
+    for seed in range(args.seeds):
+        planned.chain(seed, data)
+    return planned.stages
+
+
+def experiment(args: Args) -> int:
+    """Run what is missing and write the page; returns 1 if a stage failed, else 0."""
+    from d4_sim.crafter.page import write_page
+
+    _check(args)
+    jobs = threads.free_cores() if args.jobs == "auto" else args.jobs
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{args.world}.yaml").write_bytes(world_class(args.world).contract_path().read_bytes())
+    own_keys = keys(plan(replace(args, out=Path("out")), 1))
+    try:
+        return Runner(args.out, plan(args, jobs), own_keys, jobs, args.only).run()
+    finally:
+        path = write_page(args.out, args)
+        print(f"page: {path}" if path else "nothing for a page yet", flush=True)
+
+
+def main(args: Args) -> int:
+    """`experiment` for a command line: Ctrl-C is an end like any other."""
+    try:
+        return experiment(args)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print("stopped; what is done is kept and the same command continues", file=sys.stderr)
+        return 128 + int(stop.args[0]) if isinstance(stop, Interrupted) else 130
+
+
+def _check(args: Args) -> None:
+    """Refuse what a later stage would refuse."""
+    if min(args.seeds, args.episodes, args.eval_episodes) < 1 or not args.scale > 0:
+        raise UserError("seeds, episodes and the scale must be above 0")
+    if not 0 < args.labelled <= 1:
+        raise UserError(f"--labelled {args.labelled:g} must be above 0, for cloning, and at most 1")
+    if args.jobs != "auto" and args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs} must be at least 1, or auto")
+    make_world(args.world)

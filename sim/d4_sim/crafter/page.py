@@ -1,0 +1,213 @@
+"""The page of the Crafter experiment: milestones of every policy, in the form of the paper's tables."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from d4_core.stats import nested_mean
+from d4_sim.crafter.milestones import LADDER, MILESTONES
+from d4_sim.crafter.world import CHAIN
+from d4_sim.stages import clock
+from d4_sim.study_page import NAMES, costs, spread, table
+from d4_sim.study_results import Interval, read_json, rows_of, run_results, student
+
+if TYPE_CHECKING:
+    from d4_sim.crafter.experiment import Args
+
+# The columns of the paper's table, in its order; what frames them comes first and last.
+COLUMNS = {
+    "random": "random", "data": "data", "bc_scratch": "BC", "vpt": "VPT style", "wm_bc": "WM+BC",
+    "imagination": "imagination RL", "expert": "expert",
+}  # fmt: skip
+PAIRS = (("imagination", "wm_bc"), ("wm_bc", "bc_scratch"), ("wm_bc", "vpt"))
+
+
+def reached(row: Mapping[str, Any], milestone: int) -> np.ndarray:
+    """0 or 1 per episode: whether a milestone was reached."""
+    return np.array([float(first[milestone] is not None) for first in row["first"]])
+
+
+def success(chains: Mapping[str, Any], policy: str, milestone: int) -> Interval | None:
+    """Per cent of the episodes that reach a milestone, with an interval over seeds and episodes."""
+    rows = rows_of(chains, policy)
+    if not rows:
+        return None
+    return nested_mean([100 * reached(row, milestone) for row in rows.values()])
+
+
+def ticks(chains: Mapping[str, Any], policy: str, milestone: int) -> float | None:
+    """Mean ticks to a milestone over the episodes that reach it; None below half a per cent of them."""
+    rows = list(rows_of(chains, policy).values())
+    found = [first[milestone] for row in rows for first in row["first"] if first[milestone] is not None]
+    count = sum(len(row["first"]) for row in rows)
+    return float(np.mean(found)) if found and len(found) >= 0.005 * count else None
+
+
+def gain(chains: Mapping[str, Any], a: str, b: str, milestone: int) -> dict[str, Interval] | None:
+    """Paired difference in per cent, over seeds and episodes and as a t interval of the seeds' means."""
+    first, second = rows_of(chains, a), rows_of(chains, b)
+    gains = [
+        100 * (reached(first[s], milestone) - reached(second[s], milestone)) for s in first if s in second
+    ]
+    if not gains:
+        return None
+    out = {"nested": nested_mean(gains)}
+    if len(gains) > 1:
+        out["student"] = student([float(g.mean()) for g in gains])
+    return out
+
+
+def collect(out: Path, world: str, seeds: int) -> dict[str, Any]:
+    """Every number of the experiment as JSON values.
+
+    Keys: `ladder` {seed: milestones.json}, `chains` {world: {seed: run}}, `stages` {name: seconds}.
+    """
+    runs = {str(s): out / f"seed-{s}" / "run" for s in range(seeds)}
+    ladder = {s: read_json(run / "milestones.json") for s, run in runs.items()}
+    tasks = {s: run_results(run) for s, run in runs.items()}
+    done = read_json(out / "stages.json") or {}
+    return {
+        "ladder": {s: found for s, found in ladder.items() if found},
+        "chains": {world: {s: found for s, found in tasks.items() if found}},
+        "stages": {name: entry["seconds"] for name, entry in done.items() if entry["done"]},
+        "runs": {},
+    }
+
+
+def milestones(chains: Mapping[str, Any]) -> Iterator[str]:
+    """Success, then time, per milestone and policy."""
+    shown = [p for p in COLUMNS if rows_of(chains, p)]
+    order = [*CHAIN, *(m for m in MILESTONES if m not in CHAIN)]
+    numbers = {m: MILESTONES.index(m) for m in order}
+    yield "## Milestones: per cent of episodes\n"
+    yield (
+        f"Every episode is played with the ladder of prompts ({len(LADDER)} rungs); mean [95 % interval over "
+        "seeds and episodes]. The last three are not asked for.\n"
+    )
+    cells = {(p, m): success(chains, p, i) for p in shown for m, i in numbers.items()}
+    yield table(
+        ["milestone", *(COLUMNS[p] for p in shown)],
+        [[m, *(_percent(cells[p, m]) for p in shown)] for m in order],
+    )
+    yield "## Ticks to a milestone\n"
+    yield "Mean over the episodes that reach it; left out below 0.5 %.\n"
+    times = {(p, m): ticks(chains, p, i) for p in shown for m, i in numbers.items()}
+    yield table(
+        ["milestone", *(COLUMNS[p] for p in shown)],
+        [[m, *("-" if times[p, m] is None else f"{times[p, m]:.0f}" for p in shown)] for m in order],
+    )
+    yield "## Whole episodes\n"
+    yield table(
+        ["policy", "milestones per episode", "ticks", "deaths, per cent", "episodes"],
+        [[NAMES[p], *_whole(list(rows_of(chains, p).values()))] for p in shown],
+    )
+
+
+def _percent(value: Interval | None) -> str:
+    return "-" if value is None else spread(value, 0)
+
+
+def _whole(rows: list[Mapping[str, Any]]) -> list[str]:
+    return [
+        spread(nested_mean([row["return"] for row in rows])),
+        f"{np.mean([t for row in rows for t in row['ticks']]):.0f}",
+        f"{100 * np.mean([f for row in rows for f in row['fallen']]):.0f}",
+        " + ".join(str(len(row["first"])) for row in rows),
+    ]
+
+
+def differences(chains: Mapping[str, Any]) -> Iterator[str]:
+    """Paired differences on the same starts, per milestone."""
+    pairs = [pair for pair in PAIRS if all(rows_of(chains, p) for p in pair)]
+    if not pairs:
+        return
+    yield "## Paired differences, percentage points\n"
+    yield "Same starts; interval over seeds and episodes, then the t interval of the seeds' means.\n"
+    rows = []
+    for m in CHAIN:
+        found = [gain(chains, *pair, MILESTONES.index(m)) for pair in pairs]
+        rows.append([m, *(_gain(f) for f in found)])
+    yield table(["milestone", *(f"{COLUMNS[a]} - {COLUMNS[b]}" for a, b in pairs)], rows)
+
+
+def _gain(found: Mapping[str, Interval] | None) -> str:
+    if found is None:
+        return "-"
+    more = f"; {spread(found['student'], 0, sign=True)}" if "student" in found else ""
+    return spread(found["nested"], 0, sign=True) + more
+
+
+def single_tasks(chains: Mapping[str, Any]) -> Iterator[str]:
+    """Episodes with one prompt from beginning to end, and what the heads said."""
+    shown = [p for p in COLUMNS if rows_of(chains, p)]
+    if not shown:
+        return
+    yield "## One prompt for the whole episode: per cent that do it\n"
+    rows = []
+    for i, name in enumerate(MILESTONES):
+        cells = []
+        for p in shown:
+            groups = [
+                100 * np.asarray(row["success"])[np.asarray(row["task"]) == i]
+                for row in rows_of(chains, p).values()
+            ]
+            cells.append(_percent(nested_mean(groups)) if all(map(len, groups)) else "-")
+        rows.append([name, *cells])
+    yield table(["task", *(COLUMNS[p] for p in shown)], rows)
+    keys = ("reward_correlation", "value_correlation", "kl_to_cloned")
+    heads = [
+        [s, COLUMNS[p], *(f"{row[k]:.3f}" if row.get(k) is not None else "-" for k in keys)]
+        for p in ("wm_bc", "imagination")
+        for s, row in rows_of(chains, p).items()
+    ]
+    if heads:
+        yield "### The heads on real episodes\n"
+        header = ["seed", "policy", "reward correlation", "value correlation", "KL to the clone"]
+        yield table(header, heads)
+
+
+def gates(runs: Mapping[str, Any]) -> Iterator[str]:
+    """Every gate of every seed."""
+    rows: dict[str, dict[str, str]] = {}
+    for s, run in runs.items():
+        for phase, found in run.get("gates", {}).items():
+            for gate in found:
+                mark = "" if gate["ok"] else " (failed)"
+                rows.setdefault(f"{phase}: {gate['name']}", {})[s] = f"{gate['value']:.3g}{mark}"
+    if rows:
+        yield "## Gates\n"
+        yield table(
+            ["gate", *(f"seed {s}" for s in runs)],
+            [[name, *(row.get(s, "-") for s in runs)] for name, row in rows.items()],
+        )
+
+
+def write_page(out: Path, args: Args) -> Path | None:
+    """Write <out>/page.md and <out>/results.json; None if there are no results yet."""
+    results = collect(out, args.world, args.seeds)
+    tasks = results["chains"][args.world]
+    if not results["ladder"] and not tasks:
+        return None
+    about = (
+        f"World `{args.world}`; {args.episodes} recorded episodes, commands kept in {args.labelled:.0%} of "
+        f"the bags; networks `{args.preset}` set as docs/crafter.md says, training x {args.scale:g}; "
+        f"{args.eval_episodes} shared starts; {clock(sum(results['stages'].values()))} of work so far.\n"
+    )
+    missing = args.seeds - len(results["ladder"])
+    parts = ["# Crafter, offline: the way to the diamond\n", about]
+    if missing:
+        parts.append(f"**Not complete**: milestones of {missing} of {args.seeds} seeds are missing.\n")
+    if results["ladder"]:
+        parts += [*milestones(results["ladder"]), *differences(results["ladder"])]
+    parts += [*single_tasks(tasks), *gates(tasks), *costs(results)]
+    for path, content in ((out / "page.md", "\n".join(parts)), (out / "results.json", json.dumps(results))):
+        aside = path.with_name(f".tmp-{path.name}")
+        aside.write_text(content)
+        os.replace(aside, path)
+    return out / "page.md"
