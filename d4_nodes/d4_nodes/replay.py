@@ -25,22 +25,28 @@ class Comparison:
     """How far two runs agree.
 
     Attributes: compared, equal: ticks with a known command, and those where the same command came again.
-        largest: difference in any component, contract units. first: (episode, tick) of the first difference.
+        limited: those where the guard went towards that command as far as `max_rate` let it. largest:
+        difference in any component of the others, contract units. first: (episode, tick) of the first of
+        them.
     """
 
     compared: int = 0
     equal: int = 0
+    limited: int = 0
     largest: float = 0.0
     first: tuple[int, int] | None = None
     per_episode: list[float] = field(default_factory=list)
 
     def __str__(self) -> str:
         text = f"{self.equal} of {self.compared} commands are the same"
+        text += f", {self.limited} more were cut by max_rate on their way there" if self.limited else ""
         if self.first is None:
             return text
+        others = self.compared - self.equal - self.limited
         return (
-            f"{text}; the first other one is in episode {self.first[0]} at tick {self.first[1]}, the largest "
-            f"difference {self.largest:.3g}"
+            f"{text}; {others} differ, by {self.largest:.3g} at most, first in episode {self.first[0]} at "
+            f"tick {self.first[1]}. A tick that the run reports as missed cannot agree, nor those after one "
+            "whose frame the server never saw"
         )
 
 
@@ -75,12 +81,15 @@ def _episode(brain: PolicyBrain, logs: Windows, shared: Memory, episode: int, re
         brain.decide(shared)
         if not logs.action_mask[row]:
             continue
-        difference = float(np.abs(_bounded(brain, shared["plan"][0]) - logs.action[row]).max())
+        wanted, sent = _bounded(brain, shared["plan"][0]), logs.action[row]
+        difference = float(np.abs(wanted - sent).max())
         compared += 1
         same += difference == 0.0
-        result.largest = max(result.largest, difference)
-        if difference and result.first is None:
-            result.first = (episode, tick)
+        if difference and any(_is_cut(brain, before, wanted, sent) for before in logs.action[row - 2 : row]):
+            result.limited += 1
+        elif difference:
+            result.largest = max(result.largest, difference)
+            result.first = result.first or (episode, tick)
     result.compared += compared
     result.equal += same
     result.per_episode.append(same / max(1, compared))
@@ -102,3 +111,17 @@ def _ask(logs: Windows, shared: Memory, row: int, is_first: bool) -> None:
 def _bounded(brain: PolicyBrain, command: np.ndarray) -> np.ndarray:
     """What the guard makes of a command that it lets pass."""
     return np.clip(command, brain.contract.action_low, brain.contract.action_high)
+
+
+def _is_cut(brain: PolicyBrain, before: np.ndarray, wanted: np.ndarray, sent: np.ndarray) -> bool:
+    """Whether every component of a command is the one that was wanted, or as far on the way to it from one
+    before as `max_rate` allows in at most two periods. (Two of those before are tried: the last tick of an
+    episode may have the first command of the next one in force.)
+    """
+    most = (
+        np.concatenate([c.max_rate or (0.0,) * c.dim for c in brain.contract.actions])
+        * 2
+        / brain.contract.rate_hz
+    )
+    step, left = sent - before, wanted - sent
+    return bool(((left == 0) | ((step * left > 0) & (np.abs(step) <= most))).all())
