@@ -79,7 +79,7 @@ class Args:
     out: Path = Path("runs/bench")
     """Folder for everything; the page is <out>/page.md."""
     preset: PresetName = "night"
-    """night: two cores, an hour per world and seed; h200: one large GPU, half an hour in all; toy: a check."""
+    """night: two cores, an hour per world and seed; h200: one large GPU, half an hour; toy: a check."""
     seeds: int | None = None
     """Chains per world, instead of the preset's."""
     frames: int | None = None

@@ -70,7 +70,9 @@ class _Camera:
 
             self.model = world.build()
             world.dress(self.model)
-            self._renderer = mujoco.Renderer(self.model, size, size, max_geom=world.most_geoms)
+            # it lives as long as the process, at whose end MuJoCo 4.0's own destructor complains
+            lasting = type("Renderer", (mujoco.Renderer,), {"__del__": lambda self: None})
+            self._renderer = lasting(self.model, size, size, max_geom=world.most_geoms)
         except UserError:
             raise
         except (

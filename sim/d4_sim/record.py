@@ -30,9 +30,9 @@ _EPOCH_NS = 1_767_225_600 * 10**9  # sessions are dated from 2026-01-01 on, one 
 _SESSION_NS = 3600 * 10**9
 _CAPTURE_LEAD_NS = 12 * _MS  # frame k is captured this long before tick k ...
 _JITTER_NS = 2 * _MS  # ... give or take (standard deviation, at most four of them)
-# From the last tick of an episode to tick 0 of the next: less than a period, so that no tick lies between,
-# and hardly less, so that what came with the last tick does not come with tick 0 as well.
-_NEXT_EPISODE_NS = 99 * _MS
+# From the last tick of an episode to tick 0 of the next it is so much less than a period: no tick between,
+# and what came with the last tick does not come with tick 0 as well.
+_EARLY_START_NS = _MS
 
 _SETTINGS = "recording.json"
 
@@ -195,7 +195,7 @@ def record_session(session: Session) -> int:
             for event in log.events(episode, number, start_ns):
                 bag.write(event.topic, event.type, event.stamp_ns, event.msg)
             frames += len(episode.frames)
-            start_ns += (len(episode.frames) - 1) * contract.period_ns + _NEXT_EPISODE_NS
+            start_ns += len(episode.frames) * contract.period_ns - _EARLY_START_NS
     return frames
 
 
