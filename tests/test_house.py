@@ -162,7 +162,9 @@ def imported(path: Path) -> set[str]:
 
 def test_what_is_imported_is_declared() -> None:
     owners = packages_distributions()
-    declared = {re.match(r"[\w-]+", item)[0].lower() for item in PROJECT["project"]["dependencies"]}
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    items = [*PROJECT["project"]["dependencies"], *(item for extra in extras for item in extra)]
+    declared = {re.match(r"[\w-]+", item)[0].lower() for item in items}
     own = {package.name for package in PACKAGES}
     foreign = set().union(*map(imported, SOURCES)) - sys.stdlib_module_names - own - {"__future__"}
     undeclared = {n for n in foreign if n in owners and not {o.lower() for o in owners[n]} & declared}
@@ -176,7 +178,7 @@ def test_a_wheel_holds_what_the_code_reads() -> None:
         str(path.relative_to(package.parent)) for package in PACKAGES for path in package.rglob("*.py")
     ]
     data = ["d4_sim/yard.xml", "d4_sim/yard.yaml", "d4_core/report_style.css", "d4_core/report_template.html"]
-    data += ["d4_datasets/audit_page.css", "d4_datasets/audit_page.html"]
+    data += ["d4_datasets/audit_page.css", "d4_datasets/audit_page.html", "d4_sim/crafter/crafter.yaml"]
     assert sorted({*sources, *data} - files) == []
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d4_datasets.contract import Contract
-from d4_sim.crafter.game import game_class
+from d4_sim.crafter.game import Game
 from d4_sim.world import Observation
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Crafter:
     action_high = np.full(1, 16.0, np.float32)
 
     def __init__(self) -> None:
-        self._game: Any = game_class()(self.peaceful)
+        self._game = Game(self.peaceful)
         self._task = self._tick = 0
         self._counts = self._before = np.zeros(len(self.tasks), np.int64)
 
@@ -76,7 +76,7 @@ class Crafter:
     def step(self, action: np.ndarray) -> tuple[Observation, np.ndarray, bool, bool]:
         """One tick of the game with command number `action` (float32 [1], rounded and clipped)."""
         number = int(np.clip(np.rint(action[0]), 0, self.action_high[0]))
-        picture = self._game.step(number)[0]
+        picture = self._game.step(number)
         self._tick += 1
         self._before, self._counts = self._counts, self._count()
         dead = bool(self._game.player.health <= 0)
