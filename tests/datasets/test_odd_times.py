@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ingest import ARRAY, ROBOT, T0, TICK, drive, frames, robot, take
 
@@ -80,15 +80,14 @@ def test_nanoseconds_beyond_a_second_are_added(tmp_path):
     assert frames(take(tmp_path, log)[0], 0) == list(range(6))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 3 * HOUR), min_size=1, max_size=12),
     st.lists(st.integers(-2 * HOUR, 20 * HOUR), max_size=6) | st.none(),
-    st.sampled_from([TICK, HOUR // 3, 7]),
+    st.sampled_from([HOUR // 50, HOUR // 3, 10 * TICK]),
 )
 def test_ticks_of_runs_cover_every_frame_that_ticks_of_all_would(steps, starts, period):
     stamps = np.cumsum(steps) + T0
-    if int(stamps[-1] - stamps[0]) // period > 1_000_000:
-        return
     events = None if starts is None else np.sort(np.array(starts, np.int64)) + T0
     ticks = align.grid_of(stamps, period, events)
     assert (np.diff(ticks.group) >= 0).all()
