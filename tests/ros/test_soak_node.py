@@ -22,7 +22,7 @@ SWITCHES = {
 }  # fmt: skip
 MODEL = ("nan", "huge", "raise", "sleep 0.3")
 FAULTS = (*SWITCHES, *MODEL, "server killed", "server stopped", "emergency stop", "shut down and up")
-LIMITS = ((-1.0, 1.0), (-2.0, 2.0))  # of robot.yaml
+LIMITS, RATES = ((-1.0, 1.0), (-2.0, 2.0)), (10.0, 20.0)  # of robot.yaml
 
 
 class Soak:
@@ -102,7 +102,11 @@ def test_soak(soak) -> None:
             "commands": len(twists), "longest_gap_ms": round(1e3 * active.max(), 1),
             "gap_p99.9_ms": round(1e3 * np.quantile(active, 0.999), 1)}  # fmt: skip
     print(json.dumps(told))
-    for column, (low, high) in zip((1, 2), LIMITS, strict=True):
+    for column, (low, high), rate in zip((1, 2), LIMITS, RATES, strict=True):
+        values = twists[:, column]
+        driven = (values[1:] != 0) & ~inactive  # a stop is not slewed
+        # a message may be late by some ms, and then the next one seems to follow sooner than it was sent
+        assert (np.abs(np.diff(values))[driven] <= rate * (gaps[driven] + 0.03)).all()
         assert np.isfinite(twists[:, column]).all()
         assert low <= twists[:, column].min() <= twists[:, column].max() <= high
     arms = np.array([x for _, x in soak.world.arms])

@@ -113,6 +113,26 @@ class ManagedNode(LifecycleNode, abc.ABC):
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self._every(1.0, self._on_diagnostics)
         self.add_on_set_parameters_callback(self._on_parameters)
+        self._answer_wrong_transitions()
+
+    def _answer_wrong_transitions(self) -> None:
+        """rclpy raises where a transition is asked for that there is none of now, and the caller waits for an
+        answer for ever.
+        """
+        service = getattr(self, "_service_change_state", None)
+        if service is None:
+            return
+        change = service.callback
+
+        def answer(request: Any, response: Any) -> Any:
+            try:
+                return change(request, response)
+            except Exception as error:
+                self.get_logger().warning(f"no such transition now: {error}")
+                response.success = False
+                return response
+
+        service.callback = answer
 
     def _every(self, seconds: float, callback: Callable[[], None]) -> None:
         """Call back by a clock that goes on while a simulation is paused."""
