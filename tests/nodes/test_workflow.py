@@ -18,7 +18,9 @@ def test_it_covers_the_supported_distributions() -> None:
 
 def test_the_files_and_modules_it_names_exist() -> None:
     tests = re.findall(r"tests/\S+\.py", TEXT)
-    assert len(tests) == 4
+    left_out = {"test_launch_files.py", "test_soak_node.py"}  # the simulated robot needs ROS's own Python
+    there = {path.name for path in (ROOT / "tests" / "ros").glob("test_*.py")}
+    assert {Path(name).name for name in tests} == there - left_out
     modules = re.search(r"for module in (.+); do", TEXT)
     assert modules is not None
     files = [f"d4_nodes/d4_nodes/{module.replace('.', '/')}.py" for module in modules[1].split()]
