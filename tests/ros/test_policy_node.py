@@ -290,6 +290,11 @@ def test_slow_server_is_refused_unless_allowed(make, server):
     assert world.set("allow_slow", True)[0]
     assert world.activate()
     world.until(lambda: world.status[-1].allow_slow)
+    assert world.deactivate()
+    server.faults.unlink()
+    assert world.activate()
+    world.until_state("driving")
+    assert not world.status[-1].allow_slow  # it need not
 
 
 def test_no_server_is_one_sentence(make, server):

@@ -69,7 +69,7 @@ class PolicyNode(CommandingNode[Loop]):
 
     def _prepare(self, contract: Contract) -> None:
         assert self.guard is not None
-        measured = self._measure(contract)
+        measured = self._measured = self._measure(contract)
         self.guard.config = self._guard_config(watchdog_ms=self._get("watchdog_ms"))
         report = Report(contract.rate_hz, contract.latency_ms, {**self._card, "node": self.get_name()})
         config = LoopConfig(
@@ -198,7 +198,7 @@ class PolicyNode(CommandingNode[Loop]):
         if driver.state == "waiting":
             msg.reason = "no picture has been answered yet"
         msg.task = driver.contract.task_names[driver.task]
-        msg.allow_slow = self._get("allow_slow")
+        msg.allow_slow = not self._measured.fits
         stages = driver.report.stages
         msg.answer_p50_ms, msg.answer_p99_ms = (stages["answer"].quantile_ms(q) for q in (0.5, 0.99))
         msg.lateness_p99_ms, msg.age_p99_ms = (stages[s].quantile_ms(0.99) for s in ("lateness", "age"))
