@@ -1,4 +1,4 @@
-"""Crafter as a world: reproducible, described by its contract, events as rewards; players of mixed quality."""
+"""Crafter as a world: reproducible, as its contract says, events as rewards; players of mixed quality."""
 
 from __future__ import annotations
 

@@ -1,0 +1,181 @@
+"""Milestones under a ladder of prompts, the plan of the experiment, and its page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d4_datasets.errors import UserError
+from d4_sim.crafter import experiment, page
+from d4_sim.crafter.milestones import LADDER, MILESTONES, Prompted, first_ticks
+from d4_sim.crafter.world import CHAIN, SURVIVAL
+from d4_sim.minecraft.game import Rung
+from d4_sim.stages import MODULES, keys
+
+ARGS = experiment.Args(out=Path("somewhere"), seeds=3)
+
+
+# ---- milestones
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=3), min_size=1, max_size=20), st.data())
+def test_first_ticks_are_the_first_ones(rows: list[list[int]], data) -> None:
+    length = data.draw(st.integers(1, len(rows)))
+    found = first_ticks(np.array(rows, np.float32), length)
+    for k, tick in enumerate(found):
+        events = [t for t in range(length) if rows[t][k] > 0]
+        assert tick == (events[0] if events else None)
+
+
+class Spy:
+    """A session that notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def reset(self, n: int, tasks: np.ndarray) -> None:
+        self.asked.append(tasks.tolist())
+
+    def ask(self, tasks: np.ndarray) -> None:
+        self.asked.append(tasks.tolist())
+
+    def act(self, images: np.ndarray, vectors: dict, alive: np.ndarray) -> np.ndarray:
+        return np.zeros((len(alive), 1), np.float32)
+
+
+def test_the_next_task_is_asked_for_when_enough_was_done() -> None:
+    worlds = [SimpleNamespace(tasks=("a", "b", "c"), rewards=np.zeros(3, np.float32)) for _ in range(2)]
+    spy = Spy()
+    prompted = Prompted(spy, (Rung("b", 2), Rung("a", 1), Rung("c", None)))
+    prompted.bind(worlds)
+    alive = np.ones(2, bool)
+
+    def tick(*rewards: list[float]) -> None:
+        for world, reward in zip(worlds, rewards, strict=True):
+            world.rewards = np.array(reward, np.float32)
+        prompted.act(np.empty(0), {}, alive)
+
+    prompted.reset(2, np.zeros(2))
+    tick([0, 9, 0], [0, 9, 0])  # what comes with the first frame is nobody's doing
+    tick([0, 1, 0], [1, 0, 0])
+    assert spy.asked == [[1, 1]]
+    tick([0, 1, 0], [1, 0, 0])
+    assert spy.asked[1:] == [[0, 1]]
+    alive[1] = False  # what a world that has ended shows for ever counts no more
+    tick([1, 0, 0], [0, 5, 0])
+    tick([0, 0, 1], [0, 5, 0])
+    assert spy.asked[2:] == [[2, 1]]
+    prompted.reset(2, np.zeros(2))
+    assert spy.asked[-1] == [1, 1]
+
+
+def test_a_session_that_cannot_be_asked_plays_all_the_same() -> None:
+    class Deaf:
+        def reset(self, n: int, tasks: np.ndarray) -> None:
+            self.n = n
+
+        def act(self, images: np.ndarray, vectors: dict, alive: np.ndarray) -> np.ndarray:
+            return np.zeros((self.n, 1), np.float32)
+
+    prompted = Prompted(Deaf(), (Rung("a", 1), Rung("b", None)))
+    prompted.bind([SimpleNamespace(tasks=("a", "b"), rewards=np.ones(2, np.float32))])
+    prompted.reset(1, np.zeros(1))
+    for _ in range(3):
+        assert prompted.act(np.empty(0), {}, np.ones(1, bool)).shape == (1, 1)
+
+
+def test_the_ladder_leads_to_the_diamond_and_takes_what_the_recipes_take() -> None:
+    constants = pytest.importorskip("crafter.constants", reason="the package crafter is not installed")
+    assert (*CHAIN, *SURVIVAL) == MILESTONES
+    assert [rung.task for rung in LADDER] == list(CHAIN)
+    counts = {rung.task: rung.count for rung in LADDER}
+    assert counts["collect_diamond"] is None
+    made = [constants.make[f"{kind}_pickaxe"]["uses"] for kind in ("wood", "stone", "iron")]
+    placed = [constants.place[bench]["uses"] for bench in ("table", "furnace")]
+    for thing in ("wood", "stone", "coal", "iron"):
+        assert counts[f"collect_{thing}"] == sum(uses.get(thing, 0) for uses in [*made, *placed])
+
+
+# ---- the plan
+
+
+def test_every_seed_is_trained_on_the_one_recording() -> None:
+    stages = {stage.name: stage for stage in experiment.plan(ARGS, 2)}
+    assert next(iter(stages)) == "data/data"
+    assert len(stages) == 1 + 3 * 6
+    assert stages["data/data"].weight == 2
+    for seed in range(3):
+        chain = [stage for name, stage in stages.items() if name.startswith(f"seed-{seed}/")]
+        assert [s.name.split("/")[1] for s in chain] == [
+            "tokenizer", "dynamics", "agent", "imagination", "tasks", "milestones",
+        ]  # fmt: skip
+        assert chain[0].needs == ("data/data",)
+        for stage in chain[:4]:
+            (words,) = stage.commands
+            assert words[words.index("--seed") + 1] == str(seed)
+            assert words[1] == "somewhere/data/dataset"
+    assert all(words[0] in MODULES for stage in stages.values() for words in stage.commands)
+    given = [s.name for s in stages.values() if "expert" in s.commands[-1]]
+    assert given == ["seed-0/milestones"]  # what does not depend on training is played once
+
+
+def test_the_plan_knows_neither_the_number_of_processes_nor_longer_output() -> None:
+    one = keys(experiment.plan(ARGS, 1))
+    other = keys(experiment.plan(replace(ARGS, seeds=1), 1))
+    assert {name: key for name, key in one.items() if name in other} == other
+    changed = keys(experiment.plan(replace(ARGS, scale=1.0), 1))
+    assert {name for name in one if one[name] == changed[name]} == {"data/data"}
+
+
+@pytest.mark.parametrize("wrong", [{"seeds": 0}, {"scale": 0.0}, {"labelled": 0.0}, {"jobs": 0}])
+def test_unusable_settings_are_refused_before_anything_is_written(tmp_path: Path, wrong: dict) -> None:
+    args = replace(ARGS, out=tmp_path / "out", **wrong)
+    with pytest.raises(UserError):
+        experiment.experiment(args)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the page
+
+
+def write_run(out: Path, seed: int, policies: dict[str, list[int]]) -> None:
+    """A milestones.json in which each policy reaches so many milestones in each of its episodes."""
+    run = out / f"seed-{seed}" / "run"
+    run.mkdir(parents=True)
+    rows = {
+        name: {
+            "return": counts, "success": [0] * len(counts), "fallen": [1] * len(counts),
+            "ticks": [100] * len(counts),
+            "first": [[10 * k if k < n else None for k in range(len(MILESTONES))] for n in counts],
+        }
+        for name, counts in policies.items()
+    }  # fmt: skip
+    (run / "milestones.json").write_text(json.dumps({"policies": rows}))
+
+
+def test_the_page_has_the_papers_table(tmp_path: Path) -> None:
+    assert page.write_page(tmp_path, replace(ARGS, out=tmp_path)) is None
+    for seed in range(2):
+        rows = {"wm_bc": [1, 3, 3, 1], "imagination": [3, 3, 3, 1 + 2 * seed]}
+        write_run(tmp_path, seed, rows | ({"expert": [10] * 4} if not seed else {}))
+    path = page.write_page(tmp_path, replace(ARGS, out=tmp_path))
+    assert path is not None
+    lines = path.read_text().splitlines()
+    assert "| milestone | WM+BC | imagination RL | expert |" in lines
+    wood = next(line for line in lines if line.startswith("| collect_wood | 100"))
+    assert wood.count("100 [100, 100]") == 3
+    pickaxe = next(line for line in lines if line.startswith("| make_wood_pickaxe | 50"))
+    assert "| 88 [" in pickaxe
+    assert any("1 of 3 seeds are missing" in line for line in lines)
+    diamond = [line for line in lines if line.startswith("| collect_diamond")]
+    assert diamond[0] == "| collect_diamond | 0 [0, 0] | 0 [0, 0] | 100 [100, 100] |"
+    assert diamond[1] == "| collect_diamond | - | - | 90 |"
+    assert "+38 [" in next(line for line in lines if line.startswith("| make_wood_pickaxe | +"))
+    assert json.loads((tmp_path / "results.json").read_text())["ladder"]["1"]["policies"]["wm_bc"]
