@@ -224,7 +224,7 @@ def _remarks(path: Path, script: Script, frames: int, contract: Contract) -> lis
             f"{path}: {script.lines} lines for {frames} frames; the first {len(script.actions)} are used"
         )
     unknown = [number for number, action in enumerate(script.actions, 1) if action is None]
-    if unknown:
+    if unknown and unknown != [len(script.actions)]:  # at the last frame nothing more was done
         remarks.append(
             f"{path}: {len(unknown)} lines (the first is number {unknown[0]}) do not say what mouse and "
             "keyboard did; their frames have no known action"

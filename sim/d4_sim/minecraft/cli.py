@@ -256,7 +256,7 @@ class Train:
         here = recipes.stock(self.recordings)
         recipes.require_usable(recipe, here)
         for line in recipes.told(recipe, here, measure=True):
-            print(line)
+            _say(line)
         if self.dry_run:
             for stage in recipes.plan(recipe):
                 for words in stage.commands:

@@ -236,6 +236,9 @@ def run(recipe: Recipe, say: Callable[[str], None]) -> int:
         began, code = time.monotonic(), 1
         try:
             code = _commands(stage.commands, env, say)
+            if code == 1 and stage.name == "audit" and recipe.force:
+                say("the audit found errors; going on because of --force")
+                code = 0
         finally:
             state.note(stage, time.monotonic() - began, done=code == 0)
         if code:
