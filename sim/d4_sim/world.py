@@ -21,6 +21,7 @@ _WORLDS: dict[str, str] = {
     "yard": "d4_sim.yard:Yard",
     "yard_dusk": "d4_sim.yard:YardDusk",
     "arm": "d4_sim.arm:Arm",
+    "push": "d4_sim.suite.push:Push",
     "cartpole_swingup": "d4_sim.suite.control:CartpoleSwingup",
     "reacher_easy": "d4_sim.suite.control:ReacherEasy",
     "ball_in_cup_catch": "d4_sim.suite.control:BallInCupCatch",
@@ -28,6 +29,7 @@ _WORLDS: dict[str, str] = {
     "cheetah_run": "d4_sim.suite.control:CheetahRun",
     "walker_walk": "d4_sim.suite.control:WalkerWalk",
     "walker": "d4_sim.suite.control:Walker",
+    "fetch": "d4_sim.suite.fetch:Fetch",
     "crafter": "d4_sim.crafter.world:Crafter",
     "crafter_peaceful": "d4_sim.crafter.world:CrafterPeaceful",
 }
