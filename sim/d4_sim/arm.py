@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from d4_sim.mujoco_world import RATE_HZ, MujocoWorld
+from d4_sim.mujoco_world import RATE_HZ, MujocoWorld, Physics
 
 if TYPE_CHECKING:
     from d4_sim.driver import Driver
@@ -109,6 +109,11 @@ class Arm(MujocoWorld):
     def success(self) -> bool:
         """The tip is within 0.15 m of the task's disc now."""
         return bool(self._distances()[self._task] < SUCCESS_RADIUS)
+
+    def score(self, at: Physics, goal: int) -> np.ndarray:
+        """The task's reward."""
+        distance = np.linalg.norm(tip_of(at.qpos) - self._discs[goal], axis=-1)
+        return np.exp(-np.square(distance / REWARD_SCALE))
 
     def state(self) -> dict[str, Any]:
         """Copies of joints, their velocity, command in force (rad, rad/s), discs [2, 2] (m); task, tick."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from d4_sim.mujoco_world import MujocoWorld
+from d4_sim.mujoco_world import MujocoWorld, Physics
 
 if TYPE_CHECKING:
     import mujoco
@@ -83,6 +83,12 @@ class Yard(MujocoWorld):
         """Standing within 0.18 m of the task's pad now, and not fallen."""
         distance = np.linalg.norm(self._pads[self._task] - self._data.qpos)
         return bool(distance < SUCCESS_RADIUS) and not self._over
+
+    def score(self, at: Physics, goal: int) -> np.ndarray:
+        """The task's reward, nothing from the pit on."""
+        distance = np.linalg.norm(at.qpos - self._pads[goal], axis=-1)
+        is_up = np.linalg.norm(at.qpos - self._pit, axis=-1) >= PIT_RADIUS
+        return np.exp(-np.square(distance / REWARD_SCALE)) * np.cumprod(is_up, axis=-1)
 
     def state(self) -> dict[str, Any]:
         """Copies of position, velocity, command in force, pads [2, 2], pit; task, tick, fallen (m, m/s)."""

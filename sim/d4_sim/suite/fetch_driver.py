@@ -33,7 +33,7 @@ class FetchDriver(AxisDriver):
 
 
 def push_block(tip: np.ndarray, block: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Velocity [3] in m/s for a gripper that is to push a block to a target on the table (positions [3], m)."""
+    """Velocity [3] in m/s of a gripper that is to push a block to a target on the table (all [3], m)."""
     way = (target - block)[:2]
     left = float(np.linalg.norm(way))
     if left < 0.012:
