@@ -205,6 +205,7 @@ def test_a_program_that_hangs_is_not_there(monkeypatch) -> None:
             ["random", "--contract", EXAMPLE, "--set", "fast=1"],
             "takes no option 'fast'; it takes python, env",
         ),
+        (["random", "--contract", EXAMPLE, "--python", "/nowhere/python"], "/nowhere/python is no program"),
         (["random"], "a random policy needs --contract"),
         (["random", "--engine", "crafter", "--keep", "x"], "--keep records games of keyboard and mouse"),
         (["/nowhere"], "/nowhere has no checkpoint that acts"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,8 +23,9 @@ from d4_datasets.errors import UserError
 from d4_datasets.ingest import ingest
 from d4_datasets.windows import Windows
 from d4_sim.minecraft import cli, game
+from d4_sim.minecraft.environment import Seen
 from d4_sim.minecraft.hands import Hands
-from d4_sim.minecraft.record import Again, Script, Settings, make_player, play
+from d4_sim.minecraft.record import Again, Person, Script, Settings, make_player, play
 from d4_sim.minecraft.recorder import Lines, Recorder
 
 ROOT = Path(__file__).parents[2]
@@ -226,3 +230,43 @@ def test_hands_make_actions_of_keys_and_mouse() -> None:
     hands.scroll(-1)
     assert hands.tick(now=2.1)[minecraft.COLUMN["hotbar_9"]] == 1
     assert hands.tick(now=2.2)[minecraft.COLUMN["hotbar_9"]] == 0
+
+
+@pytest.fixture
+def display(monkeypatch):
+    """A display of its own, without a monitor."""
+    if shutil.which("Xvfb") is None:
+        pytest.skip("Xvfb is not installed")
+    pytest.importorskip("tkinter", reason="this Python has no Tk")
+    mine, its = os.pipe()
+    server = subprocess.Popen(
+        ["Xvfb", "-displayfd", str(its), "-screen", "0", "800x600x24", "-nolisten", "tcp"],
+        pass_fds=(its,), stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    os.close(its)
+    with os.fdopen(mine) as answer:
+        monkeypatch.setenv("DISPLAY", ":" + answer.readline().strip())
+    yield
+    server.kill()
+    server.wait()
+
+
+def test_a_person_plays_in_a_window(display) -> None:
+    """Keys, buttons and the mouse of a real window, and the key that leaves."""
+    person = Person("Fake game", zoom=2)
+    seen = Seen(np.zeros((36, 64, 3), np.uint8), {"pointer": None})
+    assert not person.act(seen).any()
+    window = person._window
+    for event in ("<KeyPress-w>", "<KeyPress-Shift_L>"):
+        window._root.event_generate(event, when="tail")
+    window._label.event_generate("<ButtonPress-1>", when="tail", x=64, y=36)
+    window._label.event_generate("<Motion>", when="tail", x=74, y=30)
+    turned = person.act(seen)[-2:]
+    action = person.act(seen)
+    np.testing.assert_allclose(turned + action[-2:], (-0.9, 1.5))  # and putting the mouse back is no turn
+    down = {name for name in minecraft.KEYS if action[minecraft.COLUMN[name]]}
+    assert down == {"forward", "sneak", "attack"}
+    window._root.event_generate("<KeyPress-F10>", when="tail")
+    assert person.act(seen) is None
+    person.close()
+    person.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -312,6 +313,8 @@ def _ticks(game: Engine, minutes: float) -> int:
 def _options(game: Engine, args: Any) -> dict[str, Any]:
     """The options of an engine out of a command's; one that it does not take is a mistake."""
     given = {name: getattr(args, name) for name in ("python", "env") if getattr(args, name) is not None}
+    if "python" in given and shutil.which(given["python"]) is None:
+        raise UserError(f"--python {given['python']} is no program: give the interpreter that has MineRL")
     for text in args.set:
         name, separator, value = text.partition("=")
         if not separator:

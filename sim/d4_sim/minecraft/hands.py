@@ -98,6 +98,8 @@ class Window:
         self._label.pack()
         self._photo: Any = None
         self._bind()
+        self._root.update()
+        self._root.focus_force()  # or keys go elsewhere until somebody clicks
 
     def _bind(self) -> None:
         root, label = self._root, self._label

@@ -221,6 +221,8 @@ def _percent(row: Row) -> str:
 def _time(row: Row) -> str:
     if row.time is None:
         return "-"
+    if row.reached == 1:
+        return f"{row.time[0]:.1f} (one episode)"
     return "{:.1f} [{:.1f}, {:.1f}]".format(*row.time)
 
 

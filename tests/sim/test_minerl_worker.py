@@ -1,0 +1,167 @@
+"""The worker of MineRL with a stand-in for its package: seeds, counters, a lost game, a missing display."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from d4_datasets import minecraft
+from d4_datasets.errors import UserError
+from d4_sim.minecraft.environment import Environment, Lost
+from d4_sim.minecraft.keeper import descendants
+from d4_sim.minecraft.minerl import ENGINE
+from d4_sim.minecraft.tasks import Watch
+
+STAND_IN = '''
+import os
+import numpy as np
+
+class Env:
+    """As MineRL answers: numbers as arrays, a game that is lost only told in `info`."""
+    def __init__(self, name):
+        self.name, self.seeds, self.tick = name, [], 0
+    def seed(self, seed):
+        self.seeds.append(seed)
+    def seen(self, action=None):
+        count = np.array(float(self.tick))
+        return {
+            "pov": np.full((360, 640, 3), self.tick, np.uint8),
+            "inventory": {"oak_log": count, "air": np.array(30), "dirt": np.array(0)},
+            "mine_block": {"oak_log": count, "stone": np.zeros(())}, "craft_item": {}, "use_item": {},
+            "full_stats": {"interact_with_furnace": count, "jump": np.array(3.0)},
+            "location_stats": {"yaw": np.array(12.5), "pitch": np.array(-3.0), "biome_id": np.array(1)},
+        }
+    def reset(self):
+        self.tick = 0
+        return self.seen()
+    def step(self, action):
+        self.tick += 1
+        if self.tick == 3:
+            return self.seen(), 0, True, {"error": "Connection timed out!"}
+        assert action["camera"].dtype == np.float32
+        return self.seen(), 0.0, False, {"isGuiOpen": bool(action["inventory"])}
+    def close(self):
+        pass
+
+def make(name):
+    return Env(name)
+'''
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch) -> Path:
+    (tmp_path / "gym.py").write_text(STAND_IN)
+    (tmp_path / "minerl.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("DISPLAY", ":0")
+    return tmp_path
+
+
+def start(tmp_path: Path, **options: str) -> Environment:
+    return Environment(ENGINE, {"python": sys.executable} | options, tmp_path / "log")
+
+
+def test_what_minerl_tells_becomes_counters_items_and_the_rest(stand_in) -> None:
+    environment = start(stand_in)
+    try:
+        assert environment.receive() is None
+        environment.reset(7)
+        first = environment.receive()
+        assert first.image.shape == (360, 640, 3)
+        assert (first.said["items"], first.said["stats"]) == ({}, {})
+        action = np.zeros(minecraft.SIZE)
+        action[minecraft.COLUMN["inventory"]] = 1
+        environment.step(action)
+        second = environment.receive()
+        assert second.image[0, 0, 0] == 1
+        assert second.said["items"] == {"oak_log": 1}
+        assert second.said["stats"] == {
+            "minecraft.mine_block:minecraft.oak_log": 1,
+            "minecraft.custom:minecraft.interact_with_furnace": 1,
+        }  # fmt: skip
+        assert second.said["gui"] is True
+        assert second.said["pointer"] is None  # the picture shows it
+        assert second.said["more"] == {"yaw": 12.5, "pitch": -3.0}
+        watch = Watch(("log",))
+        watch.step(first.said["stats"], first.said["items"])
+        told = watch.step(second.said["stats"], second.said["items"])
+        assert (told.amounts, told.reached) == ({"mine_log": 1.0, "open_furnace": 1.0}, ("log",))
+    finally:
+        environment.close()
+
+
+def test_a_lost_game_is_no_observation(stand_in) -> None:
+    """MineRL answers with a made-up observation and says so in `info` only; that must not be played on."""
+    environment = start(stand_in)
+    try:
+        environment.receive()
+        environment.reset(7)
+        for _ in range(3):
+            environment.receive()
+            environment.step(np.zeros(minecraft.SIZE))
+        with pytest.raises(Lost, match="MineRL lost the game: Connection timed out!"):
+            environment.receive()
+    finally:
+        environment.close()
+
+
+def test_an_interpreter_without_minerl_is_said(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "")
+    environment = start(tmp_path)
+    try:
+        with pytest.raises(UserError, match="cannot import MineRL"):
+            environment.receive()
+    finally:
+        environment.close()
+    environment = Environment(ENGINE, {"python": "/nowhere/python"}, tmp_path / "log")
+    try:
+        with pytest.raises(Lost, match="its process ended"):
+            environment.receive()
+    finally:
+        environment.close()
+
+
+def test_a_missing_display_is_said(stand_in, monkeypatch) -> None:
+    monkeypatch.delenv("DISPLAY")
+    monkeypatch.setenv("PATH", "/nowhere")
+    environment = start(stand_in)
+    try:
+        with pytest.raises(
+            UserError, match="there is no display for Minecraft: set DISPLAY, or apt-get install xvfb"
+        ):
+            environment.receive()
+    finally:
+        environment.close()
+
+
+@pytest.mark.skipif(shutil.which("Xvfb") is None, reason="Xvfb is not installed")
+def test_a_display_of_its_own_ends_with_the_game(stand_in, monkeypatch) -> None:
+    monkeypatch.delenv("DISPLAY")
+    environment = start(stand_in)
+    try:
+        assert environment.receive() is None
+        below = descendants(environment._keeper.pid)
+        names = [Path(f"/proc/{pid}/comm").read_text().strip() for pid in below]
+        assert "Xvfb" in names
+    finally:
+        environment.close(0.0)
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in below) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in below)
+
+
+def test_the_worker_does_not_take_our_modules_for_others(stand_in) -> None:
+    """Its folder has a `minerl.py` of ours, and a file that is run is searched beside first."""
+    (stand_in / "minerl.py").write_text(f"open({str(stand_in / 'imported')!r}, 'w').close()")
+    environment = start(stand_in)
+    try:
+        assert environment.receive() is None
+        assert (stand_in / "imported").exists()
+    finally:
+        environment.close()
