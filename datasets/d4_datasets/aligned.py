@@ -29,6 +29,7 @@ _LIMIT_SLACK = 1e-3  # of the range: rounding in a driver is no violation
 _UNSTAMPED_AFTER_NS = 60_000_000_000  # a zero stamp is genuine only near the start of simulated time
 _MOST_TICKS = 1 << 24  # of one recording: 19 days at 10 Hz, with which memory stays below 2 GB
 _MOST_WARNINGS = 100
+_MOST_PENDING = 1 << 30  # bytes of pictures that wait for earlier ones
 
 
 @dataclass
@@ -296,6 +297,7 @@ class FrameWriter:
     def __init__(self, recording: Aligned, camera: Observation, folder: Path) -> None:
         assert camera.size is not None
         self.camera, self.folder, self.size = camera, folder, camera.size
+        self.name = recording.name
         self.rate_hz = recording.contract.rate_hz
         sample, ordinals = recording.samples[camera.name], recording.tracks[camera.name].ordinals
         spans = [ordinals[sample[begin:end]] for begin, end in recording.episodes]
@@ -314,6 +316,11 @@ class FrameWriter:
     def add(self, ordinal: int, rgb: np.ndarray) -> None:
         """Take picture number `ordinal` of the track, uint8 [H, W, 3] of any size."""
         self.pending[ordinal] = messages.resize(rgb, self.size)
+        if len(self.pending) * self.pending[ordinal].nbytes > _MOST_PENDING:
+            raise UserError(
+                f"{self.name}: pictures of {self.camera.topic} come too far from the order of their stamps; "
+                "write `timeline: receive` for it"
+            )
         # Usually one step; stamps that are out of order make frames wait for an earlier one.
         while self.place < len(self.wanted) and (use := int(self.wanted[self.place])) in self.pending:
             if self.encoder is None:
@@ -326,6 +333,11 @@ class FrameWriter:
             if self.place in self.ends:
                 self.videos.append(self.encoder.close())
                 self.encoder = None
+
+    @property
+    def missing(self) -> int:
+        """How many frames of ticks have not come."""
+        return len(self.wanted) - self.place
 
     def abort(self) -> None:
         """Remove what has been written."""

@@ -177,6 +177,7 @@ def ingest(
                 _add_part(writer, part, entries[bag], summary)
                 advance(entries[bag]["size"], summary.frames)
         if fresh and not writer.episodes:
+            shutil.rmtree(parts, ignore_errors=True)
             raise UserError(
                 f"no episode came out of {len(fresh)} bags (first warning: {summary.warnings[0]}); check the "
                 "tolerances and episode signals in the contract"
@@ -250,8 +251,8 @@ def _only_one(parts: Path, out: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if not any(path.is_dir() for path in parts.iterdir()):  # nothing worth keeping
-                shutil.rmtree(parts)
+            if not parts.is_dir() or not any(path.is_dir() for path in parts.iterdir()):  # nothing to keep
+                shutil.rmtree(parts, ignore_errors=True)
 
 
 def _run(work: list[tuple[Any, ...]], jobs: int) -> Iterator[None]:

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from d4_datasets.errors import UserError
+from d4_datasets.packed import check_parquet, read_json
 from d4_datasets.stills import decode_still
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -33,6 +34,8 @@ PICTURES = ("video", "image")  # the dtypes of features that hold pictures
 _BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "task_index")
 _LFS = b"version https://git-lfs"
 _PICTURES_AT_ONCE = 16  # encoded pictures of an image feature that are in memory
+_LONGEST_LINE = 1 << 24  # characters
+_WIDEST = 1 << 24  # numbers of a feature in a row
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,12 @@ class Folder:
         """How many numbers a feature has in a row."""
         shape = self.features[feature].get("shape", [1])
         try:
-            return math.prod(int(size) for size in shape)
-        except (TypeError, ValueError):
-            raise self._damaged("info.json", f"the shape of {feature} is {shape!r}") from None
+            width = math.prod(int(size) for size in shape)
+        except (TypeError, ValueError, OverflowError):
+            width = -1
+        if not 0 <= width <= _WIDEST:
+            raise self._damaged("info.json", f"the shape of {feature} is {str(shape)[:80]}")
+        return width
 
     def names(self, feature: str) -> list[str]:
         """The names of a feature's components, [] if it has none: a list, or lists under headings."""
@@ -255,8 +261,9 @@ def open_table(path: Path) -> Iterator[pq.ParquetFile]:
     _require(path)
     try:
         with pq.ParquetFile(path) as file:
+            check_parquet(file)
             yield file
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise UserError(f"{path} is damaged ({_first_line(error)}); copy the dataset again") from None
 
 
@@ -276,7 +283,7 @@ def _first_line(error: Exception) -> str:
 def _json(path: Path) -> dict[str, Any]:
     _require(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except ValueError as error:
         raise UserError(f"{path} is not readable JSON ({error}); copy the dataset again") from None
     if not isinstance(value, dict):
@@ -286,8 +293,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     _require(path)
+    rows = []
     with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+        while line := file.readline(_LONGEST_LINE):
+            if line.strip():
+                rows.append(json.loads(line))
+    return rows
 
 
 def _batches(file: pq.ParquetFile, episode: int, columns: list[str]) -> Iterator[pa.RecordBatch]:

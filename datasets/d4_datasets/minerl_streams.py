@@ -7,7 +7,6 @@ with the signs of the environments, unlike the files that streams were made from
 
 from __future__ import annotations
 
-import json
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from d4_datasets import minecraft, stepwise
 from d4_datasets.contract import Action, Contract
 from d4_datasets.errors import UserError
 from d4_datasets.lerobot import Episode
+from d4_datasets.packed import read_json
 from d4_datasets.stepwise import Steps
 
 KIND = "minerl"
@@ -72,7 +72,7 @@ class _Arrays(Mapping[str, np.ndarray]):
         with self._opened() as file:
             try:
                 return file[name]
-            except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
                 raise self.error(name, error) from None
 
     def numbers(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -167,9 +167,8 @@ def _reward(arrays: _Arrays, contract: Contract, reward: np.ndarray) -> np.ndarr
 def _first_frame(path: Path, states: int) -> tuple[int, int]:
     """(how many frames of the video come before the stream's, how many of the stream's are there)."""
     try:
-        meta = json.loads((path / _META).read_text(encoding="utf-8"))
-        total = meta["true_video_frame_count"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        total = read_json(path / _META)["true_video_frame_count"]
+    except (OSError, ValueError, KeyError, TypeError):
         total = None
     if type(total) is not int:
         raise UserError(

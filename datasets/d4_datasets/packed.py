@@ -1,16 +1,21 @@
-"""Compressed data out of files that may be damaged or mean harm: memory and disk are bounded, whatever a
-header says.
+"""What comes out of files that may be damaged or mean harm: memory and disk are bounded, whatever a header
+says.
 """
 
 from __future__ import annotations
 
 import bz2
+import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import lz4.frame
 import zstandard
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 LARGEST = 1 << 29  # bytes of one piece: a chunk, or a message that is compressed by itself
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -18,6 +23,8 @@ _PIECE = 1 << 20
 _SIP = 1 << 12  # of zstd data, which may become 20 000 times larger
 _FREELY = 1 << 26  # bytes of a file that any file may become
 _MOST_TIMES = 1000  # larger than it was: no recording of sensors
+_LONGEST_TEXT = 1 << 26  # of a file with metadata
+_MOST_VALUES = 1 << 27  # of a column of one Parquet file
 
 
 class Damaged(Exception):
@@ -107,3 +114,34 @@ def unpack_file(packed: Path, out: Path) -> str:
         except (zstandard.ZstdError, EOFError) as error:
             return str(error)
     return ""
+
+
+# ---- metadata ----
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it is larger than any file of metadata, nested too deep, or no JSON.
+        OSError: it cannot be read.
+    """
+    if path.stat().st_size > _LONGEST_TEXT:
+        raise ValueError(f"it has more than {_LONGEST_TEXT >> 20} MiB")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def check_parquet(file: pq.ParquetFile) -> None:
+    """Raise ValueError if a column says that it holds more values than memory is made for: a few kilobytes
+    can hold billions that are all alike.
+    """
+    about = file.metadata
+    counts = [0] * about.num_columns
+    for group in range(about.num_row_groups):
+        for column in range(about.num_columns):
+            counts[column] += max(0, about.row_group(group).column(column).num_values)
+    if max(counts, default=0) > _MOST_VALUES:
+        raise ValueError(f"one of its columns has {max(counts)} values, which is too many")

@@ -123,7 +123,8 @@ class Recording(Aligned):
             if track.topic in self.bag.topics:
                 topics.setdefault(track.topic, []).append(track)
         seen = dict.fromkeys(topics, 0)
-        for topic, receive, data in self.bag.raw(list(topics)):
+        self.topics = list(topics)
+        for topic, receive, data in self.bag.raw(self.topics):
             try:
                 msg = self.bag.decode(topic, data)
                 for track in topics[topic]:
@@ -191,6 +192,12 @@ def encode_frames(recording: Recording, folder: Path) -> dict[str, list[Video]]:
         topics.setdefault(camera.camera.topic, []).append(camera)
     for camera, ordinal, rgb in ahead(_pictures(recording, topics)):
         camera.add(ordinal, rgb)
+    for camera in cameras:
+        if camera.missing:
+            raise UserError(
+                f"{recording.bag.path}: {camera.missing} pictures of {camera.camera.topic} are not there any "
+                "more: something writes to the bag, or the disk fails"
+            )
     return {camera.camera.name: camera.videos for camera in cameras}
 
 
@@ -199,7 +206,10 @@ def _pictures(
 ) -> Generator[tuple[FrameWriter, int, np.ndarray], None, None]:
     """(camera, number on its topic, RGB) of the pictures that any tick uses."""
     seen = dict.fromkeys(topics, 0)
-    for topic, receive, data in recording.bag.raw(list(topics)):
+    # All topics again: in a damaged bag the place of a message may depend on what is read beside it.
+    for topic, receive, data in recording.bag.raw(recording.topics):
+        if topic not in topics:
+            continue
         ordinal = seen[topic]
         seen[topic] += 1
         cameras = [camera for camera in topics[topic] if camera.uses(ordinal)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -183,7 +184,8 @@ class Rosbag1File:
         chunk.forget()
         for record, data in _records(self._content(stream, chunk)):
             if record.op == _CONNECTION:
-                self._connect(record.fields, data)
+                with suppress(_Damaged):
+                    self._connect(record.fields, data)
             elif record.op == _MESSAGE:
                 time = _time(record.fields)
                 chunk.note(_number(record.fields, "conn", 4), time, time)

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from d4_datasets import fields
 from d4_datasets.errors import UserError
+from d4_datasets.packed import check_parquet
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 _LONGEST_LINE = 1 << 20
@@ -112,8 +113,8 @@ def read(path: Path, time: str, numbers: Sequence[str], texts: Sequence[str], cl
             for column, value in zip(texts, row[1 + len(numbers) :], strict=True):
                 words[column].append(_text(value))
             lines.append(line)
-    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
-        first = str(getattr(error, "strerror", None) or error).splitlines()[0][:200]
+    except (OSError, ValueError, MemoryError, csv.Error, pa.ArrowException) as error:
+        first = (str(getattr(error, "strerror", None) or error) or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"cannot read the table {path}: {first}") from None
     if time not in source.names:
         known = ", ".join(sorted(source.columns)[:20]) or "none"
@@ -292,6 +293,7 @@ class _Parquet(_Source):
 
     def rows(self, asked: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
         with pq.ParquetFile(self.path) as file:
+            check_parquet(file)
             self.columns = set(file.schema_arrow.names)
             self.names = self.columns & set(asked)
             columns = sorted({column for name in asked if (column := self._column(name))})
