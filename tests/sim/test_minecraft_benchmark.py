@@ -24,6 +24,7 @@ from d4_datasets.errors import UserError
 from d4_sim.minecraft import benchmark, cli, game
 from d4_sim.minecraft.environment import Environment, Lost, Seen
 from d4_sim.minecraft.episode import Episode, sight, world_seed
+from d4_sim.minecraft.keeper import descendants
 from d4_sim.minecraft.policies import load_policy
 from d4_sim.minecraft.results import Results, read_episodes, rows, table, wilson, write_table
 
@@ -354,3 +355,31 @@ def test_an_episode_follows_its_ladder_from_the_first_view_on() -> None:
     assert (episode.task, episode.reached, episode.prompts) == (
         "craft_planks", {"log": 1}, [(0, "mine_log"), (1, "craft_planks")],
     )  # fmt: skip
+
+
+def test_ctrl_c_keeps_what_is_finished_and_the_same_command_continues(tmp_path) -> None:
+    pytest.importorskip("crafter", reason="crafter is not installed")
+    words = [
+        "benchmark",
+        "random",
+        "--engine",
+        "crafter_peaceful",
+        "--minutes",
+        "0.1",
+        "--out",
+        str(tmp_path),
+    ]
+    command = [sys.executable, "-m", "d4_sim.minecraft.cli", *words, "--episodes"]
+    process = subprocess.Popen([*command, "1000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("episode 0: ")
+    below = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "interrupted\n"
+    assert process.returncode == 130
+    assert below
+    assert not any(map(alive, below))
+    finished = len(read_episodes(tmp_path))
+    assert finished >= 1
+    done = subprocess.run([*command, str(finished)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"{finished} episodes are there already" in done.stdout

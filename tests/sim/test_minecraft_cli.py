@@ -186,6 +186,22 @@ def test_another_java_is_the_wrong_java(tmp_path, monkeypatch, says, value, miss
     assert missing in found.missing
 
 
+def test_what_minecraft_does_not_start_without(monkeypatch) -> None:
+    """Said before anything is started: the game that was not built, the wrong Java, no display."""
+    here = [check.Found("MineRL v1.0", "1.0.2"), check.Found("Minecraft 1.16.5", "built with MineRL")]
+    monkeypatch.setattr(check, "mine_rl", lambda python: here)
+    monkeypatch.setattr(check, "java", lambda: check.Found("Java 8", "17", "this is Java 17"))
+    with pytest.raises(UserError, match="Java 8: this is Java 17"):
+        check.require_minerl("python")
+    monkeypatch.setattr(check, "java", lambda: check.Found("Java 8", "1.8"))
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.setattr(check.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="display: set DISPLAY, or apt-get install xvfb"):
+        check.require_minerl("python")
+    monkeypatch.setenv("DISPLAY", ":0")
+    check.require_minerl("python")
+
+
 def test_a_program_that_hangs_is_not_there(monkeypatch) -> None:
     monkeypatch.setattr(check, "_ASK_S", 0.2)
     assert check.ask("sleep", "10") == ""
@@ -233,7 +249,8 @@ def test_a_missing_game_is_one_sentence(tmp_path, command) -> None:
         "--python",
         sys.executable,
     )
-    assert "cannot import MineRL" in refused(done)
+    assert "MineRL v1.0: " in (said := refused(done))
+    assert "cannot import minerl" in said
     assert not (tmp_path / "episodes.jsonl").exists()
 
 

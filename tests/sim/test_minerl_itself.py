@@ -77,6 +77,7 @@ def test_check_knows_the_package() -> None:
     found = mine_rl(PYTHON)
     assert found[0].name == "MineRL v1.0"
     assert not found[0].missing
+    assert found[1].name == "Minecraft 1.16.5"
 
 
 def test_the_worker_opens_the_environment_without_the_game(tmp_path, monkeypatch) -> None:

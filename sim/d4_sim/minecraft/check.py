@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from d4_core.memory import available_bytes
+from d4_datasets.errors import UserError
 
 _ASK_S = 60.0
 _GIB = 2**30
@@ -20,15 +21,16 @@ _MEMORY_GIB = 4  # that one Minecraft takes
 
 # MineRL finds the game it was built with beside its package
 _ASK_MINERL = """
-import importlib.metadata as m, os, minerl
+import glob, importlib.metadata as m, os, minerl
 root = os.path.dirname(minerl.__file__)
 try:
     version = m.version('minerl')
 except m.PackageNotFoundError:
     version = 'version unknown'
-places = [os.path.join(root, 'MCP-Reborn'), os.path.join(root, '..', 'MCP-Reborn')]
+jars = os.path.join('MCP-Reborn', 'build', 'libs', '*.jar')
+built = any(glob.glob(os.path.join(root, up, jars)) for up in ('.', '..'))
 human = os.path.exists(os.path.join(root, 'herobraine', 'env_specs', 'human_survival_specs.py'))
-print('D4', version, int(human), int(any(os.path.exists(os.path.join(p, 'launchClient.sh')) for p in places)))
+print('D4', version, int(human), int(built))
 """
 
 
@@ -148,3 +150,14 @@ def needs(python: str) -> dict[str, list[Callable[[], list[Found]]]]:
 def check(engine: str, python: str) -> list[Found]:
     """What an engine needs here."""
     return [found for each in needs(python)[engine] for found in each()]
+
+
+def require_minerl(python: str) -> None:
+    """Check what Minecraft does not start without, before an hour of waiting for it.
+
+    Raises:
+        UserError: the first thing that is missing, and how to get it.
+    """
+    for found in (*mine_rl(python), java(), display()):
+        if found.missing:
+            raise UserError(f"{found.name}: {found.missing}")

@@ -117,6 +117,7 @@ class Benchmark:
             seed=self.seed, repeats=self.repeats, keep=self.keep,
         )  # fmt: skip
         benchmark.require_fit(game, policy.contract, policy.name)
+        _require_game(game, self.python)
         about = _about(plan, policy.identity, policy.contract, self.prompt)
         name = policy.identity.replace(" ", "-")
         out = self.out or Path("runs/benchmark") / f"{self.engine}-{name}"
@@ -199,7 +200,9 @@ class Record:
             out=self.out, ticks=_ticks(game, self.minutes), episode_ticks=_ticks(game, self.episode_minutes),
             episodes=self.episodes, seed=self.seed, most_late=self.most_late,
         )  # fmt: skip
-        session = play(game, _options(game, self), make_player(self.player, game, self.zoom), settings)
+        options = _options(game, self)
+        _require_game(game, self.python)
+        session = play(game, options, make_player(self.player, game, self.zoom), settings)
         print(
             f"{session.ticks} ticks in {session.episodes} episodes, {len(session.parts)} parts in {self.out}"
         )
@@ -325,6 +328,13 @@ def _options(game: Engine, args: Any) -> dict[str, Any]:
             takes = ", ".join(game.options) or "none"
             raise UserError(f"{game.title} takes no option {name!r}; it takes {takes}")
     return given
+
+
+def _require_game(game: Engine, python: str | None) -> None:
+    if game.script is not None:
+        from d4_sim.minecraft.check import require_minerl
+
+        require_minerl(python or "")
 
 
 def _of_world(game: Engine) -> Contract | None:
