@@ -48,6 +48,9 @@ class EvalArgs:
     """Of these, those that the planner drives, which is slow; default is all of them."""
     world: str | None = None
     """World with the same contract to drive in; default is the one that is called as the contract."""
+    disturb: tuple[str, ...] = ()
+    """What happens to commands and pictures meanwhile, such as latency=60 noise=0.1 look=1 (docs/mujoco.md
+    has all); results go to eval-<these>.json, and no gate is measured."""
     seed: int = 0
     """Decides the start states and all sampling; baselines are trained with the seed of the run."""
     scratch_steps: int = 1500
@@ -81,7 +84,7 @@ def _main() -> None:
     if failed and not args.force:
         raise UserError(f"{len(failed)} gate(s) failed, --force goes on: " + "; ".join(failed))
     report = write_report(args.run)
-    print(f"results: {args.run / 'eval.json'} and {report}")
+    print(f"results: {evaluation.path} and {report}")
 
 
 class Evaluation:
@@ -106,6 +109,9 @@ class Evaluation:
         world = make_world(self.world)
         if args.world and world.contract.hash != self.logs.contract.hash:
             raise UserError(f"the world {self.world} has another contract than {args.dataset}")
+        self.world = "+".join([self.world, *args.disturb])
+        if args.disturb:
+            make_world(self.world)
         self.horizon, self.success_reward = world.horizon, world.success_reward
         self.events = has_events(world)
         self.seeds = EVAL_SEED + 10_000 * args.seed + np.arange(args.episodes)
@@ -115,9 +121,23 @@ class Evaluation:
         self._imagined: dict[str, list[float]] | None = None
         self.result = self._open()
 
+    @property
+    def path(self) -> Path:
+        """The file of the results; those of a disturbed world have their own."""
+        if not self.args.disturb:
+            return self.args.run / self.file
+        name, _, kind = self.file.partition(".")
+        return self.args.run / f"{name}-{self._slug}.{kind}"
+
+    @property
+    def _slug(self) -> str:
+        from d4_sim.suite.disturb import slug
+
+        return slug(self.args.disturb)
+
     def _open(self) -> dict[str, Any]:
         """The file as it is now, without what other start states or other weights gave."""
-        path, contract = self.args.run / self.file, self.logs.contract
+        path, contract = self.path, self.logs.contract
         result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         shared = {
             "world": self.world,
@@ -253,8 +273,10 @@ class Evaluation:
     def gates(self) -> list[str]:
         """Measure and record the gates that need the simulator; returns what those that failed say.
 
-        They are about the sampling policies.
+        They are about the sampling policies, in the world as it was recorded.
         """
+        if self.args.disturb:
+            return []
         from d4_core.gates import Gate, record
 
         rows, done = self.result["policies"], []
@@ -307,6 +329,7 @@ class Evaluation:
         from d4_sim.film import film_again
 
         seeds = self.seeds[: len(batch.length)]
+        name = f"{name}-{self._slug}" if self.args.disturb else name
         film_again(self.args.run / "media", name, self.world, seeds, batch, self.logs.contract.rate_hz)
 
     def write(self) -> None:
@@ -315,8 +338,8 @@ class Evaluation:
         self.result["policies"] |= self._own
         if self._imagined is not None:
             self.result["imagined"] = self._imagined
-        path = self.args.run / self.file
-        aside = path.with_name(f".tmp-{os.getpid()}-{self.file}")
+        path = self.path
+        aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
         aside.write_text(json.dumps(self.result))
         os.replace(aside, path)
 

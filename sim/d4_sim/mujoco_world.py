@@ -63,13 +63,17 @@ def choose_gl() -> str:
 class _Camera:
     """A model and the GL context that draws it, shared by all worlds of one class in this process."""
 
-    def __init__(self, world: type[MujocoWorld]) -> None:
+    def __init__(self, world: type[MujocoWorld], look: int | None = None) -> None:
         backend, self._name, size = choose_gl(), world.camera, world.image_size
         try:
             import mujoco
 
             self.model = world.build()
             world.dress(self.model)
+            if look is not None:
+                from d4_sim.suite.looks import repaint
+
+                repaint(self.model, look)
             # it lives as long as the process, at whose end MuJoCo 4.0's own destructor complains
             lasting = type("Renderer", (mujoco.Renderer,), {"__del__": lambda self: None})
             self._renderer = lasting(self.model, size, size, max_geom=world.most_geoms)
@@ -91,8 +95,8 @@ class _Camera:
 
 
 @functools.cache
-def _camera(world: type[MujocoWorld]) -> _Camera:
-    return _Camera(world)
+def _camera(world: type[MujocoWorld], look: int | None = None) -> _Camera:
+    return _Camera(world, look)
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,10 @@ class MujocoWorld(abc.ABC):
     @abc.abstractmethod
     def _place(self, rng: np.random.Generator) -> None:
         """Draws a layout and puts the freshly reset model there."""
+
+    def redress(self, look: int) -> None:
+        """Other colours, textures and lights from now on, a set of them for every number (`d4_sim.suite`)."""
+        self._camera = _camera(type(self), look)
 
     def _is_over(self) -> bool:
         """Whether the state that has just been reached ends the episode for good."""

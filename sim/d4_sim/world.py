@@ -111,7 +111,8 @@ def world_names() -> tuple[str, ...]:
 
 
 def world_class(name: str) -> type[World]:
-    """The class of a world. Raises UserError for an unknown name."""
+    """The class of a world, whatever disturbs it. Raises UserError for an unknown name."""
+    name, *_ = name.split("+")
     if name not in _WORLDS:
         raise UserError(f"unknown world '{name}': choose one of {', '.join(_WORLDS)}.")
     module, _, attribute = _WORLDS[name].partition(":")
@@ -123,5 +124,14 @@ def world_class(name: str) -> type[World]:
 
 
 def make_world(name: str) -> World:
-    """Builds a world by name. Raises UserError for an unknown name and when the machine cannot render."""
-    return world_class(name)()
+    """Builds a world by name, which disturbances may follow: `yard+latency=60` (`d4_sim.suite.disturb`).
+
+    Raises UserError for an unknown name and when the machine cannot render.
+    """
+    world = world_class(name)()
+    _, *disturbances = name.split("+")
+    if not disturbances:
+        return world
+    from d4_sim.suite.disturb import disturbed
+
+    return disturbed(world, disturbances)
