@@ -97,22 +97,25 @@ def write_png(path: Path, image: np.ndarray) -> None:
         aside.unlink(missing_ok=True)
 
 
-def mp4_bytes(frames: np.ndarray, fps: float, crf: int = 18) -> bytes:
+def mp4_bytes(frames: np.ndarray, fps: float, crf: int = 18, enlarge: int = 1) -> bytes:
     """Encode a clip [T, H, W, 3] as an MP4 that every browser plays (H.264, yuv420p, index in front).
 
-    Odd sizes are extended by repeating the last row or column, because yuv420p halves the colours.
+    Every pixel becomes `enlarge` x `enlarge` of them, a frame at a time, so that a long clip stays small in
+    memory. Odd sizes are extended by repeating the last row or column, because yuv420p halves the colours.
     """
-    height, width = frames.shape[1:3]
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    height, width = frames.shape[1] * enlarge, frames.shape[2] * enlarge
+    odd = ((0, height % 2), (0, width % 2), (0, 0))
     rate = Fraction(fps).limit_denominator(1001)  # 29.97 is 30000/1001
     # Through a file: moving the index to the front means reading back what was written.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         with av.open(str(path), "w", container_options={"movflags": "faststart"}) as container:
             stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
-            stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-            for frame in np.ascontiguousarray(frames):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
+            for frame in frames:
+                large = np.pad(frame.repeat(enlarge, 0).repeat(enlarge, 1), odd, mode="edge")
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(large), format="rgb24")
+                container.mux(stream.encode(picture))
             container.mux(stream.encode())
         return path.read_bytes()
 

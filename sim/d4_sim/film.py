@@ -6,7 +6,6 @@ import json
 import os
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from d4_datasets.pictures import Strip, contact_sheet, mp4_bytes, write_png
@@ -71,9 +70,7 @@ def _write(
     for row, length in zip(frames, batch.length[picked], strict=True):
         row[length:] = row[length - 1] // 2  # an ended episode stays, darkened
     grid = np.concatenate([np.concatenate(list(half), 2) for half in np.split(frames, 2)], 1)
-    size = (grid.shape[2] * _SCALE, grid.shape[1] * _SCALE)
-    film = np.stack([cv2.resize(f, size, interpolation=cv2.INTER_NEAREST) for f in grid])
-    (media / f"real_{name}.mp4").write_bytes(mp4_bytes(film, fps))
+    (media / f"real_{name}.mp4").write_bytes(mp4_bytes(grid, fps, enlarge=_SCALE))
     shown = np.linspace(0, frames.shape[1] - 1, min(_TILES, frames.shape[1])).round().astype(int)
     strips = [
         Strip(row[shown], f"task {batch.task[i]}\nreturn {batch.returns[i]:.1f}", [f"t = {t}" for t in shown])

@@ -37,12 +37,12 @@ def test_failed_write_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (33, 47)])
-def test_mp4_plays_with_the_frames_and_the_rate_given(height: int, width: int) -> None:
+@pytest.mark.parametrize(("height", "width", "enlarge"), [(64, 64, 1), (33, 47, 1), (11, 15, 3)])
+def test_mp4_plays_with_the_frames_and_the_rate_given(height: int, width: int, enlarge: int) -> None:
     clip = np.zeros((8, height, width, 3), np.uint8)
     clip[:, :, : width // 2] = (200, 40, 40)
     clip[4:, :, : width // 2] = (40, 40, 200)
-    data = mp4_bytes(clip, fps=12.5)
+    data = mp4_bytes(clip, fps=12.5, enlarge=enlarge)
     assert data[4:8] == b"ftyp"
     assert data.index(b"moov") < data.index(b"mdat")  # a browser can begin before the end has arrived
     with av.open(io.BytesIO(data)) as container:
@@ -51,9 +51,11 @@ def test_mp4_plays_with_the_frames_and_the_rate_given(height: int, width: int) -
         assert float(stream.average_rate) == 12.5
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(frames) == 8
-    assert frames[0].shape[0] % 2 == frames[0].shape[1] % 2 == 0
+    size = (height * enlarge, width * enlarge)
+    assert frames[0].shape[:2] == (size[0] + size[0] % 2, size[1] + size[1] % 2)
+    at = 3 * enlarge + enlarge // 2
     for frame, truth in ((frames[1], clip[1]), (frames[6], clip[6])):
-        assert np.abs(frame[8, 8].astype(int) - truth[8, 8]).max() < 20
+        assert np.abs(frame[at, at].astype(int) - truth[3, 3]).max() < 20
 
 
 def test_fit_repeats_small_pixels_and_averages_large_images() -> None:

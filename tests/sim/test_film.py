@@ -44,7 +44,7 @@ def test_episodes_driven_again_are_those_that_were_judged(tmp_path: Path, monkey
     policy = ScriptedPolicy("wander", seed=3)
     batch = run_episodes("yard", seeds.tolist(), [0, 1, 0, 1, 0], policy, 8, keep_frames=True)
     shown = []
-    monkeypatch.setattr("d4_sim.film.mp4_bytes", lambda film, fps: shown.append(film) or b"")
+    monkeypatch.setattr("d4_sim.film.mp4_bytes", lambda film, fps, enlarge: shown.append(film) or b"")
     write_film(tmp_path, "kept", batch, count=2)
     film_again(tmp_path, "again", "yard", seeds, batch, fps=10, count=2)
     np.testing.assert_array_equal(*shown)
