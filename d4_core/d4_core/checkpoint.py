@@ -63,7 +63,7 @@ def save(
     weights = _weights(modules, averaged or {})
     config = {
         "format": FORMAT, "contract_hash": contract.hash, **config, "metrics": dict(metrics),
-        "origin": _origin(),
+        "origin": origin(),
     }  # fmt: skip
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clean(folder)
@@ -270,8 +270,8 @@ def _card(name: str, config: Mapping[str, Any]) -> str:
     )
 
 
-def _origin() -> dict[str, str | None]:
-    """Which code made a checkpoint, where and when."""
+def origin() -> dict[str, str | None]:
+    """Which code makes a checkpoint, or a measurement, where and when: `commit`, `machine`, `date`."""
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"commit": _commit(), "machine": _machine(), "date": date}
 

@@ -64,6 +64,7 @@ def about(ticks: int = 40) -> dict:
         "ticks": ticks,
         "minutes": ticks / 1200,
         "prompts": "ladder",
+        "seed": 0,
     }
 
 

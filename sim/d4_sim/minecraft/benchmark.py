@@ -89,6 +89,8 @@ class Benchmark:
         """Play these episodes, so many at a time. Every process has ended when this returns or fails."""
         self._ahead = list(numbers)
         self._total, self._finished, self._since = len(self._ahead), 0, time.monotonic()
+        if self._ahead:
+            self.policy.warm_up()
         places = [_Place(number) for number in range(min(jobs, len(self._ahead)))]
         try:
             while self._assign(places):

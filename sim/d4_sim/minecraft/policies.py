@@ -73,6 +73,16 @@ class Policy:
         """Ask for another task from now on; what was seen stays in memory."""
         self._sessions[place].ask(np.array([self.task_number(task)]))
 
+    def warm_up(self) -> None:
+        """Decide a few times on nothing: the first decisions take many times as long as the later ones."""
+        size = self.contract.images[0].size
+        assert size is not None
+        vectors = {v.name: np.zeros(len(v.select), np.float32) for v in self.contract.vectors("input")}
+        for place in range(len(self._sessions)):
+            self.begin(place, 0, self.contract.task_names[0])
+            for _ in range(2):
+                self.act(place, np.zeros((*size, 3), np.uint8), vectors)
+
     def act(self, place: int, image: np.ndarray, vectors: dict[str, np.ndarray]) -> np.ndarray:
         """The row float32 [A] for a picture uint8 [H, W, 3] of the contract's size and proprioception."""
         batch = {name: values[None] for name, values in vectors.items()}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d4_core import checkpoint
 from d4_core.stats import bootstrap_mean
 from d4_datasets.errors import UserError
 from d4_sim.minecraft.game import Engine
@@ -190,6 +191,9 @@ def table(engine: Engine, about: Mapping[str, Any], episodes: Sequence[Mapping[s
             ],
         ),
     ]
+    where = checkpoint.origin()
+    commit = f", commit {where['commit'][:8]}" if where["commit"] else ""
+    lines.append(f"Written {where['date']} on {where['machine']}{commit}, seed {about['seed']}.\n")
     lines.append(f"Published columns: {SOURCE}.\n" if others else _NOT_MINECRAFT.format(title=engine.title))
     return "\n".join(lines)
 
@@ -207,6 +211,10 @@ def _protocol(engine: Engine, about: Mapping[str, Any], episodes: Sequence[Mappi
             f"Environments hung or died {repeated} times; such an episode was played again from its "
             f"beginning, and {counted} of them count as they stood when that had happened too often. "
         )
+    took = [e["policy_ms"] for e in episodes if e.get("policy_ms")]
+    if took:
+        median, most = (sum(each[k] for each in took) / len(took) for k in (0, 1))
+        text += f"Deciding took {median:.1f} ms (median), {most:.1f} ms (95 %), averaged over the episodes. "
     late = [e["late_ms"][1] for e in episodes if e.get("late_ms")]
     if late and max(late) > 0:
         text += f"Pictures came late by {max(late):.0f} ms (95th percentile of the worst episode). "
@@ -248,6 +256,7 @@ def write_table(out: Path, engine: Engine, about: Mapping[str, Any]) -> str:
     text = table(engine, about, episodes)
     numbers = {
         "engine": engine.name, "title": engine.title, "episodes": len(episodes), "about": dict(about),
+        "origin": checkpoint.origin(),
         "milestones": {
             r.milestone: {"reached": r.reached, "success": r.success, "time": r.time}
             for r in rows(engine, episodes)
