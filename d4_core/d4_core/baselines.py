@@ -335,19 +335,23 @@ def inverse_error(inverse: InverseDynamics, logs: Logs, episodes: np.ndarray) ->
 
     Returns:
         frames: how many; mae, spread: mean absolute error of the label and standard deviation of the action,
-        per action dimension in contract units; relative_mae: their mean ratio; nats: mean surprise.
+        per action dimension in contract units; relative_mae: their mean ratio; accuracy: share of the frames
+        whose keys and classes are all right, None without any; nats: mean surprise.
     """
     frames = np.flatnonzero(answered(logs, episodes) & logs.action_mask)
     if not len(frames):
         return {"frames": 0}
     params, action = infer(inverse, logs, frames), logs.action[frames].astype(np.float32)
-    mae = np.abs(inverse.label(params).numpy() - action).mean(0)
-    spread = action.std(0)
+    label = inverse.label(params).numpy()
+    mae, spread = np.abs(label - action).mean(0), action.std(0)
+    whole = np.array([part.kind != "continuous" for part in inverse.space.parts for _ in range(part.size)])
+    right = (label == action)[:, whole].all(1)
     return {
         "frames": len(frames),
         "mae": mae.tolist(),
         "spread": spread.tolist(),
         "relative_mae": float((mae / np.maximum(spread, 1e-6)).mean()),
+        "accuracy": float(right.mean()) if whole.any() else None,
         "nats": -float(inverse.space.log_prob(params, torch.from_numpy(action)).mean()),
     }
 

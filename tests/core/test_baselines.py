@@ -231,6 +231,17 @@ def test_without_held_out_labels_there_is_no_error_to_tell(make_logs) -> None:
         InversePhase(InverseTraining(), inverse_of(), unlabelled, EVERY)
 
 
+def test_classes_are_right_or_wrong(make_logs, monkeypatch) -> None:
+    """Of classes the mean error says nothing: 16 is no more wrong than 1."""
+    images = {"cam": np.zeros((20, 16, 32, 3), np.uint8)}
+    action = (np.arange(20) % 4)[:, None].astype(np.float32)
+    logs = make_logs((20,), images=images, action=action)
+    inverse = inverse_of(parts=(ActionPart(kind="categorical", classes=4),))
+    monkeypatch.setattr(inverse, "label", lambda params: torch.zeros(len(params), 1))
+    assert inverse_error(inverse, logs, np.arange(1))["accuracy"] == pytest.approx(5 / 19)
+    assert inverse_error(inverse_of(), make_logs((20,), images=images), np.arange(1))["accuracy"] is None
+
+
 def test_pseudo_labels_fill_the_gaps_and_true_labels_stay(logs) -> None:
     logs.action_mask[15:] = False
     labels = np.full((20, 1), -7.0, np.float32)
