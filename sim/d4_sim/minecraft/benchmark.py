@@ -79,9 +79,7 @@ class Benchmark:
         self, plan: Plan, policy: Policy, results: Results, tell: Callable[[str], None] = print
     ) -> None:
         self.plan, self.policy, self.results, self.tell = plan, policy, results, tell
-        require_fit(plan.engine, policy.contract, policy.name)
-        for rung in plan.rungs:
-            policy.task_number(rung.task)
+        require_ready(plan, policy)
         self._crashes: dict[int, int] = {}
         self._false_starts = 0
 
@@ -241,6 +239,17 @@ class Benchmark:
         if orderly and place.recorder is not None:
             place.recorder.discard()
             place.recorder = None
+
+
+def require_ready(plan: Plan, policy: Policy) -> None:
+    """Check that a policy can play what is planned.
+
+    Raises:
+        UserError: its contract does not fit, or it does not know a task that will be asked for.
+    """
+    require_fit(plan.engine, policy.contract, policy.name)
+    for rung in plan.rungs:
+        policy.task_number(rung.task)
 
 
 def require_fit(engine: Engine, contract: Contract, name: str) -> None:

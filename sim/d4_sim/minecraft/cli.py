@@ -116,7 +116,7 @@ class Benchmark:
             engine=game, options=_options(game, self), rungs=rungs, ticks=_ticks(game, minutes),
             seed=self.seed, repeats=self.repeats, keep=self.keep,
         )  # fmt: skip
-        benchmark.require_fit(game, policy.contract, policy.name)
+        benchmark.require_ready(plan, policy)
         _require_game(game, self.python)
         about = _about(plan, policy.identity, policy.contract, self.prompt)
         name = policy.identity.replace(" ", "-")

@@ -34,7 +34,7 @@ class Seen:
     """What arrived at a tick.
 
     Attributes:
-        image: uint8 [H, W, 3], read-only.
+        image: uint8 [H, W, 3].
         said: everything else, JSON: of a game `items`, `stats`, `gui`, `pointer`, `slot`, `over`, `late_ms`,
             `more` as in `View`; of a world `vectors`, `done` (amounts by task) and `over`.
     """
@@ -187,4 +187,4 @@ def _picture(said: Mapping[str, Any], data: bytes) -> np.ndarray:
         and shape[0] * shape[1] * 3 == len(data)
     ):
         raise Lost(f"it sent a picture of {len(data)} bytes that is not {shape}")
-    return np.frombuffer(data, np.uint8).reshape(shape)
+    return np.frombuffer(data, np.uint8).reshape(shape).copy()  # what arrives cannot be written to
