@@ -25,7 +25,9 @@ class Env:
     """As MineRL answers: numbers as arrays, a game that is lost only told in `info`."""
     def __init__(self, name):
         self.name, self.seeds, self.tick = name, [], 0
-    def seed(self, seed):
+        self.unwrapped = self
+    def seed(self, seed, seed_spaces=True):
+        assert isinstance(seed, int) and not seed_spaces
         self.seeds.append(seed)
     def seen(self, action=None):
         count = np.array(float(self.tick))
@@ -38,6 +40,7 @@ class Env:
         }
     def reset(self):
         self.tick = 0
+        assert self.seeds.pop() == 7 and not self.seeds
         return self.seen()
     def step(self, action):
         self.tick += 1
