@@ -107,10 +107,10 @@ def unpack_file(packed: Path, out: Path) -> str:
     with packed.open("rb") as source, out.open("wb") as sink:
         try:
             for piece in _zstd(iter(lambda: source.read(_SIP), b"")):
+                sink.write(piece[: most - total])
                 total += len(piece)
                 if total > most:
                     return f"it unpacks to more than {_MOST_TIMES} times its size"
-                sink.write(piece)
         except (zstandard.ZstdError, EOFError) as error:
             return str(error)
     return ""

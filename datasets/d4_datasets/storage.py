@@ -39,6 +39,7 @@ _CHUNK = struct.Struct("<QQQII")  # start, end, size, CRC, length of the name of
 _MOST_WAITING = 1 << 28  # bytes of messages that wait for earlier ones
 _BATCH = 1 << 22
 _MOST_TOPICS = 10_000
+_SHORTEST_ROW = 16  # bytes
 _TRIES = 2000  # to find the next row that can be read, which is up to 100 000 further
 
 
@@ -322,6 +323,7 @@ class SqliteFile:
         database.text_factory = lambda data: data.decode(errors="replace")
         database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, packed.LARGEST)
         database.execute("PRAGMA trusted_schema = OFF")
+        database.execute("PRAGMA writable_schema = ON")  # else one that is cut off is not opened at all
         return contextlib.closing(database)
 
     @staticmethod
@@ -343,42 +345,64 @@ class SqliteFile:
     def messages(self, topics: frozenset[str]) -> Iterator[Raw]:
         """(topic, receive time in ns, CDR bytes) of the messages on `topics`, in order of time."""
         names = {id: name for id, name in self._names.items() if name in topics}
+        where = f"topic_id IN ({','.join('?' * len(names))})"
+        query = f"SELECT topic_id, timestamp, data, id FROM messages WHERE {where}"
+        by_time = self._is_indexed(query, tuple(names))
+        found = self._messages(names, query, by_time)
+        # Without an index sqlite would sort all messages before it gave the first, on the disk.
+        yield from found if by_time else in_order(_batches(found))
+
+    def _is_indexed(self, query: str, ids: tuple[int, ...]) -> bool:
+        """Whether rows can come in order of time without being sorted."""
+        with contextlib.suppress(sqlite3.Error), self._open() as database:
+            plan = database.execute(f"EXPLAIN QUERY PLAN {query} ORDER BY timestamp, id", ids)
+            return not any("TEMP B-TREE" in str(step[3]) for step in plan)
+        return False
+
+    def _messages(self, names: Mapping[int, str], query: str, by_time: bool) -> Iterator[Raw]:
         strange = 0
-        for id, stamp, data, _ in self._rows(tuple(names)):
-            if type(stamp) is int and type(data) is bytes:
+        for id, stamp, data, _ in self._rows(query, by_time, tuple(names)):
+            if type(stamp) is int and type(data) is bytes and id in names:
                 yield names[id], stamp, data
             else:
                 strange += 1
         if strange:
             self.report.warn(f"{self.shown}: {strange} rows are no messages and are left out")
 
-    def _rows(self, ids: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
-        """(topic id, time, data, number), by time as far as the database is whole, then by number."""
-        where = f"topic_id IN ({','.join('?' * len(ids))})"
-        query = f"SELECT topic_id, timestamp, data, id FROM messages WHERE {where}"
-        count, last = 0, None
+    def _rows(self, query: str, by_time: bool, ids: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
+        """(topic id, time, data, number), by time or number as far as all is whole, then by number."""
+        count, last = 0, (-1 << 64, -1)
+        most = self.path.stat().st_size // _SHORTEST_ROW
+        order = "timestamp, id" if by_time else "id"
         try:
             with self._open() as database:
-                for row in database.execute(f"{query} ORDER BY timestamp, id", ids):
-                    count, last = count + 1, (row[1], row[3])
+                for row in database.execute(f"{query} ORDER BY {order}", ids):
+                    key = (row[1] if by_time and type(row[1]) is int else last[0], row[3])
+                    if key <= last or count > most:
+                        raise sqlite3.DatabaseError("its rows go round in circles")
+                    count, last = count + 1, key
                     yield row
             return
         except sqlite3.Error as error:
             damage = error
         with contextlib.suppress(sqlite3.Error), self._open() as database:
-            for row in _salvaged(database, query, ids):
-                if last is None or type(row[1]) is not int or (row[1], row[3]) > last:
+            for row in _salvaged(database, query, ids, -1 if by_time else last[1]):
+                if not by_time or type(row[1]) is not int or (row[1], row[3]) > last:
                     count += 1
                     yield row
         self.report.warn(f"{self.shown} is damaged ({damage}); recovered {count} messages")
 
 
-def _salvaged(database: sqlite3.Connection, query: str, ids: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
-    """The rows of a damaged database by number, over gaps that cannot be read."""
-    number, failures = -1, 0
+def _salvaged(
+    database: sqlite3.Connection, query: str, ids: tuple[int, ...], number: int
+) -> Iterator[tuple[Any, ...]]:
+    """The rows of a damaged database after row `number`, by number, over gaps that cannot be read."""
+    failures = 0
     while failures < _TRIES:
         try:
             for row in database.execute(f"{query} AND id > ? ORDER BY id", (*ids, number)):
+                if row[3] <= number:
+                    raise sqlite3.DatabaseError("its rows go round in circles")
                 number, failures = row[3], 0
                 yield row
             return

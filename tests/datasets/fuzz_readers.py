@@ -37,7 +37,8 @@ from d4_datasets.ingest import ingest
 from d4_datasets.lerobot import Dataset
 
 MEMORY = 3 << 29  # bytes that a case may take beyond those of this process
-SECONDS = 30
+SECONDS = 20  # of work, which on a busy machine may take much longer
+_WAIT_S = 300
 DATASET, SENTENCE, FINDING = "dataset", "sentence", "finding"
 _LONGEST_SENTENCE = 1500
 
@@ -185,6 +186,7 @@ def _child(work: Path, sample: Sample) -> None:
     base = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (base + MEMORY, base + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
     log = (work / "log").open("w")
     os.dup2(log.fileno(), 1)
@@ -215,16 +217,18 @@ def run(sample: Sample, work: Path) -> Outcome:
             _child(work, sample)
         finally:
             os._exit(0)
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + _WAIT_S
     while (done := os.wait4(pid, os.WNOHANG))[0] == 0:
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
             os.wait4(pid, 0)
-            return Outcome(FINDING, f"no end after {SECONDS} s", f"hang {sample.name}")
+            return Outcome(FINDING, f"no end after {_WAIT_S} s", f"hang {sample.name}")
         time.sleep(0.001)
     _, status, usage = done
     answer = (work / "answer").read_text() if (work / "answer").exists() else ""
     what, _, text = answer.partition("\n")
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+        return Outcome(FINDING, f"no end after {SECONDS} s of work", f"hang {sample.name}")
     if os.WIFSIGNALED(status) or not answer:
         log = (work / "log").read_text(errors="replace")[-3000:]
         return Outcome(FINDING, f"status {status}\n{log}", f"crash {sample.name} {log[-200:]}")
