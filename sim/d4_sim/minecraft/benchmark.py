@@ -150,7 +150,10 @@ class Benchmark:
             return
         if changed and not first:
             self.policy.ask(place.number, place.episode.task)
-        environment.step(self._act(place, seen))
+        action = self._act(place, seen)
+        environment.step(action)
+        if place.recorder is not None:  # after the action is on its way
+            place.recorder.add(seen.image, seen.said, action)
 
     def _open(self, place: _Place) -> None:
         assert place.todo is not None
@@ -165,12 +168,7 @@ class Benchmark:
         engine, contract, began = self.plan.engine, self.policy.contract, time.perf_counter()
         row = self.policy.act(place.number, *sight(engine, contract, seen))
         place.policy_ms.append(1e3 * (time.perf_counter() - began))
-        if engine.kind == "world":
-            return row
-        action = to_action(contract, row)
-        if place.recorder is not None:
-            place.recorder.add(seen.image, seen.said, action)
-        return action
+        return row if engine.kind == "world" else to_action(contract, row)
 
     # ---- ends ----
 

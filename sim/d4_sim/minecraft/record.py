@@ -210,8 +210,8 @@ def _episode(
         if action is None:
             goes_on = isinstance(player, Script)  # a script is done with the episode, a person with all
             break
-        recorder.add(seen.image, seen.said, action)
         environment.step(action)
+        recorder.add(seen.image, seen.said, action)  # after the action is on its way
         arrived = _next(environment)
         assert arrived is not None
         seen, tick, session.ticks = arrived, tick + 1, session.ticks + 1
