@@ -24,12 +24,29 @@ from d4_sim.lanes import Runner
 from d4_sim.stages import Interrupted, Stage, command, keys
 from d4_sim.world import make_world, world_class, world_names
 
-SUITES: dict[str, tuple[str, ...]] = {
-    "mujoco-small": ("arm",),
-}
 POLICIES = ("data", "bc_scratch", "vpt", "wm_bc", "imagination")
+DISTURBED = ("wm_bc", "imagination")  # driven under disturbances, too
 
 PresetName = Literal["night", "h200", "toy"]
+_SMALL = ("push", "reacher_easy", "cartpole_swingup")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Worlds that belong together, and the preset that fits them."""
+
+    worlds: tuple[str, ...]
+    preset: PresetName = "night"
+
+
+SUITES: dict[str, Suite] = {
+    "mujoco-small": Suite(_SMALL),
+    "arms": Suite(("arm", "push", "fetch")),
+    "dm-control": Suite((
+        "cartpole_swingup", "reacher_easy", "ball_in_cup_catch", "finger_spin", "cheetah_run", "walker_walk",
+    )),
+    "h200": Suite(_SMALL, "h200"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +62,8 @@ class Size:
         eval_episodes: shared starts per policy and seed.
         expert_episodes: of them, those that the expert drives, once per world.
         planner_episodes: of them, those that the planner in the world model drives, for every seed.
+        disturb: disturbances (`d4_sim.suite.disturb`; joined by + where they come together) under which the
+            policies of `DISTURBED` drive the shared starts again.
         minutes: nothing begins later, 0: no limit.
     """
 
@@ -56,6 +75,7 @@ class Size:
     eval_episodes: int = 100
     expert_episodes: int = 40
     planner_episodes: int = 10
+    disturb: tuple[str, ...] = ("latency=100", "jitter=40", "noise=0.1", "drop=0.2", "light=0.6")
     minutes: float = 0.0
 
 
@@ -63,7 +83,7 @@ PRESETS: dict[str, Size] = {
     "night": Size(),
     "h200": Size(frames=60_000, scale=0.6, minutes=24),
     "toy": Size(seeds=1, frames=400, labelled=0.5, scale=0.002, eval_episodes=4, expert_episodes=2,
-                planner_episodes=1),
+                planner_episodes=1, disturb=("latency=100+noise=0.1",)),
 }  # fmt: skip
 
 
@@ -78,8 +98,9 @@ class Args:
     """Suites or worlds; `d4-sim worlds` lists them."""
     out: Path = Path("runs/bench")
     """Folder for everything; the page is <out>/page.md."""
-    preset: PresetName = "night"
-    """night: two cores, an hour per world and seed; h200: one large GPU, half an hour; toy: a check."""
+    preset: PresetName | None = None
+    """Default is that of the first suite. night: two cores, about an hour per world and
+    seed; h200: one large GPU, at most 25 minutes in all; toy: does it run?"""
     seeds: int | None = None
     """Chains per world, instead of the preset's."""
     frames: int | None = None
@@ -96,6 +117,9 @@ class Args:
     """Of these starts, those that the expert drives."""
     planner_episodes: int | None = None
     """Of these starts, those that the planner in the world model drives; 0: none."""
+    disturb: tuple[str, ...] | None = None
+    """Disturbances under which cloned and improved policy drive again, each NAME=VALUE or some joined by +
+    (docs/mujoco.md); none given after --disturb: none at all."""
     minutes: float | None = None
     """Stop after so many minutes with a page of what is there; 0: no limit."""
     jobs: Literal["auto"] | int = "auto"
@@ -107,7 +131,8 @@ class Args:
     def size(self) -> Size:
         """The preset with what was asked for instead."""
         asked = {f.name: getattr(self, f.name) for f in fields(Size) if getattr(self, f.name) is not None}
-        return replace(PRESETS[self.preset], **asked)
+        suites = [SUITES[name].preset for name in self.suite if name in SUITES]
+        return replace(PRESETS[self.preset or next(iter(suites), "night")], **asked)
 
     @property
     def worlds(self) -> tuple[str, ...]:
@@ -117,7 +142,7 @@ class Args:
             if name not in SUITES and name.replace("-", "_") not in world_names():
                 known = f"a suite ({', '.join(SUITES)}) nor a world ({', '.join(world_names())})"
                 raise UserError(f"'{name}' is neither {known}.")
-            out += SUITES.get(name, (name.replace("-", "_"),))
+            out += SUITES[name].worlds if name in SUITES else (name.replace("-", "_"),)
         return tuple(dict.fromkeys(out))
 
 
@@ -188,6 +213,10 @@ class Plan(Chains):
             typical_s = 0.4 * size.planner_episodes * horizon
             work = drive("planner", planner_episodes=size.planner_episodes)
             self.add(f"{name}/planner", [latest], typical_s, work, weight=self.shape.trainers)
+        if size.disturb:
+            typical_s = 0.02 * size.eval_episodes * horizon * len(DISTURBED) * len(size.disturb)
+            again = [drive(*DISTURBED, disturb=tuple(each.split("+"))) for each in size.disturb]
+            self.add(f"{name}/disturbed", [latest], typical_s, *again, weight=self.shape.trainers)
 
     def _many(self) -> dict[str, Any]:
         return {"jobs": self.shape.recorders} if self.shape.recorders > 1 else {}
@@ -248,6 +277,8 @@ def _check(args: Args, worlds: tuple[str, ...]) -> None:
         raise UserError(f"--jobs {args.jobs} must be at least 1, or auto")
     for world in worlds:
         make_world(world)
+        for each in size.disturb:
+            make_world(f"{world}+{each}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,8 +288,8 @@ class WorldsArgs:
 
 def list_worlds(args: WorldsArgs) -> int:
     """Print every suite and every world with its clock, episode and tasks."""
-    for name, worlds in SUITES.items():
-        print(f"suite {name}: {', '.join(worlds)}")
+    for name, suite in SUITES.items():
+        print(f"suite {name} (preset {suite.preset}): {', '.join(suite.worlds)}")
     for name in world_names():
         try:
             made = make_world(name)

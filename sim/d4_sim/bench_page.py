@@ -14,12 +14,12 @@ import numpy as np
 from d4_core.stats import nested_mean
 from d4_sim.stages import clock
 from d4_sim.study_page import NAMES, costs, policies, spread, table
-from d4_sim.study_results import TABLE, Interval, read_json, rows_of, run_results
+from d4_sim.study_results import TABLE, Interval, differences, read_json, rows_of, run_results
 
 if TYPE_CHECKING:
     from d4_sim.bench import Size
 
-FILMED = ("imagination", "wm_bc")
+FILMED = DISTURBED = ("imagination", "wm_bc")
 
 
 def collect(out: Path, worlds: tuple[str, ...], seeds: int) -> dict[str, Any]:
@@ -31,12 +31,20 @@ def collect(out: Path, worlds: tuple[str, ...], seeds: int) -> dict[str, Any]:
     for world in worlds:
         reference = (read_json(out / "reference" / world / "eval.json") or {}).get("policies", {})
         runs = {str(s): run_results(out / f"{world}-{s}" / "run") for s in range(seeds)}
+        for s, run in runs.items():
+            run["disturbed"] = disturbed(out / f"{world}-{s}" / "run")
         chains[world] = {
             s: run | {"policies": reference | run["policies"]} for s, run in runs.items() if "policies" in run
         }
     done = read_json(out / "stages.json") or {}
     seconds = {name: entry["seconds"] for name, entry in done.items() if entry["done"]}
     return {"chains": chains, "runs": {}, "stages": seconds}
+
+
+def disturbed(run: Path) -> dict[str, Any]:
+    """{what was done to the world: policies} of a run folder."""
+    found = [read_json(path) for path in sorted(run.glob("eval-*.json"))]
+    return {each["world"].partition("+")[2]: each["policies"] for each in found}
 
 
 def own(row: Mapping[str, Any], task: int | None) -> np.ndarray:
@@ -95,6 +103,30 @@ def tasks(world: str, chains: Mapping[str, Any], names: list[str]) -> Iterator[s
     )
 
 
+def robustness(world: str, chains: Mapping[str, Any]) -> Iterator[str]:
+    """What becomes of the policies when commands come late and pictures are bad."""
+    kinds = list(dict.fromkeys(kind for run in chains.values() for kind in run["disturbed"]))
+    rows = []
+    for kind in kinds:
+        cells = []
+        for policy in DISTURBED:
+            pair = {
+                s: {"policies": {"a": run["disturbed"][kind][policy], "b": run["policies"][policy]}}
+                for s, run in chains.items()
+                if policy in run["disturbed"].get(kind, {}) and policy in run["policies"]
+            }
+            change = differences(pair, "a", "b")
+            means = [float(np.mean(p["policies"]["a"]["return"])) for p in pair.values()]
+            cells += [f"{np.mean(means):.2f}", spread(change["nested"], sign=True)] if change else ["-", "-"]
+        rows.append([f"`{kind}`", *cells])
+    if not rows:
+        return
+    yield f"### {world}: late commands and bad pictures\n"
+    yield "Return, and the paired change against the same starts undisturbed:\n"
+    header = [text for p in DISTURBED for text in (NAMES[p], "change")]
+    yield table(["disturbance", *header], rows)
+
+
 def films(out: Path, world: str, seeds: list[str], folder: Path, link: str) -> Iterator[str]:
     """Copies the films of a world's first chain and of its expert; yields Markdown that shows them."""
     found = [(policy, out / f"{world}-{s}" / "run" / "media") for s in seeds[:1] for policy in FILMED]
@@ -120,6 +152,7 @@ def page(out: Path, worlds: tuple[str, ...], size: Size) -> tuple[str, dict[str,
         parts += policies(world, chains)
         reference = read_json(out / "reference" / world / "eval.json") or {}
         parts += tasks(world, chains, reference.get("task_names", []))
+        parts += robustness(world, chains)
         parts += films(out, world, sorted(chains), out / "page", "page")
     parts += costs(results)
     return "\n".join(parts), results

@@ -44,13 +44,13 @@ def starts(episodes: int, tasks: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def drive(world: str, kind: str, seeds: list[int], tasks: list[int]) -> Any:
-    """One `EpisodeBatch` of a driver kind, with frames. Every episode's noise is its own seed's."""
+    """One `EpisodeBatch` of a driver kind; the noise of its drivers follows from the first seed."""
     from d4_sim.driver import ScriptedPolicy
     from d4_sim.vector import run_episodes
 
     horizon = make_world(world).horizon
     policy = ScriptedPolicy(kind, seeds[0])
-    return run_episodes(world, seeds, tasks, policy, horizon, keep_frames=kind == "expert")
+    return run_episodes(world, seeds, tasks, policy, horizon)
 
 
 def reference(args: Args) -> None:
@@ -71,7 +71,7 @@ def reference(args: Args) -> None:
         }
         result["policies"][kind] = row
         if kind == "expert":
-            _film(args.out / "media", batches)
+            _film(args, made.contract.rate_hz, batches)
         mean, wins = float(np.mean(row["return"])), float(np.mean(row["success"]))
         per = row["seconds"] / count
         print(f"  {kind:8} return {mean:7.2f}  success {wins:.2f}  {per:.2f} s an episode", flush=True)
@@ -91,12 +91,14 @@ def _batches(args: Args, kind: str, seeds: np.ndarray, tasks: np.ndarray) -> lis
         return list(pool.map(drive, *zip(*parts, strict=True)))
 
 
-def _film(media: Path, batches: list[Any]) -> None:
+def _film(args: Args, fps: float, batches: list[Any]) -> None:
     """The expert's best and worst episodes."""
-    from d4_sim.film import write_film
+    from d4_sim.film import film_again
     from d4_sim.vector import join_batches
 
-    write_film(media, "expert", join_batches(batches))
+    batch = join_batches(batches)
+    seeds, _ = starts(len(batch.length), 1)
+    film_again(args.out / "media", "expert", args.world, seeds, batch, fps)
 
 
 def _main() -> None:

@@ -70,7 +70,7 @@ class Lateness:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path} is no latency report of d4: it lacks stages_ms.lateness or counts.ticks "
-                "(d4-bench latency --json FILE writes one)."
+                "(d4-bench latency --out FILE writes one)."
             ) from error
         return cls(late, missed, lost)
 
