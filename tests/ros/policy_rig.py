@@ -92,6 +92,7 @@ class World:
         self.say_joints = True
         self.size = (8, 12)
         self.twists: list[tuple[int, float, float]] = []
+        self.sent: list[int] = []  # when each twist left the node, whatever kept this process from looking
         self.arms: list[tuple[int, float]] = []
         self.status: list[PolicyStatus] = []
         self.diagnostics: dict[str, tuple[int, str]] = {}
@@ -164,8 +165,9 @@ class World:
         joints.header.stamp.sec, joints.header.stamp.nanosec = sec, nanosec
         return joints
 
-    def _on_twist(self, msg: Twist) -> None:
+    def _on_twist(self, msg: Twist, info: Any) -> None:
         self.twists.append((time.time_ns(), msg.linear.x, msg.angular.z))
+        self.sent.append(info["source_timestamp"])
 
     def _on_arm(self, msg: Float64MultiArray) -> None:
         self.arms.append((time.time_ns(), msg.data[0]))

@@ -32,6 +32,7 @@ class Soak:
         self.folder, self.server = folder, Server(folder)
         self.process, self.world = PolicyProcess(folder), World()
         self.pauses: list[tuple[int, int]] = []  # in which nothing is sent: the node was inactive
+        self.began: list[tuple[int, str]] = []  # faults
         assert self.world.configure()
         assert self.world.activate()
         self.world.until_state("driving")
@@ -43,6 +44,7 @@ class Soak:
 
     def inject(self, fault: str, seconds: float) -> None:
         world = self.world
+        self.began.append((time.time_ns(), fault))
         if fault in SWITCHES:
             name, value = SWITCHES[fault]
             before = getattr(world, name)
@@ -92,15 +94,20 @@ def test_soak(soak) -> None:
         slowest = max(slowest, time.monotonic() - began)
         time.sleep(float(rng.uniform(0.0, 0.5)))
     twists = np.array(soak.world.twists)
-    gaps = np.diff(twists[:, 0]) / 1e9
-    began, ended = twists[:-1, 0], twists[1:, 0]
+    sent = np.array(soak.world.sent)
+    gaps = np.diff(sent) / 1e9
     inactive = np.zeros(len(gaps), bool)
     for begin, end_ns in soak.pauses:
-        inactive |= (began < end_ns) & (ended > begin)
+        inactive |= (sent[:-1] < end_ns) & (sent[1:] > begin)
     active = gaps[~inactive]
+    long = [
+        (round(1e3 * gaps[i], 1), next((f for t, f in reversed(soak.began) if t < sent[i + 1]), "none"))
+        for i in np.flatnonzero(~inactive & (gaps > 2 * PERIOD_S))
+    ]
     told = {"seconds": seconds, "faults": counts, "slowest_recovery_s": round(slowest, 3),
             "commands": len(twists), "longest_gap_ms": round(1e3 * active.max(), 1),
-            "gap_p99.9_ms": round(1e3 * np.quantile(active, 0.999), 1)}  # fmt: skip
+            "gap_p99.9_ms": round(1e3 * np.quantile(active, 0.999), 1),
+            "longer_than_two_periods": long}  # fmt: skip
     print(json.dumps(told))
     for column, (low, high), rate in zip((1, 2), LIMITS, RATES, strict=True):
         values = twists[:, column]
@@ -112,4 +119,4 @@ def test_soak(soak) -> None:
     arms = np.array([x for _, x in soak.world.arms])
     assert np.isfinite(arms).all()
     assert np.abs(arms).max() <= 3.0
-    assert active.max() < 2 * PERIOD_S + 0.01  # and 10 ms on its way
+    assert active.max() < 2 * PERIOD_S + 0.01  # a safety action is due at 1.75 periods at the latest
