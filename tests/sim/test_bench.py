@@ -1,0 +1,250 @@
+"""d4-sim bench: its plan, its runner with commands that only pretend to work, its page on made-up results."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from d4_datasets.errors import UserError
+from d4_sim import bench, bench_page, reference, stages
+from d4_sim.bench import PRESETS, SUITES, Args, Shape, Size, plan
+from d4_sim.lanes import Runner
+from d4_sim.stages import Stage, keys
+from d4_sim.world import world_names
+
+OUT = Path("out")
+SIZE = replace(PRESETS["toy"], seeds=2)
+TASKS = ["push", "reach"]
+
+
+def option(stage: Stage, flag: str) -> list[str]:
+    return [c[c.index(flag) + 1] for c in stage.commands if flag in c]
+
+
+# ---- plan
+
+
+def test_suites_hold_worlds_that_exist_and_presets_too() -> None:
+    for suite in SUITES.values():
+        assert set(suite.worlds) <= set(world_names())
+        assert suite.preset in PRESETS
+    assert Args(suite=("h200",)).size == PRESETS["h200"]
+    assert Args(suite=("push",)).size == PRESETS["night"]
+    assert Args(suite=("h200",), preset="toy", seeds=2).size == SIZE
+    assert PRESETS["h200"].minutes <= 25
+
+
+def test_names_of_the_control_suite_may_have_hyphens_and_unknown_ones_are_one_sentence() -> None:
+    assert Args(suite=("walker-walk", "push", "walker_walk")).worlds == ("walker_walk", "push")
+    with pytest.raises(UserError, match=r"'walk' is neither a suite \(mujoco-small, .*\) nor a world \(yard"):
+        _ = Args(suite=("walk",)).worlds
+
+
+def test_every_stage_needs_only_what_is_planned_and_seeds_come_one_after_another() -> None:
+    planned = plan(Shape(out=OUT, size=SIZE), ("push", "arm"))
+    names = [s.name for s in planned]
+    assert len(set(names)) == len(names)
+    for i, stage in enumerate(planned):
+        assert set(stage.needs) <= set(names[:i]), stage.name
+    assert max(i for i, n in enumerate(names) if n.startswith(("push-0", "arm-0"))) < names.index(
+        "push-1/data"
+    )
+    assert [n for n in names if n.endswith("/reference")] == ["push/reference", "arm/reference"]
+    made = [path for s in planned for path in s.makes]
+    assert len(set(made)) == len(made)
+
+
+def test_a_chain_is_recorded_trained_and_judged_with_its_seed() -> None:
+    planned = {s.name: s for s in plan(Shape(out=OUT, size=SIZE), ("push",))}
+    for seed in (0, 1):
+        data = planned[f"push-{seed}/data"]
+        assert option(data, "--seed") == [str(seed)]
+        assert option(data, "--episodes") == [str(round(SIZE.frames / 60))]
+        phases = [option(planned[f"push-{seed}/{p}"], "--phases") for p in ("tokenizer", "imagination")]
+        assert phases == [["tokenizer"], ["imagination"]]
+        assert option(planned[f"push-{seed}/policies"], "--world") == ["push"]
+        again = planned[f"push-{seed}/disturbed"].commands
+        assert [c[c.index("--disturb") + 1 : c.index("--disturb") + 3] for c in again] == [
+            ("latency=100", "noise=0.1")
+        ]
+    assert option(planned["push/reference"], "--expert-episodes") == [str(SIZE.expert_episodes)]
+
+
+def test_keys_depend_on_sizes_and_neither_on_the_place_nor_on_the_machine() -> None:
+    small, large = (
+        Shape(out=OUT, size=SIZE, jobs=j, recorders=r, trainers=t) for j, r, t in ((1, 1, 1), (16, 4, 3))
+    )
+    a = keys(plan(Shape(out=OUT, size=SIZE), ("push",)))
+    assert a != keys(plan(Shape(out=OUT, size=replace(SIZE, frames=800)), ("push",)))
+    one, other = (plan(shape, ("push",)) for shape in (small, large))
+    assert [s.name for s in one] == [s.name for s in other]
+    assert {s.weight for s in one} == {1}
+    assert {s.weight for s in other} == {3, 4}
+    assert option(other[0], "--jobs") == ["4", "4"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"frames": 0}, "must be above 0"),
+        ({"labelled": 0.0}, "--labelled 0 must be above 0"),
+        ({"expert_episodes": 5}, "give them no more episodes"),
+        ({"jobs": 0}, "--jobs 0 must be at least 1"),
+        ({"disturb": ("wind=3",)}, "'wind=3' is no disturbance"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_at_once(tmp_path, changes, sentence) -> None:
+    args = Args(suite=("push",), preset="toy", out=tmp_path / "out", **changes)
+    with pytest.raises(UserError, match=sentence):
+        bench.bench(args)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- runner
+
+
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    (tmp_path / "fake_work.py").write_text(f"import sys, time\nname = sys.argv[1]\n{code}\n")
+    monkeypatch.setitem(stages.MODULES, "work", "fake_work")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def works(*weights: int) -> list[Stage]:
+    return [
+        Stage(f"s{i}", "work", (("work", f"s{i}"),), (), (), 1.0, weight=w) for i, w in enumerate(weights)
+    ]
+
+
+def test_heavy_stages_get_their_slots_and_too_heavy_ones_run_alone(tmp_path, monkeypatch) -> None:
+    log = tmp_path / "log"
+    fake(
+        tmp_path,
+        monkeypatch,
+        f"""
+def say(what):
+    with open({str(log)!r}, "a") as f: f.write(what + name + chr(10))
+say("+"); time.sleep(0.3); say("-")""",
+    )
+    todo = works(2, 1, 9)
+    runner = Runner(tmp_path / "out", todo, keys(todo), jobs=3)
+    assert runner.run() == 0
+    lines = log.read_text().split()
+    assert set(lines[:2]) == {"+s0", "+s1"}
+    assert lines[-2:] == ["+s2", "-s2"]
+
+
+def test_a_bench_stops_in_time_and_goes_on_later(tmp_path, monkeypatch) -> None:
+    fake(tmp_path, monkeypatch, "time.sleep(30 if name == 's1' else 0)")
+    todo = works(1, 1)
+    began = time.monotonic()
+    runner = Runner(tmp_path / "out", todo, keys(todo), jobs=1, seconds=3)
+    assert runner.run() == 0
+    assert time.monotonic() - began < 15
+    assert runner.state.is_done("s0")
+    assert not runner.state.is_done("s1")
+    fake(tmp_path, monkeypatch, "")
+    again = Runner(tmp_path / "out", todo, keys(todo), jobs=1)
+    assert again.run() == 0
+    assert again.state.is_done("s1")
+
+
+# ---- page
+
+
+def row(mean: float, seed: int, count: int = 20) -> dict[str, Any]:
+    noise = np.random.default_rng([seed, int(10 * mean)]).normal(0, 0.5, count)
+    task = (np.arange(count) % 2).tolist()
+    returns = (mean + np.linspace(-2, 2, count) + noise).tolist()
+    return {"return": returns, "success": [0, 1] * (count // 2), "fallen": [0] * count, "task": task}
+
+
+def put(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+LEVELS = {"data": 15.0, "bc_scratch": 12.0, "vpt": 13.0, "wm_bc": 20.0, "imagination": 30.0}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    ends = {"random": row(5.0, 9), "expert": row(45.0, 9, 8)}
+    put(tmp_path / "reference" / "push" / "eval.json", {"policies": ends, "task_names": TASKS})
+    for seed in range(2):
+        run = tmp_path / f"push-{seed}" / "run"
+        policies = {name: row(level + seed, seed) for name, level in LEVELS.items()}
+        put(run / "eval.json", {"policies": policies | {"planner": row(25.0, seed, 4)}, "world": "push"})
+        late = {name: row(LEVELS[name] + seed - 4, seed) for name in bench_page.DISTURBED}
+        put(run / "eval-latency-100.json", {"policies": late, "world": "push+latency=100"})
+    put(tmp_path / "stages.json", {"push-0/data": {"done": True, "seconds": 60.0, "forced": True}})
+    return tmp_path
+
+
+def test_scores_are_normalised_between_random_and_expert(out: Path) -> None:
+    chains = bench_page.collect(out, ("push",), 2)["chains"]["push"]
+    scores = bench_page.normalised(chains)
+    assert scores["random"][0] == pytest.approx(0.0, abs=1e-9)
+    assert scores["expert"][0] == pytest.approx(1.0, abs=1e-9)
+    assert scores["imagination"][0] == pytest.approx(25.5 / 40, abs=0.03)
+    low, high = scores["imagination"][1:]
+    assert low < scores["imagination"][0] < high
+    assert set(bench_page.normalised(chains, 1)) >= {"random", "wm_bc", "expert"}
+
+
+def test_the_page_has_every_policy_and_says_what_is_missing(out: Path) -> None:
+    path = bench_page.write_page(out, ("push", "arm"), replace(SIZE, seeds=3))
+    assert path is not None
+    text = path.read_text()
+    assert "| after imagination training | 0.6" in text
+    assert "chains of push (2 of 3), arm (0 of 3)" in text
+    assert "one agent, chosen by task" in text
+    assert "`latency=100`" in text
+    line = next(line for line in text.splitlines() if "`latency=100`" in line)
+    assert "-4.0" in line or "-3.9" in line or "-4.1" in line
+    assert "CEM planning in the world model" in text
+    assert "**holds**: after imagination training is better than cloned on the world model" in text
+    kept = json.loads((out / "page" / "results.json").read_text())
+    assert kept["chains"]["push"]["0"]["policies"]["random"]["return"]
+
+
+def test_nothing_is_written_without_results(tmp_path: Path) -> None:
+    assert bench_page.write_page(tmp_path, ("push",), SIZE) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_expert_that_is_no_better_than_random_normalises_nothing(out: Path) -> None:
+    ends = {"random": row(5.0, 9), "expert": row(4.0, 9, 8)}
+    put(out / "reference" / "push" / "eval.json", {"policies": ends, "task_names": TASKS})
+    path = bench_page.write_page(out, ("push",), SIZE)
+    assert path is not None
+    assert "Normalised scores" not in path.read_text()
+
+
+# ---- reference
+
+
+def test_the_reference_does_not_depend_on_the_processes(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(reference, "_CHUNK", 2)
+    rows = []
+    for jobs in (1, 2):
+        args = reference.Args(
+            world="push", out=tmp_path / str(jobs), episodes=4, expert_episodes=3, jobs=jobs
+        )
+        reference.reference(args)
+        rows.append(json.loads((args.out / "eval.json").read_text())["policies"])
+        assert (args.out / "media" / "real_expert.mp4").exists()
+    for kind, count in (("random", 4), ("expert", 3)):
+        assert rows[0][kind]["return"] == rows[1][kind]["return"]
+        assert len(rows[0][kind]["return"]) == count
+    assert np.mean(rows[0]["expert"]["return"]) > 4 * np.mean(rows[0]["random"]["return"])
+
+
+def test_size_and_arguments_agree() -> None:
+    asked = {"seeds": 1, "frames": 7, "model": "small", "minutes": 3.0}
+    assert Args(suite=("push",), **asked).size == replace(Size(), **asked)
