@@ -1,22 +1,22 @@
-"""Training arrays as tensors: clips with the action that led into each frame, and cached latents."""
+"""Training arrays as tensors: clips with the action that led into each frame, and encoded episodes."""
 
 from __future__ import annotations
 
-import math
-import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from d4_core import distributed
 from d4_core.tokenizer import Tokenizer
-from d4_datasets.errors import UserError
+from d4_datasets.joined import Frames, gather
 
 _TOKENS = 2**15  # encoded at a time: bounds the memory of a pass whatever the size of the pictures
+_PINNED: ContextVar[bool] = ContextVar("pinned", default=False)
 
 
 class Logs(Protocol):
@@ -27,12 +27,16 @@ class Logs(Protocol):
     episode_length: np.ndarray  # [E]
     episode_index: np.ndarray  # [N]
     labelled: np.ndarray  # [E] any known action
-    images: dict[str, np.ndarray]  # uint8 [N, H, W, 3]; empty where the data have latents in their place
     vectors: dict[str, np.ndarray]  # float32 [N, k]
     action: np.ndarray  # float32 [N, A], chosen at the frame
     action_mask: np.ndarray  # [N]
     reward: np.ndarray  # float32 [N, K], arriving with the frame
     is_terminal: np.ndarray  # [N]
+
+    @property
+    def images(self) -> Mapping[str, Frames]:
+        """uint8 [N, H, W, 3] by camera; empty where the data have latents in their place."""
+        ...
 
     def sample_starts(
         self, rng: np.random.Generator, batch: int, length: int, episodes: np.ndarray
@@ -114,10 +118,31 @@ def first_frames(logs: Logs) -> np.ndarray:
     return out
 
 
+@contextmanager
+def pinned(wanted: bool) -> Iterator[None]:
+    """Within this, `rows` reads into page-locked memory, which a GPU copies from while the CPU goes on.
+
+    torch keeps such memory when a batch is done with and hands it out again.
+    """
+    token = _PINNED.set(wanted)
+    try:
+        yield
+    finally:
+        _PINNED.reset(token)
+
+
+def rows(source: Frames, index: np.ndarray) -> Tensor:
+    """The rows `index` of an array as a tensor (*index.shape, ...), copied once."""
+    kind = torch.from_numpy(np.empty(0, source.dtype)).dtype
+    out = torch.empty((*index.shape, *source.shape[1:]), dtype=kind, pin_memory=_PINNED.get())
+    gather(source, index, out.numpy())
+    return out
+
+
 def observations(logs: Logs, index: np.ndarray, names: list[str]) -> dict[str, Tensor]:
     """Modalities {name: (*index.shape, ...)}; images stay uint8."""
-    source = {**logs.images, **logs.vectors}
-    return {name: torch.from_numpy(np.ascontiguousarray(source[name][index])) for name in names}
+    source: dict[str, Frames] = {**logs.images, **logs.vectors}
+    return {name: rows(source[name], index) for name in names}
 
 
 def pixel_statistics(
@@ -181,60 +206,6 @@ def encode_episodes(tokenizer: Tokenizer, logs: Logs, episodes: np.ndarray, chun
 def chunk_frames(tokenizer: Tokenizer) -> int:
     """Frames to encode in one pass."""
     return max(16, _TOKENS // tokenizer.encoder_bias.shape[0])
-
-
-def latent_cache(tokenizer: Tokenizer, logs: Logs, path: Path, tag: str) -> np.ndarray:
-    """Packed, standardised tokens (N, Nz, Dz) float16 of every frame, computed once per tokenizer.
-
-    All ranks share the work. Written aside and renamed; `tag` (the tokenizer's hash) names the file, so a
-    changed tokenizer never reads old latents.
-    """
-    file = path / f"latents-{tag}.npy"
-    if not distributed.all_agree(file.exists(), tokenizer.latents.device):
-        aside = path / f".tmp-{file.name}"
-        if distributed.rank() == 0:
-            path.mkdir(parents=True, exist_ok=True)
-            shape = (logs.num_frames, tokenizer.cfg.num_tokens, tokenizer.cfg.token_dim)
-            _allocate(aside, shape)
-        distributed.barrier()
-        _fill(np.load(aside, mmap_mode="r+"), tokenizer, logs)
-        distributed.barrier()
-        if distributed.rank() == 0:
-            os.replace(aside, file)
-        distributed.barrier()
-    return np.load(file, mmap_mode="r")
-
-
-def _allocate(path: Path, shape: tuple[int, ...]) -> None:
-    """An empty float16 array with its blocks reserved: on a full disk, a sparse one would die by signal.
-
-    Raises:
-        UserError: the disk is full.
-    """
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-    size = path.stat().st_size
-    del out
-    try:
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        path.unlink()
-        megabytes = f"{size / 2**20:.0f} MB"
-        raise UserError(f"disk full: {path.parent} needs {megabytes} more for the latents") from error
-
-
-def _fill(out: np.memmap, tokenizer: Tokenizer, logs: Logs) -> None:
-    """This rank's share of the episodes, in groups of similar length."""
-    order = np.argsort(logs.episode_length, kind="stable")[distributed.rank() :: distributed.world_size()]
-    longest = int(logs.episode_length.max())
-    group_size = max(1, chunk_frames(tokenizer) // longest)
-    for group in np.array_split(order, max(1, math.ceil(len(order) / group_size))):
-        if not len(group):  # more ranks than episodes
-            continue
-        for episode, z in zip(group, encode_episodes(tokenizer, logs, group), strict=True):
-            start = logs.episode_start[episode]
-            out[start : start + len(z)] = tokenizer.pack(z).half().cpu().numpy()
-    out.flush()
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from d4_core.imagination import Dream
 from d4_core.phases import relevant_episodes
 from d4_core.shortcut import corrupt
 from d4_core.tokenizer import Tokenizer
+from d4_datasets.joined import Frames
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _OPERATORS["n/a"] = lambda *_: True
@@ -98,7 +99,7 @@ class Probe:
 
 
 def fit_probe(
-    latents: np.ndarray, target: np.ndarray, frames: np.ndarray, seed: int = 0, steps: int = 2000
+    latents: Frames, target: np.ndarray, frames: np.ndarray, seed: int = 0, steps: int = 2000
 ) -> Probe:
     """Fit a probe of `target` (N, k) on `latents` (N, Nz, Dz) over the given frames."""
     with torch.random.fork_rng(devices=[]):
@@ -141,7 +142,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def tokenizer_gates(
-    tokenizer: Tokenizer, logs: Logs, latents: np.ndarray, probes: dict[str, Probe], held_out: np.ndarray
+    tokenizer: Tokenizer, logs: Logs, latents: Frames, probes: dict[str, Probe], held_out: np.ndarray
 ) -> list[Gate]:
     """PSNR above the mean image, latent spread, saturation and collapse, and probes, on held-out episodes."""
     squared, baseline, z_all = [], [], []
@@ -212,7 +213,7 @@ class OpenLoop:
 def open_loop(
     dynamics: Dynamics,
     logs: Logs,
-    latents: np.ndarray,
+    latents: Frames,
     frames: np.ndarray,
     *,
     seed: int,
@@ -270,7 +271,7 @@ def open_loop_clips(logs: Logs, held_out: np.ndarray, count: int) -> np.ndarray:
 
 @torch.no_grad()
 def next_frame_error(
-    dynamics: Dynamics, logs: Logs, latents: np.ndarray, frames: np.ndarray, shuffle: bool = False
+    dynamics: Dynamics, logs: Logs, latents: Frames, frames: np.ndarray, shuffle: bool = False
 ) -> float:
     """Mean squared error of the last frame of clips, predicted from noise behind history at context level."""
     device = dynamics.slots.device
@@ -294,7 +295,7 @@ def dynamics_gates(
     tokenizer: Tokenizer,
     dynamics: Dynamics,
     logs: Logs,
-    latents: np.ndarray,
+    latents: Frames,
     probes: dict[str, Probe],
     train: np.ndarray,
     held_out: np.ndarray,
@@ -341,7 +342,7 @@ def _copy_gates(curves: dict[str, Any]) -> list[Gate]:
 
 
 def action_gates(
-    dynamics: Dynamics, logs: Logs, latents: np.ndarray, train: np.ndarray, held_out: np.ndarray
+    dynamics: Dynamics, logs: Logs, latents: Frames, train: np.ndarray, held_out: np.ndarray
 ) -> list[Gate]:
     """Whether the predicted world follows the actions, and generalises beyond the labelled episodes."""
     short = labelled_clips(logs, held_out, 8, 512)
@@ -393,7 +394,7 @@ def mirror_gates(probes: dict[str, Probe], run: Callable[..., OpenLoop]) -> list
     return gates
 
 
-def _copy_error(latents: np.ndarray, frames: np.ndarray) -> float:
+def _copy_error(latents: Frames, frames: np.ndarray) -> float:
     return float(np.square(latents[frames[:, -1]].astype(np.float32) - latents[frames[:, -2]]).mean())
 
 
@@ -467,7 +468,7 @@ def agent_gates(
     agent: Agent,
     dynamics: Dynamics,
     logs: Logs,
-    latents: np.ndarray,
+    latents: Frames,
     train: np.ndarray,
     held_out: np.ndarray,
     count: int = 256,
@@ -531,7 +532,7 @@ def _bc_nats(
     agent: Agent,
     dynamics: Dynamics,
     logs: Logs,
-    latents: np.ndarray,
+    latents: Frames,
     episodes: np.ndarray,
     count: int,
     share: float,
@@ -567,7 +568,7 @@ def _marginal_nats(agent: Agent, action: Tensor, target: Tensor) -> float:
 
 
 def reward_pairs(
-    agent: Agent, dynamics: Dynamics, logs: Logs, latents: np.ndarray, episodes: np.ndarray, count: int
+    agent: Agent, dynamics: Dynamics, logs: Logs, latents: Frames, episodes: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predicted and real rewards of all tasks on clips of these episodes."""
     clips = draw(logs, np.random.default_rng(1), count, 12, episodes)

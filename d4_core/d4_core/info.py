@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from ctypes.util import find_library
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -24,10 +25,12 @@ from d4_core import checkpoint, threads
 from d4_core.config import PHASES, PRESETS, Preset, from_dict, preset
 from d4_core.estimate import training_seconds, work
 from d4_core.memory import available_bytes, costs
+from d4_datasets import places
 from d4_datasets.bags import Bag, find_bags
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
 from d4_datasets.latents import Origin
+from d4_datasets.places import Place
 
 _PACKAGES = ("torch", "numpy", "opencv-python-headless", "av", "pyarrow", "safetensors", "rosbags", "mujoco")
 _CODECS = {
@@ -50,8 +53,9 @@ class Fact:
 class InfoArgs:
     """Say what is installed here; or what a bag, dataset, run or checkpoint holds; or what a preset costs."""
 
-    path: Annotated[Path | None, tyro.conf.Positional] = None
-    """Bag, dataset, run folder or checkpoint folder; without it the installation is described."""
+    path: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Bag, dataset (a folder, a URL, or a text file that lists such; or several), run folder or checkpoint
+    folder; without it the installation is described."""
     preset: str | None = None
     """Say what this preset (nano, small, base, large, paper, or all) costs for --contract or the dataset:
     parameters, FLOPs, memory, and the time that training takes on this machine."""
@@ -65,19 +69,32 @@ def main() -> None:
 
 
 def _main(args: InfoArgs) -> None:
-    dataset = args.path if args.path is not None and (args.path / "meta" / "d4.json").exists() else None
-    described = args.contract is not None or dataset is not None
+    datasets = _datasets(args.path)
+    described = args.contract is not None or bool(datasets)
     if (args.contract is not None and args.preset is None) or (args.preset is not None and not described):
         raise UserError(
             "--preset and --contract belong together: d4-info --preset paper --contract robot.yaml; "
             "or name a dataset: d4-info DATASET --preset paper"
         )
+    if len(args.path) > 1 and not datasets:
+        raise UserError("several paths are described together only if all of them are datasets; give one")
     if args.preset is not None:
-        _print(_cost_facts(args.preset, args.contract, dataset))
-    if args.path is not None:
-        _print(path_facts(args.path))
+        _print(_cost_facts(args.preset, args.contract, datasets))
+    if datasets:
+        _print(dataset_facts(datasets))
+    elif args.path:
+        _print(path_facts(Path(args.path[0])))
     elif args.preset is None:
         _print(installation())
+
+
+def _datasets(path: Sequence[str]) -> list[str]:
+    """The datasets that are meant; none if the path is of something else."""
+    if not path:
+        return []
+    if len(path) == 1 and not places.is_url(path[0]) and Path(path[0]).suffix not in (".txt", ".list"):
+        return list(path) if places.is_dataset(path[0]) else []
+    return places.expand(path)
 
 
 def _print(facts: list[Fact]) -> None:
@@ -171,7 +188,7 @@ def path_facts(path: Path) -> list[Fact]:
     Raises:
         UserError: it is none of them.
     """
-    if (path / "meta" / "d4.json").exists():
+    if places.is_dataset(str(path)):
         return dataset_facts(path)
     if (path / checkpoint.CONFIG).exists():
         return checkpoint_facts(path)
@@ -184,36 +201,59 @@ def path_facts(path: Path) -> list[Fact]:
     return bag_facts(bags[0]) if len(bags) == 1 else [Fact("bags", str(len(bags))), *map(_bag_line, bags)]
 
 
-def dataset_facts(root: Path) -> list[Fact]:
-    """Episodes, frames, hours, labels and contract of a dataset; reads its metadata only."""
-    meta = _dataset_meta(root)
-    episodes, contract = meta["episodes"], Contract.from_dict(meta["contract"], str(root))
+def dataset_facts(where: Place | Sequence[Place]) -> list[Fact]:
+    """Episodes, frames, hours, labels and contract of a dataset, or of several together; reads their metadata
+    only.
+
+    Raises:
+        UserError: there is none, or they are not of one robot.
+    """
+    found = places.expand(where)
+    metas = [places.about(place) for place in found]
+    contracts = [
+        Contract.from_dict(meta["contract"], place) for meta, place in zip(metas, found, strict=True)
+    ]
+    contract, meta = contracts[0], metas[0]
+    for place, other in zip(found, contracts, strict=True):
+        if other.hash != contract.hash:
+            raise UserError(
+                f"{place} was made with another contract ({other.name}, {other.hash[:12]}) than {found[0]} "
+                f"({contract.name}, {contract.hash[:12]}): datasets that are used together are of one robot"
+            )
+    episodes = [episode for each in metas for episode in each["episodes"]]
     frames = sum(e["frames"] for e in episodes)
     labelled = [e for e in episodes if e["labelled"]]
     share = sum(e["labelled"] for e in episodes) / max(1, frames)
-    size = sum(f.stat().st_size for f in root.rglob("*") if f.is_file() and "cache" not in f.parts)
+    local = [Path(place) for place in found if not places.is_url(place)]
+    size = sum(_files_bytes(root) for root in local)
     lengths = [e["frames"] for e in episodes] or [0]
     ended = sum(bool(e["terminal"]) for e in episodes)
     spread = f"{min(lengths)} to {max(lengths)} frames, median {np.median(lengths):.0f}"
+    several = [Fact("datasets", f"{len(found)}")] if len(found) > 1 else []
+    several += [
+        Fact(
+            f"  {place}",
+            f"{len(each['episodes'])} episodes, {sum(e['frames'] for e in each['episodes'])} frames",
+        )
+        for place, each in zip(found, metas, strict=True)
+        if len(found) > 1
+    ]
     return [
-        Fact("dataset", str(root)),
+        *(several or [Fact("dataset", found[0])]),
         Fact("episodes", f"{len(episodes)} ({spread}); {ended} end in a terminal"),
         Fact("frames", f"{frames}, {frames / contract.rate_hz / 3600:.3g} h at {contract.rate_hz:g} Hz"),
         *([Fact("as", f"latents of {Origin(**meta['latents'])}")] if "latents" in meta else []),
         Fact("labelled", f"{share:.1%} of the frames, in {len(labelled)} episodes"),
-        Fact("on disk", f"{_bytes(size)} without the frame cache"),
+        *([Fact("on disk", f"{_bytes(size)} without the frame cache")] if local else []),
         *contract_facts(contract),
     ]  # fmt: skip
 
 
-def _dataset_meta(root: Path) -> dict[str, Any]:
-    path = root / "meta" / "d4.json"
-    try:
-        meta: dict[str, Any] = json.loads(path.read_text())
-        Contract.from_dict(meta["contract"], str(path))
-        return meta | {"episodes": meta["episodes"]}
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}); write the dataset again with d4-ingest") from None
+def _files_bytes(root: Path) -> int:
+    """Bytes of a dataset without its cache, which may hold many times as much."""
+    parts = [path for path in root.iterdir() if path.name != "cache"]
+    files = (file for part in parts for file in (part.rglob("*") if part.is_dir() else [part]))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def contract_facts(contract: Contract) -> list[Fact]:
@@ -334,13 +374,13 @@ def preset_facts(settings: Preset, contract: Contract) -> list[Fact]:
     return [*facts, Fact("total", f"{_si(total)}parameters for {contract.name}")]
 
 
-def _cost_facts(name: str, path: Path | None, dataset: Path | None) -> list[Fact]:
-    """What a preset (or each of them) costs for a contract, or for a dataset and its contract."""
-    frames = None
-    if dataset is not None:
-        meta = _dataset_meta(dataset)
-        frames = sum(e["frames"] for e in meta["episodes"])
-    contract = Contract.load(path) if path is not None else Contract.from_dict(meta["contract"], str(dataset))
+def _cost_facts(name: str, path: Path | None, datasets: Sequence[str]) -> list[Fact]:
+    """What a preset (or each of them) costs for a contract, or for datasets and their contract."""
+    metas = [places.about(place) for place in datasets]
+    frames = sum(e["frames"] for meta in metas for e in meta["episodes"]) or None
+    contract = (
+        Contract.load(path) if path is not None else Contract.from_dict(metas[0]["contract"], datasets[0])
+    )
     if name != "all":
         return [*preset_facts(preset(name), contract), *time_facts(preset(name), contract, frames)]
     return [_preset_line(name, settings, contract, frames) for name, settings in PRESETS.items()]

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
 from d4_core import checkpoint, distributed
+from d4_core.data import pinned
 from d4_core.optim import Ema, OptimConfig, Optimiser
 from d4_datasets.errors import UserError
 
@@ -184,7 +185,9 @@ class _Run:
         values = {name: [float(e[name]) for e in self._recent if name in e] for name in names}
         means = {name: math.fsum(v) / len(v) for name, v in values.items()}
         seconds = sum(self._step_s[-len(self._recent) :])
-        self.metrics = means | {"frames_per_s": self._num_frames / seconds} | self._cost()
+        waited = sum(float(entry["wait_s"]) for entry in self._recent)
+        speed = {"wait_share": waited / seconds, "frames_per_s": self._num_frames / seconds}
+        self.metrics = means | speed | self._cost()
         self._recent.clear()
         self._num_frames = 0
         return self.metrics
@@ -289,7 +292,8 @@ class _Feed:
 
     def _sample(self, step: int) -> Batch:
         rng = np.random.default_rng(_entropy(self._seed, self._phase.name, step))
-        batch = self._phase.sample(rng, step)
+        with pinned(self._pin):
+            batch = self._phase.sample(rng, step)
         return {k: v.pin_memory() for k, v in batch.items()} if self._pin else batch
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d4_core.agent import Agent, Critic
-from d4_core.data import Clips, Logs, draw, first_frames, join, lead_targets, observations, transitions
+from d4_core.data import (
+    Clips,
+    Logs,
+    draw,
+    first_frames,
+    join,
+    lead_targets,
+    observations,
+    rows,
+    transitions,
+)
 from d4_core.distributed import share
 from d4_core.dynamics import Dynamics
 from d4_core.imagination import (
@@ -30,6 +41,7 @@ from d4_core.phase import Batch, Losses, Metrics, Phase, freeze, masked_mean
 from d4_core.shortcut import bootstrap_target, corrupt, ramp, sample_levels, shortcut_schedule
 from d4_core.tokenizer import Tokenizer, reconstruction_loss
 from d4_datasets.errors import UserError
+from d4_datasets.joined import Frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +153,13 @@ class TokenizerPhase(Phase):
     name = "tokenizer"
 
     def __init__(
-        self, cfg: TokenizerTraining, tokenizer: Tokenizer, logs: Logs, episodes: np.ndarray
+        self,
+        cfg: TokenizerTraining,
+        tokenizer: Tokenizer,
+        logs: Logs,
+        episodes: np.ndarray | Callable[[int], np.ndarray],
     ) -> None:
+        """`episodes`: ids to draw from, or what gives those of a step."""
         extra = {"lpips": cfg.lpips_weight} if cfg.lpips_features else {}
         super().__init__(cfg.steps, {"pixels": 1.0} | extra)
         self.cfg, self.tokenizer, self.logs, self.episodes = cfg, tokenizer, logs, episodes
@@ -153,7 +170,8 @@ class TokenizerPhase(Phase):
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
         """{modality: (B, T, ...)}."""
         length = self.cfg.length if shape_rng(step).random() < self.cfg.clip_share else 1
-        clips = draw(self.logs, rng, max(1, share(self.cfg.batch) // length), length, self.episodes)
+        episodes = self.episodes(step) if callable(self.episodes) else self.episodes
+        clips = draw(self.logs, rng, max(1, share(self.cfg.batch) // length), length, episodes)
         return observations(self.logs, clips.index, self._names)
 
     def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:
@@ -218,10 +236,19 @@ class ShortcutObjective:
 
 
 def draw_clips(
-    cfg: DynamicsTraining, logs: Logs, rng: np.random.Generator, batch: int, length: int, episodes: np.ndarray
+    cfg: DynamicsTraining,
+    logs: Logs,
+    rng: np.random.Generator,
+    batch: int,
+    length: int,
+    episodes: np.ndarray,
+    everyone: np.ndarray | None = None,
 ) -> Clips:
-    """Uniform clips, with a fixed share from labelled episodes if the configuration asks for it."""
-    labelled = episodes[logs.labelled[episodes]]
+    """Uniform clips from `episodes`, with a fixed share from the labelled ones of `everyone` (default: of
+    `episodes`) if the configuration asks for it.
+    """
+    everyone = episodes if everyone is None else everyone
+    labelled = everyone[logs.labelled[everyone]]
     count = round(cfg.labelled_share * batch) if len(labelled) else 0
     parts = [draw(logs, rng, batch - count, length, episodes)]
     if count:
@@ -230,7 +257,11 @@ def draw_clips(
 
 
 class DynamicsPhase(Phase):
-    """Shortcut-forcing training of the world model on cached latents."""
+    """Shortcut-forcing training of the world model on cached latents.
+
+    Args: episodes: what this process draws from. everyone: those of all processes, if they share the data:
+        the few that are labelled, or do a task, are drawn from all of them here and in later phases.
+    """
 
     name = "dynamics"
 
@@ -240,12 +271,13 @@ class DynamicsPhase(Phase):
         dynamics: Dynamics,
         tokenizer: Tokenizer,
         logs: Logs,
-        latents: np.ndarray,
+        latents: Frames,
         episodes: np.ndarray,
+        everyone: np.ndarray | None = None,
     ) -> None:
         super().__init__(cfg.steps, {"dynamics": 1.0})
         self.cfg, self.dynamics, self.logs, self.latents = cfg, dynamics, logs, latents
-        self.episodes = episodes
+        self.episodes, self.everyone = episodes, episodes if everyone is None else everyone
         self.tokenizer = freeze(tokenizer)
         self.objective = ShortcutObjective(cfg, dynamics, cfg.steps)
         self._first = first_frames(logs)
@@ -261,8 +293,8 @@ class DynamicsPhase(Phase):
 
     def sample(self, rng: np.random.Generator, step: int) -> Batch:
         """Tokens (B, T, N, L) and transitions."""
-        clips = draw_clips(self.cfg, self.logs, rng, *self.shape(step), self.episodes)
-        tokens = torch.from_numpy(self.latents[clips.index])
+        clips = draw_clips(self.cfg, self.logs, rng, *self.shape(step), self.episodes, self.everyone)
+        tokens = rows(self.latents, clips.index)
         return {"tokens": tokens, **transitions(self.logs, self._first, clips)}
 
     def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:
@@ -305,8 +337,9 @@ class AgentPhase(Phase):
         dynamics: Dynamics,
         tokenizer: Tokenizer,
         logs: Logs,
-        latents: np.ndarray,
+        latents: Frames,
         episodes: np.ndarray,
+        everyone: np.ndarray | None = None,
     ) -> None:
         weights = {"dynamics": cfg.dynamics_weight, "policy": 1.0, "reward": 1.0, "proceed": 1.0}
         super().__init__(cfg.steps, weights)
@@ -316,8 +349,9 @@ class AgentPhase(Phase):
         self.tokenizer = freeze(tokenizer)
         self.objective = ShortcutObjective(cfg.dynamics, dynamics, cfg.steps)
         self._first = first_frames(logs)
+        self.everyone = episodes if everyone is None else everyone
         tasks = range(agent.cfg.num_tasks)
-        self.relevant = [relevant_episodes(logs, episodes, q, cfg.relevant_return) for q in tasks]
+        self.relevant = [relevant_episodes(logs, self.everyone, q, cfg.relevant_return) for q in tasks]
         if not any(map(len, self.relevant)):
             raise UserError(
                 f"no labelled episode reaches {cfg.relevant_return:.0%} of the best return of any task, so "
@@ -330,13 +364,14 @@ class AgentPhase(Phase):
         length = cfg.long_length if shape_rng(step).random() < cfg.long_share else cfg.length
         batch = max(2, share(cfg.batch) * cfg.length // length)
         half = batch // 2
-        uniform = draw_clips(cfg.dynamics, self.logs, rng, batch - half, length, self.episodes)
+        own = (self.episodes, self.everyone)
+        uniform = draw_clips(cfg.dynamics, self.logs, rng, batch - half, length, *own)
         usable = [q for q, episodes in enumerate(self.relevant) if len(episodes)]
         tasks = rng.choice(usable, half)
-        rows = [draw(self.logs, rng, 1, length, self.relevant[q]) for q in tasks]
-        clips = join([uniform, *rows])
+        relevant = [draw(self.logs, rng, 1, length, self.relevant[q]) for q in tasks]
+        clips = join([uniform, *relevant])
         task = np.concatenate([rng.integers(0, len(self.relevant), batch - half), tasks])
-        tokens = torch.from_numpy(self.latents[clips.index])
+        tokens = rows(self.latents, clips.index)
         out = {"tokens": tokens, **transitions(self.logs, self._first, clips)}
         out |= lead_targets(self.logs, clips, self.agent.cfg.leads)
         column = torch.from_numpy(np.minimum(task, self.logs.reward.shape[1] - 1))
@@ -380,8 +415,9 @@ class ImaginationPhase(Phase):
         dynamics: Dynamics,
         tokenizer: Tokenizer,
         logs: Logs,
-        latents: np.ndarray,
+        latents: Frames,
         episodes: np.ndarray,
+        everyone: np.ndarray | None = None,
     ) -> None:
         super().__init__(cfg.steps, {"policy": 1.0, "value": 1.0, "leads": 1.0})
         self.cfg, self.logs, self.latents, self.period = cfg, logs, latents, cfg.reuse
@@ -390,10 +426,13 @@ class ImaginationPhase(Phase):
         self.policy = copy.deepcopy(agent.policy).requires_grad_(True)
         self.critic = Critic(agent.cfg, agent.policy.inputs)
         self._first = first_frames(logs)
-        self._episodes = episodes[logs.episode_length[episodes] >= max(cfg.settings.contexts)]
+        everyone = episodes if everyone is None else everyone
+        self._episodes, long_enough = (
+            among[logs.episode_length[among] >= max(cfg.settings.contexts)] for among in (episodes, everyone)
+        )
         self._owner = np.repeat(np.arange(len(logs.episode_length)), logs.episode_length)
         tasks = range(agent.cfg.num_tasks)
-        self._relevant = [accomplished(logs, self._episodes, q, cfg.relevant_return) for q in tasks]
+        self._relevant = [accomplished(logs, long_enough, q, cfg.relevant_return) for q in tasks]
         self.critic.expect(self._mean_reward() / (1 - cfg.settings.discount))
         self._dream: Dream | None = None
         self._rollout: tuple[Rollout, Tensor] | None = None  # and whether its real start was not terminal
@@ -424,7 +463,7 @@ class ImaginationPhase(Phase):
             for q, r in zip(task, relevant, strict=True)
         ]
         clips = join([draw(self.logs, rng, 1, length, pool) for pool in pools])
-        tokens = torch.from_numpy(self.latents[clips.index])
+        tokens = rows(self.latents, clips.index)
         out = {"tokens": tokens, **transitions(self.logs, self._first, clips)}
         return out | {"task": torch.from_numpy(task)}
 

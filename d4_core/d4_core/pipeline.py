@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ import yaml
 
 from d4_core import checkpoint, distributed
 from d4_core.config import Preset, to_dict
-from d4_core.data import latent_cache, latent_statistics, pixel_statistics
+from d4_core.data import latent_statistics, pixel_statistics
 from d4_core.gates import (
     Gate,
     Probe,
@@ -25,6 +25,7 @@ from d4_core.gates import (
     record,
     tokenizer_gates,
 )
+from d4_core.latent_cache import latent_cache
 from d4_core.loop import train
 from d4_core.memory import require_memory
 from d4_core.models import CONTENTS, Models, build, load, weights_hash
@@ -32,7 +33,10 @@ from d4_core.phase import Phase
 from d4_core.phases import AgentPhase, DynamicsPhase, ImaginationPhase, TokenizerPhase
 from d4_core.tokenizer import Tokenizer
 from d4_core.train import TrainArgs, scaled
+from d4_datasets import places
+from d4_datasets.course import Course
 from d4_datasets.errors import UserError
+from d4_datasets.joined import Frames
 from d4_datasets.latents import Origin
 from d4_datasets.windows import Windows
 
@@ -47,25 +51,36 @@ class Pipeline:
         self.device = pick_device(args.device)
         distributed.init(self.device)
         self.is_writer = distributed.rank() == 0
+        self.dataset = places.title(args.dataset)
         if self.is_writer:
-            self.logs = Windows(args.dataset)  # builds the frame cache
+            self.logs = self._open()  # builds the frame cache
         distributed.barrier()
         if not self.is_writer:
-            self.logs = Windows(args.dataset)
+            self.logs = self._open()
         self.contract = self.logs.contract
         if args.tokenizer is not None and self.logs.origin is None:
-            raise UserError(f"--tokenizer is for datasets of latents, and {args.dataset} holds pictures")
+            raise UserError(f"--tokenizer is for datasets of latents, and {self.dataset} holds pictures")
         self.train, self.held_out = self.logs.split()
         self.logs.keep_labels(self.train, args.labels, args.labels_from)
         if not len(self.held_out):
             raise UserError(
-                f"{args.dataset} has too few episodes to hold one out for the gates: record more, or cut "
+                f"{self.dataset} has too few episodes to hold one out for the gates: record more, or cut "
                 "long recordings with `episode: {max_s: 10}` in the contract and ingest again"
             )
         for phase in args.phases:
             require_memory(self.preset, self.contract, phase, self.device, distributed.world_size())
+        self.course = Course(
+            self.logs, self.train, seed=args.seed, rank=distributed.rank(), ranks=distributed.world_size(),
+            frames_per_step=distributed.share(self.preset.tokenizer_training.batch),
+        )  # fmt: skip
         if self.is_writer:
             self._describe()
+
+    def _open(self) -> Windows:
+        """The data; the processes of this machine share the limit of the cache."""
+        readers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        limit = places.limit_bytes(self.args.cache_gb)
+        return Windows(self.args.dataset, self.args.cache, limit=limit, readers=readers)
 
     def _describe(self) -> None:
         """config.yaml and contract.yaml of the run."""
@@ -75,7 +90,7 @@ class Pipeline:
             "preset": self.args.preset, "seed": self.args.seed, "scale": self.args.scale,
             "procs": distributed.world_size(), "labels": self.args.labels,
             "labels_from": self.args.labels_from,
-            "dataset": str(self.args.dataset), "episodes": len(self.logs.episode_start),
+            "dataset": self.dataset, "episodes": len(self.logs.episode_start),
             "frames": self.logs.num_frames, "labelled_share": float(self.logs.action_mask.mean()),
             "settings": to_dict(self.preset),
         }  # fmt: skip
@@ -114,7 +129,9 @@ class Pipeline:
         work = self._prepare(phase)
         optim = getattr(self.preset.optim, phase)
         data = data_identity(self.args.dataset, self.logs)
-        config = {"phase": phase, "preset": self.preset.up_to(phase), "data": data}
+        config: dict[str, Any] = {"phase": phase, "preset": self.preset.up_to(phase), "data": data}
+        if phase == "tokenizer" and self.course.at_once is not None:
+            config["pieces_at_once"] = self.course.at_once  # another cache would show other frames at a step
         if phase in BEFORE:
             # retrained inputs start this phase afresh
             config["before"] = weights_hash(self.folder(BEFORE[phase]))
@@ -138,7 +155,7 @@ class Pipeline:
         if not is_there:
             if given is None:
                 raise UserError(
-                    f"{self.args.dataset} holds latents and no pictures to train a tokenizer on: give the "
+                    f"{self.dataset} holds latents and no pictures to train a tokenizer on: give the "
                     f"run folder of tokenizer {origin.weights}, which made them, with --tokenizer RUN"
                 )
             source = given / "tokenizer" if checkpoint.exists(given / "tokenizer") else given
@@ -159,7 +176,7 @@ class Pipeline:
         origin, its = self.logs.origin, weights_hash(folder)
         if origin is not None and origin.weights != its:
             raise UserError(
-                f"{self.args.dataset} holds latents of tokenizer {origin.weights}, and {folder} is tokenizer "
+                f"{self.dataset} holds latents of tokenizer {origin.weights}, and {folder} is tokenizer "
                 f"{its}: they mean nothing to it; use the run whose tokenizer made them, or a new run folder "
                 "with --tokenizer"
             )
@@ -178,12 +195,13 @@ class Pipeline:
     def _prepare(self, phase: str) -> Phase:
         if phase == "tokenizer":
             tokenizer = build(self.preset, self.contract, "tokenizer").tokenizer
-            rng, frames = np.random.default_rng(self.args.seed), frames_of(self.logs, self.train)
-            pixel_statistics(self.logs, tokenizer, rng, frames)
-            return TokenizerPhase(self.preset.tokenizer_training, tokenizer, self.logs, self.train)
+            rng, frames = np.random.default_rng(self.args.seed), frames_of(self.logs, self._at_hand())
+            pixel_statistics(self.logs, tokenizer, rng, frames)  # rank 0's will be that of all
+            episodes = self.course.part if self.course.at_once is None else self.course
+            return TokenizerPhase(self.preset.tokenizer_training, tokenizer, self.logs, episodes)
         before, fresh = self._previous(phase), build(self.preset, self.contract, phase)
         tokenizer, latents = self._latents()
-        data = (self.logs, latents, self.train)
+        data = (self.logs, latents, self.course.part, self.train)
         if phase == "dynamics":
             assert fresh.dynamics is not None
             return DynamicsPhase(self.preset.dynamics_training, fresh.dynamics, tokenizer, *data)
@@ -222,18 +240,25 @@ class Pipeline:
                 f"record some bags with {topics} (tokenizer and dynamics are trained)"
             )
 
-    def _latents(self) -> tuple[Tokenizer, np.ndarray]:
+    def _at_hand(self) -> np.ndarray:
+        """Training episodes whose frames are unpacked, or will be first."""
+        return self.train if self.course.at_once is None else self.course(0)
+
+    def _latents(self) -> tuple[Tokenizer, Frames]:
         """The frozen tokenizer with its latent statistics, and the cached latents of every frame."""
         folder = self.folder("tokenizer")
         self._require_maker(folder)
         tokenizer = load(folder, self.contract, self.device).tokenizer
-        latent_statistics(tokenizer, self.logs, self.train, np.random.default_rng(0))
         path, tag = self.args.run / "latents", weights_hash(folder)
-        return tokenizer, latent_cache(tokenizer, self.logs, path, tag)
+
+        def measure() -> None:
+            latent_statistics(tokenizer, self.logs, self._at_hand(), np.random.default_rng(0))
+
+        return tokenizer, latent_cache(tokenizer, self.logs, path, tag, self.logs.digest, measure)
 
     # -- gates -----------------------------------------------------------------------------------------------
 
-    def _check(self, phase: str, tokenizer: Tokenizer, latents: np.ndarray) -> list[Gate]:
+    def _check(self, phase: str, tokenizer: Tokenizer, latents: Frames) -> list[Gate]:
         """Measure, record and print the gates of a phase; returns those that failed."""
         models = load(self.folder(phase), self.contract, self.device)
         gates: list[Gate] = []
@@ -258,24 +283,25 @@ class Pipeline:
             print(f"  {gate}", flush=True)
         return [g for g in gates if not g.ok]
 
-    def _probes(self, latents: np.ndarray) -> dict[str, Probe]:
+    def _probes(self, latents: Frames) -> dict[str, Probe]:
         """One probe for every probe stream of the contract."""
         names = [v.name for v in self.contract.vectors("probe")]
-        frames = frames_of(self.logs, self.train)
+        frames = frames_of(self.logs, self.train) if names else self.train
         return {name: fit_probe(latents, self.logs.vectors[name], frames) for name in names}
 
     def close(self) -> None:
         """Leave the process group, together: a rank that leaves early breaks the others' connections."""
         distributed.barrier()
+        if self.logs.pieces is not None:
+            self.logs.pieces.close()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def data_identity(dataset: Path, logs: Windows) -> str:
-    """Names the data in a checkpoint's card and ties the checkpoint to it."""
-    digest = hashlib.sha256((dataset / "meta" / "d4.json").read_bytes()).hexdigest()[:12]
+def data_identity(dataset: object, logs: Windows) -> str:
+    """Names the data in a checkpoint's card and ties the checkpoint to it, wherever the `dataset` lies."""
     episodes, labelled = len(logs.episode_start), int(logs.action_mask.sum())
-    return f"{digest}: {logs.num_frames} frames, {episodes} episodes, {labelled} labelled frames"
+    return f"{logs.digest[:12]}: {logs.num_frames} frames, {episodes} episodes, {labelled} labelled frames"
 
 
 def pick_device(name: str) -> torch.device:

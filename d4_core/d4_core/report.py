@@ -44,7 +44,16 @@ POLICIES = {
 BASELINE, IMPROVED = "wm_bc", "imagination"
 
 # what the loop writes about itself; shown in the table of costs instead of as curves
-_COSTS = {"wait_s", "step_s_mean", "step_s_median", "wall_s", "cpu_s", "peak_rss_mb", "peak_gpu_mb"}
+_COSTS = {
+    "wait_s",
+    "wait_share",
+    "step_s_mean",
+    "step_s_median",
+    "wall_s",
+    "cpu_s",
+    "peak_rss_mb",
+    "peak_gpu_mb",
+}
 _MOST_NAMED = 3  # failed gates in the verdict; all of them stand in the table
 
 Interval = tuple[float, float, float]  # mean, low, high

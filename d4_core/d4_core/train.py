@@ -15,6 +15,7 @@ import tyro
 from d4_core import threads
 from d4_core.workers import follow_parent, launch
 from d4_datasets.errors import UserError, run_cli
+from d4_datasets.places import limit_bytes
 
 if TYPE_CHECKING:
     from d4_core.config import Preset
@@ -27,8 +28,9 @@ PHASES: tuple[PhaseName, ...] = ("tokenizer", "dynamics", "agent", "imagination"
 class TrainArgs:
     """Train tokenizer, dynamics, agent and imagination on a dataset; rerun the same command to continue."""
 
-    dataset: Annotated[Path, tyro.conf.Positional]
-    """LeRobot v3 dataset made by d4-ingest."""
+    dataset: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """LeRobot v3 dataset made by d4-ingest: a folder, a URL, or a text file that lists such. Several are used
+    as one."""
     run: Path
     """Run folder; checkpoints, metrics, gates and pictures go there."""
     preset: Literal["nano", "small", "base", "large", "paper"] = "nano"
@@ -55,6 +57,10 @@ class TrainArgs:
     """Go on although a gate failed."""
     save_every_s: float = 60.0
     """Seconds between checkpoints."""
+    cache: Path | None = None
+    """Folder for what is fetched and unpacked; default: the dataset's own, for URLs ~/.cache/d4."""
+    cache_gb: float | None = None
+    """Keep no more than so many gigabytes of frames unpacked at a time, for datasets that do not fit."""
 
 
 def run(args: TrainArgs) -> None:
@@ -77,6 +83,7 @@ def _main() -> None:
     args = tyro.cli(TrainArgs, prog="d4-train")
     if args.scale <= 0:
         raise UserError(f"--scale {args.scale} must be positive")
+    limit_bytes(args.cache_gb)
     if not 0 <= args.labels <= 1:
         raise UserError(f"--labels {args.labels} is a share: give a number from 0 to 1")
     inside = "RANK" in os.environ

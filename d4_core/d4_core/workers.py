@@ -57,7 +57,7 @@ def follow_parent() -> None:
 
 def _environment(rank: int, procs: int, folder: str) -> dict[str, str]:
     return os.environ | {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs),
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(procs), "LOCAL_WORLD_SIZE": str(procs),
         "D4_RENDEZVOUS": f"file://{folder}/rendezvous", "D4_LAUNCHER": str(os.getpid()),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0",

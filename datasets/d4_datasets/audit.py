@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,12 +17,13 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from d4_datasets import audit_page, audit_text
+from d4_datasets import audit_page, audit_text, places
 from d4_datasets.audit_pictures import sheet
 from d4_datasets.checks import lag, sound
 from d4_datasets.checks.base import Verdict, error
 from d4_datasets.errors import UserError, run_cli
 from d4_datasets.pictures import write_png
+from d4_datasets.places import Place
 from d4_datasets.scan import EpisodeRow, Scan
 from d4_datasets.windows import NoFrames, Windows
 
@@ -57,26 +58,28 @@ class Audit:
         return {"format": FORMAT, **asdict(self), "exit_code": self.exit_code}
 
 
-def audit(root: Path, cache: Path | None = None) -> Audit:
-    """Look through the dataset at `root` (building its frame cache if needed) and judge it.
+def audit(where: Place | Sequence[Place], cache: Path | None = None, limit: int | None = None) -> Audit:
+    """Look through a dataset, or several as one (building their frame cache if needed), and judge.
+
+    Args: cache, limit: as `Windows` takes them.
 
     Raises:
-        UserError: `root` is no dataset, or files of it are missing or broken.
+        UserError: there is no dataset, or files of it are missing or broken.
     """
-    result = Audit(str(root))
+    result = Audit(places.title(where))
     try:
-        windows = Windows(root, cache, strict=False)
+        windows = Windows(where, cache, strict=False, limit=limit)
     except NoFrames:
         result.summary = {"episodes": 0, "frames": 0}
         hint = "ingest a recording into it (d4-ingest); if it was, the camera topic or its tolerance is wrong"
         result.verdicts.append(error("frames", "the dataset holds no frames", hint))
         return result
-    meta = json.loads((windows.root / "meta" / "d4.json").read_text())
-    info = json.loads((windows.root / "meta" / "info.json").read_text())
-    scan = Scan(windows, meta.get("episodes", []), float(info["fps"]))
+    rate = windows.contract.rate_hz
+    claimed = max((meta["fps"] for meta in windows.metadata), key=lambda fps: abs(fps - rate))
+    scan = Scan(windows, windows.provenance, claimed)
     scan.run()
     _fill(result, windows, scan)
-    result.verdicts.extend(_verdicts(result, windows, scan, meta))
+    result.verdicts.extend(_verdicts(result, windows, scan))
     return result
 
 
@@ -106,11 +109,11 @@ def _fill(result: Audit, windows: Windows, scan: Scan) -> None:
     result.episodes = scan.rows
 
 
-def _verdicts(result: Audit, windows: Windows, scan: Scan, meta: dict[str, Any]) -> Iterator[Verdict]:
+def _verdicts(result: Audit, windows: Windows, scan: Scan) -> Iterator[Verdict]:
     """All checks, each with one line or more."""
     yield from sound.numbers(result.nonfinite)
-    yield from sound.contract(windows, meta)
-    yield from sound.recordings(meta)
+    yield from sound.contract(windows)
+    yield from sound.recordings(windows)
     yield from scan.times.verdicts()
     yield from sound.pieces(result.episodes)
     yield from scan.cameras.verdicts()
@@ -131,8 +134,9 @@ class Args:
     Exit code 0: train on it. 1: training would be wrong, the ERROR lines say why. 2: the command was wrong.
     """
 
-    dataset: Annotated[Path, tyro.conf.Positional]
-    """Dataset folder, as d4-ingest wrote it."""
+    dataset: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Dataset folder, as d4-ingest wrote it; several, or text files that list such, are looked through as
+    one."""
     json: Path | None = None
     """Write everything that was found to this JSON file."""
     html: Path | None = None
@@ -141,17 +145,20 @@ class Args:
     """Write a contact sheet to this PNG file: episodes as rows, frames across."""
     cache: Path | None = None
     """Folder of the frame cache (default: <dataset>/cache); training uses the same one."""
+    cache_gb: float | None = None
+    """Keep no more than so many gigabytes unpacked at a time."""
 
 
 def _run(args: Args) -> int:
     for path in (args.json, args.html, args.sheet):
         if path is not None and not path.parent.is_dir():
             raise UserError(f"cannot write {path}: there is no folder {path.parent}; make it first")
-    result = audit(args.dataset, args.cache)
+    limit = places.limit_bytes(args.cache_gb)
+    result = audit(args.dataset, args.cache, limit)
     audit_text.show(result.to_dict())
     if args.json is not None:
         _write(args.json, json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n")
-    windows = Windows(args.dataset, args.cache, strict=False) if result.episodes else None
+    windows = Windows(args.dataset, args.cache, strict=False, limit=limit) if result.episodes else None
     if args.html is not None:
         _write(args.html, audit_page.page(result.to_dict(), windows))
     if args.sheet is not None and windows is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from d4_datasets.joined import Frames
 from d4_datasets.pictures import GREEN, GREY, ORANGE, Color, Strip, contact_sheet
 from d4_datasets.windows import Windows
 
@@ -25,8 +27,9 @@ def sheet(windows: Windows, rows: Sequence[dict[str, Any]]) -> np.ndarray:
     """
     shown = _spread(len(rows), _ROWS)
     strips = [_episode(windows, rows[number], camera) for number in shown for camera in windows.images]
-    name = windows.contract.name
-    title = f"{windows.root.name}: robot {name}, {len(rows)} episodes, {windows.num_frames} frames"
+    name, first, others = windows.contract.name, Path(windows.shown[0]).name, len(windows.shown) - 1
+    first += f" and {others} more" if others else ""
+    title = f"{first}: robot {name}, {len(rows)} episodes, {windows.num_frames} frames"
     if len(shown) < len(rows):
         title += f" ({len(shown)} episodes shown)"
     return contact_sheet(strips, title, _LEGEND)
@@ -71,7 +74,7 @@ def _episode(windows: Windows, row: dict[str, Any], camera: str) -> Strip:
     return Strip(np.asarray(images[index]), "\n".join(caption), notes, bars)
 
 
-def _strip(windows: Windows, images: np.ndarray, index: np.ndarray, caption: str) -> Strip:
+def _strip(windows: Windows, images: Frames, index: np.ndarray, caption: str) -> Strip:
     """Frames of any episodes, each noted with its episode and its number in it."""
     episode = np.asarray(windows.episode_index[index])
     frame = index - windows.episode_start[episode]
@@ -80,7 +83,7 @@ def _strip(windows: Windows, images: np.ndarray, index: np.ndarray, caption: str
     return Strip(np.asarray(images[index]), caption, notes, bars)
 
 
-def _bar(windows: Windows, images: np.ndarray, frame: int) -> Color:
+def _bar(windows: Windows, images: Frames, frame: int) -> Color:
     first = windows.episode_start[windows.episode_index[frame]] == frame
     if not first and np.array_equal(images[frame], images[frame - 1]):
         return ORANGE

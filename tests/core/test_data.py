@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import errno
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d4_core import data
 from d4_core.data import (
     Clips,
     draw,
     encode_episode,
     encode_episodes,
     first_frames,
-    latent_cache,
-    latent_statistics,
     lead_targets,
     observations,
     pixel_statistics,
     transitions,
 )
 from d4_core.tokenizer import Vector
-from d4_datasets.errors import UserError
 
 LENGTHS = (5, 7, 3)
 
@@ -199,90 +193,6 @@ def test_gate_06_encoding_in_chunks_equals_streaming(make_logs, make_tokenizer, 
             live = [tokenizer.encode_step({"front": frame[None]}, cache) for frame in obs["front"]]
         torch.testing.assert_close(z, torch.cat(live), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(encode_episode(tokenizer, logs, episode), z, rtol=1e-5, atol=1e-5)
-
-
-def test_latent_cache_is_written_once_and_named_after_the_tokenizer(
-    tmp_path, make_logs, make_tokenizer
-) -> None:
-    lengths = (5, 1, 3) * 7  # several groups
-    logs, tokenizer = make_logs(lengths, images=pictures(63)), make_tokenizer()
-    latent_statistics(tokenizer, logs, np.arange(21), np.random.default_rng(0))
-    z = latent_cache(tokenizer, logs, tmp_path / "cache", "abc")
-    assert z.shape == (63, 2, 6)
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["latents-abc.npy"]
-    for episode, start in enumerate(logs.episode_start):
-        expected = tokenizer.pack(encode_episode(tokenizer, logs, episode))
-        np.testing.assert_allclose(z[start : start + len(expected)], expected, rtol=2e-3, atol=2e-3)
-    flat = torch.from_numpy(np.array(z)).float()
-    torch.testing.assert_close(flat.mean(0), torch.zeros(2, 6), rtol=0, atol=5e-3)
-    torch.testing.assert_close(flat.std(0), torch.ones(2, 6), rtol=0, atol=5e-3)
-    with torch.no_grad():
-        tokenizer.to_latent.bias.add_(1.0)
-    assert np.array_equal(latent_cache(tokenizer, logs, tmp_path / "cache", "abc"), z)
-    assert not np.array_equal(latent_cache(tokenizer, logs, tmp_path / "cache", "other"), z)
-
-
-def test_an_interrupted_latent_cache_leaves_no_file_that_looks_whole(
-    tmp_path, make_logs, make_tokenizer, monkeypatch
-) -> None:
-    logs, tokenizer = make_logs((1,) * 20, images=pictures(20)), make_tokenizer()
-    encode, calls = tokenizer.encode, []
-
-    def stop(obs: dict) -> torch.Tensor:
-        calls.append(obs)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return encode(obs)
-
-    monkeypatch.setattr(tokenizer, "encode", stop)
-    monkeypatch.setattr(data, "_TOKENS", 1)  # many small passes
-    with pytest.raises(KeyboardInterrupt):
-        latent_cache(tokenizer, logs, tmp_path, "abc")
-    assert not (tmp_path / "latents-abc.npy").exists()
-    monkeypatch.undo()
-    assert np.abs(latent_cache(tokenizer, logs, tmp_path, "abc")).min(axis=(1, 2)).all()
-
-
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_more_processes_than_episodes_share_the_encoding(
-    tmp_path, make_logs, make_tokenizer, monkeypatch, rank: int
-) -> None:
-    """One long bag on a machine with many devices: most of them have nothing to encode."""
-    logs, tokenizer = make_logs((4, 5), images=pictures(9)), make_tokenizer()
-    monkeypatch.setattr(data.distributed, "rank", lambda: rank)
-    monkeypatch.setattr(data.distributed, "world_size", lambda: 3)
-    out = np.zeros((9, 2, 6), np.float16)
-    data._fill(_Flushable(out), tokenizer, logs)
-    filled = out.any((1, 2))
-    assert filled.tolist() == {0: [True] * 4 + [False] * 5, 1: [False] * 4 + [True] * 5, 2: [False] * 9}[rank]
-
-
-class _Flushable:
-    """An array with the `flush` of a memory map."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def __setitem__(self, key: slice, value: np.ndarray) -> None:
-        self.array[key] = value
-
-    def flush(self) -> None:
-        pass
-
-
-def test_a_full_disk_is_said_before_anything_is_encoded(
-    tmp_path, make_logs, make_tokenizer, monkeypatch
-) -> None:
-    """A sparse file that cannot be filled would end the process by SIGBUS, without a word."""
-    logs, tokenizer = make_logs((5,), images=pictures(5)), make_tokenizer()
-
-    def full(descriptor: int, offset: int, size: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(data.os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"disk full: .* needs 0 MB more for the latents"):
-        latent_cache(tokenizer, logs, tmp_path, "abc")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_statistics_come_from_the_frames_they_may_use(make_logs, make_tokenizer) -> None:

@@ -15,7 +15,8 @@ import toy_run
 from test_pipeline import TINY, args
 
 from d4_core import info, rollout, train
-from d4_core.data import encode_episodes, latent_cache, latent_statistics
+from d4_core.data import encode_episodes, latent_statistics
+from d4_core.latent_cache import latent_cache
 from d4_core.models import load, weights_hash
 from d4_datasets.errors import UserError
 from d4_datasets.latents import TYPE, Origin

@@ -112,9 +112,9 @@ def test_all_four_phases_leave_complete_checkpoints(finished, dataset) -> None:
     assert curves["horizons"] == [1, 2, 4, 8, 16]
     gates = json.loads((finished / "gates.json").read_text())
     assert all(gates[phase] for phase in ("tokenizer", "dynamics", "agent"))
-    latents = list((finished / "latents").iterdir())
-    assert [p.name for p in latents] == [f"latents-{weights_hash(finished / 'tokenizer')}.npy"]
-    assert np.load(latents[0]).shape == (192, 2, 8)
+    tag = weights_hash(finished / "tokenizer")
+    assert {p.name for p in (finished / "latents").iterdir()} == {f"latents-{tag}.npy", f"latents-{tag}.json"}
+    assert np.load(finished / "latents" / f"latents-{tag}.npy").shape == (192, 2, 8)
     assert not [p for p in finished.rglob("*") if p.name.startswith((".tmp", ".old"))]
 
 
@@ -143,7 +143,7 @@ def test_each_phase_changes_its_own_networks(finished) -> None:
 
 def test_the_latent_statistics_travel_with_every_later_checkpoint(finished) -> None:
     """A robot loads the last checkpoint alone, and its tokens must be standardised as in training."""
-    tokens = torch.from_numpy(np.load(next((finished / "latents").iterdir())).astype(np.float32))
+    tokens = torch.from_numpy(np.load(next((finished / "latents").glob("*.npy"))).astype(np.float32))
     for phase in ("dynamics", "agent", "imagination"):
         tokenizer = load(finished / phase).tokenizer
         raw = tokenizer.unpack(tokens)
@@ -195,7 +195,8 @@ def test_a_retrained_tokenizer_retrains_all_that_builds_on_it(copy, dataset) -> 
     (copy / "gates.json").write_text(json.dumps(gates))
     train.run(args(dataset, copy, "tokenizer_training.steps=5"))
     assert not set(before.values()) & set(hashes(copy).values())
-    assert len(list((copy / "latents").iterdir())) == 2  # none was read by the wrong tokenizer
+    tag = weights_hash(copy / "tokenizer")  # none was read by the wrong one, and the old ones are gone
+    assert {p.name for p in (copy / "latents").iterdir()} == {f"latents-{tag}.npy", f"latents-{tag}.json"}
     names = [row["name"] for row in json.loads((copy / "gates.json").read_text())["agent"]]
     assert "measured by d4-eval" not in names  # it was another policy's
 

@@ -178,7 +178,7 @@ def test_cache_with_a_lost_or_cut_array_is_rebuilt(tmp_path: Path) -> None:
 def test_killed_build_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = synthetic.write(tmp_path, [synthetic.episode(9)])
     monkeypatch.setattr(
-        "d4_datasets.windows._unpack_camera", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        "d4_datasets.frame_cache.unpack_camera", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         Windows(root)

@@ -22,16 +22,16 @@ def numbers(nonfinite: Sequence[dict[str, Any]]) -> Iterator[Verdict]:
         yield ok("numbers", "no NaN or infinite values")
 
 
-def contract(windows: Windows, meta: dict[str, Any]) -> Iterator[Verdict]:
+def contract(windows: Windows) -> Iterator[Verdict]:
     """Is the contract the one that the data were written with?"""
-    if meta.get("contract_hash") != windows.contract.hash:
+    if any(meta.get("contract_hash") != windows.contract.hash for meta in windows.metadata):
         text = "the contract in meta/d4.json was changed after the data were written"
         yield error("contract", text, "ingest again with the contract you mean")
 
 
-def recordings(meta: dict[str, Any]) -> Iterator[Verdict]:
+def recordings(windows: Windows) -> Iterator[Verdict]:
     """What d4-ingest said about the recordings."""
-    sources = meta.get("sources", [])
+    sources = [source for meta in windows.metadata for source in meta.get("sources", [])]
     told = [source for source in sources if source.get("warnings")]
     if told:
         text = (
@@ -59,11 +59,15 @@ def pieces(rows: Sequence[Any]) -> Iterator[Verdict]:
 
 
 def room(windows: Windows) -> dict[str, Any]:
-    """Bytes that the dataset, its frame cache, and this machine have."""
-    files = (path for part in ("meta", "data", "videos") for path in (windows.root / part).rglob("*.*"))
+    """Bytes that the dataset (of one that lies elsewhere its metadata), its frame cache, and this machine
+    have.
+    """
+    folders = [root / part for root in windows.roots for part in ("meta", "data", "videos")]
+    files = (path for folder in folders for path in folder.rglob("*.*"))
+    whole = cache_bytes(windows.contract, windows.num_frames) if windows.images else 0
     return {
         "disk_bytes": sum(path.stat().st_size for path in files),
-        "cache_bytes": cache_bytes(windows.contract, windows.num_frames) if windows.images else 0,
+        "cache_bytes": min(whole, windows.limit or whole),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "free_bytes": shutil.disk_usage(windows.cache).free,
     }
