@@ -13,6 +13,7 @@ import yaml
 
 from d4_datasets.windows import Windows
 from d4_sim import vector, world
+from d4_sim.driver import LOG_MIX
 from d4_sim.evaluate import EvalArgs, Evaluation
 from d4_sim.world import Observation
 
@@ -95,6 +96,27 @@ def test_every_policy_leaves_its_episodes_and_what_is_known_about_its_heads(eval
     assert rows["imagination"]["value_calibration"]
     assert rows["vpt"]["idm"]["frames"] == 5
     assert rows["planner"]["planner"]["candidates"] > 1
+
+
+def test_where_tasks_are_events_those_who_made_the_logs_drive_again(evaluation, monkeypatch) -> None:
+    """Pieces of episodes, into which long recordings are cut, were judged as if they were whole."""
+    kinds = []
+
+    class Driver:
+        def __init__(self, kind: str, rng: np.random.Generator) -> None:
+            kinds.append(kind)
+
+        def act(self, world: Toy) -> np.ndarray:
+            return np.array([0.5, 1.0], np.float32)
+
+    monkeypatch.setattr(Toy, "event_tasks", True, raising=False)
+    monkeypatch.setattr(Toy, "driver", lambda self, kind, rng: Driver(kind, rng), raising=False)
+    made = evaluation(episodes=12)
+    made.policy("data")
+    row = made._own["data"]
+    assert row["return"] == [-2.0, 2.0] * 6
+    assert row["success"] == [1] * 12
+    assert set(kinds) == set(LOG_MIX)
 
 
 def test_results_of_other_weights_are_dropped_when_eval_json_is_opened(evaluation, dataset) -> None:
