@@ -24,6 +24,10 @@ def sentence(error: BaseException) -> str | None:
         where = f" ({error.filename})" if error.filename is not None else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"disk full{where}: free some space and run the same command again"
+        if error.errno == errno.EFBIG:
+            return f"a file would become too large{where}: raise the limit (ulimit -f) and run it again"
+        if error.errno == errno.EIO:
+            return f"the disk fails{where}: {os.strerror(error.errno)}"
         if error.filename is not None:
             return f"cannot use {error.filename}: {os.strerror(error.errno)}"
     return None

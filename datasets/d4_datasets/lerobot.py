@@ -434,10 +434,14 @@ class LeRobotWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.finalize()
-        else:
+        if kind is not None:
             self.abort()
+            return
+        try:
+            self.finalize()
+        except BaseException:  # a full disk, which must not stay full of this
+            self.abort()
+            raise
 
 
 def _tasks_table(names: Iterable[str]) -> pa.Table:

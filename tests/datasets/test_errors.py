@@ -21,6 +21,8 @@ def fail(error):
         (UserError("the bag\n  is empty"), 2, "error: the bag is empty\n"),
         (OSError(errno.ENOSPC, "full", "/data/x"), 2, "error: disk full (/data/x): free some space"),
         (OSError(errno.ENOSPC, "full"), 2, "error: disk full: free some space"),
+        (OSError(errno.EFBIG, "large"), 2, "error: a file would become too large: raise the limit"),
+        (OSError(errno.EIO, "io", "/data/x"), 2, "error: the disk fails (/data/x): Input/output error\n"),
         (PermissionError(errno.EACCES, "no", "/data/x"), 2, "error: cannot use /data/x: Permission denied\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],

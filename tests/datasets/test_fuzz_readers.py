@@ -1,0 +1,148 @@
+"""A few seconds of `fuzz_readers`, and what its longer runs have found, each under the name of the bug."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import sys
+
+import fuzz_readers
+import pytest
+import ros1_files
+from fuzz_readers import DATASET, FINDING, SENTENCE, Outcome
+from test_ingest import drive, robot, take
+from test_lerobot_source import arm
+
+from d4_datasets import bags, ingest
+from d4_datasets.bags import Bag, read_bag
+from d4_datasets.errors import UserError
+
+SEED = 5
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    return fuzz_readers.prepare(tmp_path_factory.mktemp("samples"))
+
+
+def test_every_sample_is_whole(tmp_path, samples):
+    assert len(samples) >= 24
+    for sample in samples:
+        folder = tmp_path / sample.name
+        folder.mkdir()
+        shutil.copytree(sample.root, folder / "in")
+        assert fuzz_readers.run(sample, folder).what == DATASET, sample.name
+
+
+def test_mutated_recordings_give_a_dataset_or_a_sentence(tmp_path, samples):
+    seen = set()
+    for number, sample, _, outcome in fuzz_readers.cases(samples, tmp_path, SEED, iter(range(36))):
+        assert outcome.what != FINDING, f"{sample.name}, case {number} of seed {SEED}: {outcome.text}"
+        seen.add(outcome.what)
+    assert seen == {DATASET, SENTENCE}
+
+
+@pytest.mark.parametrize(
+    ("body", "what", "text"),
+    [
+        ("raise ValueError('a bug')", FINDING, "ValueError: a bug"),
+        ("raise UserError('it is broken')", SENTENCE, "it is broken"),
+        ("raise UserError('x' * 9999)", FINDING, "a sentence of 9999 characters"),
+        ("bytearray(4 << 30)", FINDING, "MemoryError"),
+        ("os.abort()", FINDING, "status"),
+        ("[None for _ in iter(int, 1)]", FINDING, "no end"),
+        ("(out.parent / 'half').touch(); raise UserError('no')", FINDING, "left on the disk"),
+    ],
+)  # fmt: skip
+def test_the_harness_sees_what_goes_wrong(tmp_path, samples, monkeypatch, body, what, text):
+    def read(source, sample, out):
+        exec(body, {"UserError": UserError, "os": os, "out": out})
+        return DATASET
+
+    monkeypatch.setattr(fuzz_readers, "_read", read)
+    monkeypatch.setattr(fuzz_readers, "SECONDS", 1)
+    (tmp_path / "in").mkdir()
+    outcome: Outcome = fuzz_readers.run(samples[0], tmp_path)
+    assert outcome.what == what
+    assert text in outcome.text
+
+
+def test_the_command_saves_findings(tmp_path, monkeypatch, capsys):
+    def read(source, sample, out):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(fuzz_readers, "_read", read)
+    monkeypatch.setattr(
+        sys, "argv", ["fuzz", "--minutes", "0.1", "--only", "ros1", "--out", str(tmp_path / "f")]
+    )
+    assert fuzz_readers.main() == 1
+    (kept,) = (tmp_path / "f").iterdir()  # the same bug in every case
+    assert "ValueError: a bug" in (kept / "report.txt").read_text()
+    assert (kept / "in").is_dir()
+    assert "FINDING" in capsys.readouterr().out
+
+
+# ---- findings
+
+
+def test_frames_of_a_damaged_bag_are_read_in_the_company_of_the_first_reading(tmp_path, monkeypatch):
+    """In a damaged database the place of a message among those of its topic may depend on what is read beside
+    it: frames went to the wrong ticks, or did not come at all (IndexError)."""
+    asked = []
+    real = Bag.raw
+    monkeypatch.setattr(Bag, "raw", lambda self, topics: asked.append(list(topics)) or real(self, topics))
+    take(tmp_path, drive(1))
+    assert len(asked) == 2
+    assert asked[0] == asked[1]
+
+
+def test_frames_that_are_gone_at_the_second_reading_are_said(tmp_path, monkeypatch):
+    real, calls = Bag.raw, []
+
+    def raw(self, topics):
+        calls.append(1)
+        for item in real(self, topics):
+            if len(calls) == 1 or item[0] != "/cam":
+                yield item
+
+    monkeypatch.setattr(Bag, "raw", raw)
+    with pytest.raises(UserError, match="6 pictures of /cam are not there any more"):
+        take(tmp_path, drive(1))
+
+
+def test_a_damaged_connection_in_a_chunk_of_ros1_is_passed_over(tmp_path):
+    """It ended in a traceback where the chunk had to be looked into."""
+    drive(1).write(tmp_path / "bag")
+    data = ros1_files.convert(tmp_path / "bag", tmp_path / "a.bag").read_bytes()
+    (index,) = struct.unpack_from("<Q", data, data.index(b"index_pos=") + 10)
+    broken = bytearray(data[:index])  # nothing but the chunk says what its connections are
+    at = data.index(b"md5sum=")
+    broken[at - 4 : at] = b"\xff\xff\xff\x7f"
+    (tmp_path / "a.bag").write_bytes(broken)
+    topics = set(read_bag(tmp_path / "a.bag").bag.topics)
+    whole = set(Bag(tmp_path / "bag").topics)
+    assert topics < whole
+    assert len(topics) == len(whole) - 1
+
+
+@pytest.mark.parametrize("shape", [[1 << 40], [10**400], [-1], "many", [1e300]])
+def test_the_shape_of_a_feature_is_not_believed(tmp_path, samples, shape):
+    """A list of all its elements was made: MemoryError."""
+    root = tmp_path / "in"
+    shutil.copytree(next(sample.root for sample in samples if sample.name == "lerobot3"), root)
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"]["next.done"]["shape"] = shape
+    (root / "meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"info\.json is damaged: the shape of next\.done is"):
+        ingest.ingest([root], arm(), tmp_path / "data")
+
+
+def test_recordings_without_episodes_leave_nothing_behind(tmp_path):
+    """Their parts were kept for a next run that could not use them."""
+    empty = drive(1).without("/episode")
+    empty.add("/episode", "std_msgs/msg/Int64", 1 << 61, bags.new("std_msgs/msg/Int64"))
+    with pytest.raises(UserError, match="no episode came out of 1 bags"):
+        take(tmp_path, empty, contract=robot())
+    assert os.listdir(tmp_path) == ["bags"]
