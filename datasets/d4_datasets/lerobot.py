@@ -31,6 +31,7 @@ from d4_datasets import latents
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_datasets.latents import Origin
+from d4_datasets.packed import read_json
 from d4_datasets.video import Stats, Video, decode_video, encode_video, rate_fraction
 
 FORMAT = 1
@@ -560,15 +561,15 @@ class Dataset:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         try:
-            self.info: dict[str, Any] = json.loads((self.root / "meta/info.json").read_text())
-            self.d4: dict[str, Any] = json.loads((self.root / "meta/d4.json").read_text())
+            self.info: dict[str, Any] = read_json(self.root / "meta/info.json")
+            self.d4: dict[str, Any] = read_json(self.root / "meta/d4.json")
             self.episodes: pa.Table = pq.read_table(self.root / "meta/episodes")
-        except (OSError, ValueError, pa.ArrowException) as error:
+            self.contract = Contract.from_dict(self.d4["contract"], source=f"{self.root}/meta/d4.json")
+            self.origin = Origin(**self.d4["latents"]) if "latents" in self.d4 else None
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise UserError(
                 f"{self.root} is not a dataset of d4-ingest ({error}); name another folder"
             ) from None
-        self.contract = Contract.from_dict(self.d4["contract"], source=f"{self.root}/meta/d4.json")
-        self.origin = Origin(**self.d4["latents"]) if "latents" in self.d4 else None
 
     def columns(self, episode: int) -> dict[str, np.ndarray]:
         """All per-frame columns of an episode: [T], or [T, k] for vectors of more than one number."""

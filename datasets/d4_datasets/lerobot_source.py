@@ -375,10 +375,33 @@ def _frames_missing(folder: Folder, listed: Listed, feature: str) -> UserError:
 # ---- our own ----
 
 
+def _copied(folder: Folder, listed: Listed, dataset: Dataset, out: Path) -> Episode:
+    """An episode of a dataset that was made with the same contract, as it is; UserError if it is damaged."""
+    try:
+        return _copy(folder, listed, dataset, out)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{folder.root}, episode {listed.number}: its metadata and its rows do not fit each other "
+            f"({str(error)[:200] or type(error).__name__}); copy the dataset again"
+        ) from None
+
+
+def _check_rows(rows: dict[str, np.ndarray], contract: Contract) -> None:
+    """Raise ValueError unless columns have the widths of the contract and values that can be."""
+    widths = {"action": contract.action_dim, "reward": len(contract.task_names), _MASK: 1, "is_terminal": 1}
+    for name, width in {**widths, **{v.key: len(v.select) for v in contract.vectors()}}.items():
+        if rows[name].shape[1] != width:
+            raise ValueError(f"{name} has {rows[name].shape[1]} numbers, not {width}")
+        if not np.isfinite(rows[name].astype(np.float64)).all():
+            raise ValueError(f"{name} has NaN or infinite values")
+    if not np.isin(rows["task_index"], np.arange(len(contract.task_names))).all():
+        raise ValueError("task_index is beyond the tasks of the contract")
+
+
 def _copy(folder: Folder, listed: Listed, dataset: Dataset, out: Path) -> Episode:
-    """An episode of a dataset that was made with the same contract, as it is."""
     contract, origin = dataset.contract, dataset.origin
     rows = folder.rows(listed, [name for name in folder.features if folder.dtype(name) not in PICTURES])
+    _check_rows(rows, contract)
     videos: dict[str, np.ndarray | Video] = {}
     for camera in contract.images if origin is None else ():
         assert camera.size is not None
@@ -393,6 +416,8 @@ def _copy(folder: Folder, listed: Listed, dataset: Dataset, out: Path) -> Episod
     if origin is not None:
         kept = rows[latents.column(contract.images[0].name)].reshape(-1, origin.tokens, origin.channels)
     about = dataset.d4["episodes"][listed.number]
+    if not 0 <= int(about["start_ns"]) < 1 << 63:
+        raise ValueError("start_ns is no time")
     return Episode(
         images=videos,
         action=rows["action"],
@@ -430,7 +455,7 @@ def fill(
     source = Folder(path)
     own = Dataset(path) if (path / "meta" / "d4.json").is_file() else None
     if own is not None and own.contract.hash == contract.hash:
-        return [_copy(source, listed, own, folder) for listed in _said(path, source.episodes)], []
+        return [_copied(source, listed, own, folder) for listed in _said(path, source.episodes)], []
     converter = _Converter(source, contract, folder, clip)
     usable = [listed for listed in source.episodes if listed.length >= MIN_TICKS]
     warnings = converter.mapping.warnings

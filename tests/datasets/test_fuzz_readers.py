@@ -9,6 +9,8 @@ import struct
 import sys
 
 import fuzz_readers
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ros1_files
 from fuzz_readers import DATASET, FINDING, SENTENCE, Outcome
@@ -125,6 +127,42 @@ def test_a_damaged_connection_in_a_chunk_of_ros1_is_passed_over(tmp_path):
     whole = set(Bag(tmp_path / "bag").topics)
     assert topics < whole
     assert len(topics) == len(whole) - 1
+
+
+def change_column(root, name, change):
+    path = next((root / "data").rglob("*.parquet"))
+    table = pq.read_table(path)
+    place = table.schema.get_field_index(name)
+    column = pa.array(change(table[name].to_pylist()), table.schema.field(name).type)
+    pq.write_table(table.set_column(place, name, column), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("task_index", lambda rows: [9] * len(rows), "task_index is beyond the tasks"),
+        ("reward", lambda rows: [[float("nan")] * len(row) for row in rows], "reward has NaN or infinite"),
+        ("observation.pose", lambda rows: [float("inf")] * len(rows), "pose has NaN or infinite"),
+    ],
+)  # fmt: skip
+def test_a_damaged_dataset_of_our_own_is_not_copied_blindly(tmp_path, samples, name, change, message):
+    """IndexError, and ValueError for what the writer refuses."""
+    root = tmp_path / "in"
+    sample = next(sample for sample in samples if sample.name == "ours")
+    shutil.copytree(sample.root, root)
+    change_column(root, name, change)
+    with pytest.raises(UserError, match=f"episode 0: its metadata and its rows do not fit .*{message}"):
+        ingest.ingest([root], sample.contract(root), tmp_path / "data")
+
+
+def test_a_dataset_without_a_contract_is_none(tmp_path, samples):
+    root = tmp_path / "in"
+    sample = next(sample for sample in samples if sample.name == "ours")
+    shutil.copytree(sample.root, root)
+    for content in ("{}", "[]", "5", "[" * 100_000):
+        (root / "meta/d4.json").write_text(content)
+        with pytest.raises(UserError, match=r"is not a dataset of d4-ingest"):
+            ingest.ingest([root], sample.contract(root), tmp_path / "data")
 
 
 @pytest.mark.parametrize("shape", [[1 << 40], [10**400], [-1], "many", [1e300]])
