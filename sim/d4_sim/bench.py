@@ -8,6 +8,7 @@ go on where they were; whatever is there at the end is on one page (`d4_sim.benc
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -26,6 +27,10 @@ from d4_sim.world import make_world, world_class, world_names
 
 POLICIES = ("data", "bc_scratch", "vpt", "wm_bc", "imagination")
 DISTURBED = ("wm_bc", "imagination")  # driven under disturbances, too
+
+_BYTES_PER_FRAME = 19_000  # bags and unpacked frames, of 64x64 pixels
+_KEPT_PER_FRAME = 2_000  # videos and tables of the dataset
+_BYTES_OF_RUN = 250_000_000  # checkpoints, films and the report
 
 PresetName = Literal["night", "h200", "toy"]
 _SMALL = ("push", "reacher_easy", "cartpole_swingup")
@@ -124,6 +129,8 @@ class Args:
     """Stop after so many minutes with a page of what is there; 0: no limit."""
     jobs: Literal["auto"] | int = "auto"
     """Stages side by side; auto takes the free cores."""
+    keep: bool = False
+    """Keep the bags and the unpacked frames of finished chains, some gigabytes each."""
     only: tuple[str, ...] = ()
     """Stages whose names begin like this; without it all that are not done yet."""
 
@@ -155,6 +162,7 @@ class Shape:
     jobs: int = 1
     recorders: int = 1  # processes of a recording
     trainers: int = 1  # slots of a training
+    keep: bool = False  # bags and unpacked frames of finished chains
 
     @property
     def scale(self) -> float:
@@ -217,6 +225,9 @@ class Plan(Chains):
             typical_s = 0.02 * size.eval_episodes * horizon * len(DISTURBED) * len(size.disturb)
             again = [drive(*DISTURBED, disturb=tuple(each.split("+"))) for each in size.disturb]
             self.add(f"{name}/disturbed", [latest], typical_s, *again, weight=self.shape.trainers)
+        if not self.shape.keep:
+            last = [stage.name for stage in self.stages if latest in stage.needs] or [latest]
+            self.add(f"{name}/tidy", last, 1, command("measure", "tidy", place))
 
     def _many(self) -> dict[str, Any]:
         return {"jobs": self.shape.recorders} if self.shape.recorders > 1 else {}
@@ -239,7 +250,7 @@ def shape_of(args: Args, jobs: int) -> Shape:
     recorders = max(1, jobs // 4) if jobs >= 4 else 1
     return Shape(
         out=args.out, size=args.size, jobs=jobs, recorders=recorders,
-        trainers=max(1, jobs // 5) if has_gpu else 1,
+        trainers=max(1, jobs // 5) if has_gpu else 1, keep=args.keep,
     )  # fmt: skip
 
 
@@ -254,7 +265,8 @@ def bench(args: Args) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     for world in worlds:
         (args.out / f"{world}.yaml").write_bytes(world_class(world).contract_path().read_bytes())
-    own_keys = keys(plan(Shape(out=Path("out"), size=size), worlds))
+    _require_space(shape, len(worlds))
+    own_keys = keys(plan(Shape(out=Path("out"), size=size, keep=args.keep), worlds))
     runner = Runner(args.out, plan(shape, worlds), own_keys, jobs, args.only, size.minutes * 60 or None)
     try:
         return runner.run()
@@ -279,6 +291,21 @@ def _check(args: Args, worlds: tuple[str, ...]) -> None:
         make_world(world)
         for each in size.disturb:
             make_world(f"{world}+{each}")
+
+
+def _require_space(shape: Shape, worlds: int) -> None:
+    """Say that the disk is too small before the work; what is there already counts as free."""
+    there = sum(p.stat().st_size for p in shape.out.rglob("*") if p.is_file())
+    chains = shape.size.seeds * worlds
+    unpacked = chains if shape.keep else min(chains, shape.jobs + 1)
+    frames = shape.size.frames * (chains * _KEPT_PER_FRAME + unpacked * _BYTES_PER_FRAME)
+    needed = frames + chains * _BYTES_OF_RUN - there
+    free = shutil.disk_usage(shape.out).free
+    if free < needed:
+        raise UserError(
+            f"about {needed / 1e9:.1f} GB are needed in {shape.out} and {free / 1e9:.1f} GB are free: "
+            "free some space, record fewer --frames or choose another --out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Steps of a study that are no command of their own: forks of a run, and open-loop accuracy in detail."""
+"""Steps of experiments that are no command of their own: forks, open-loop accuracy, space given back."""
 
 from __future__ import annotations
 
@@ -51,6 +51,20 @@ class OpenLoop:
     """Number of clips."""
     device: str = "auto"
     """auto, cpu or cuda."""
+
+
+@dataclass(kw_only=True)
+class Tidy:
+    """Delete the bags and the unpacked frames of a finished chain; both can be made again."""
+
+    place: Annotated[Path, tyro.conf.Positional]
+    """Folder with bags/ and dataset/."""
+
+
+def tidy(args: Tidy) -> None:
+    """See `Tidy`."""
+    for path in (args.place / "bags", args.place / "dataset" / "cache"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def fork(args: Fork) -> None:
@@ -117,11 +131,18 @@ def _line(curves: dict[str, Any]) -> str:
 
 
 def _main() -> None:
-    args: Fork | OpenLoop = tyro.cli(
-        Annotated[Fork, tyro.conf.subcommand("fork")] | Annotated[OpenLoop, tyro.conf.subcommand("open-loop")]
+    args: Fork | OpenLoop | Tidy = tyro.cli(
+        Annotated[Fork, tyro.conf.subcommand("fork")]
+        | Annotated[OpenLoop, tyro.conf.subcommand("open-loop")]
+        | Annotated[Tidy, tyro.conf.subcommand("tidy")]
     )
     threads.configure()
-    fork(args) if isinstance(args, Fork) else open_loop(args)
+    if isinstance(args, OpenLoop):
+        open_loop(args)
+    elif isinstance(args, Fork):
+        fork(args)
+    else:
+        tidy(args)
 
 
 def main() -> None:
