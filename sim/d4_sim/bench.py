@@ -23,7 +23,7 @@ from d4_sim.chains import PHASES, Chains
 from d4_sim.crafter import experiment
 from d4_sim.lanes import Runner
 from d4_sim.stages import Interrupted, Stage, command, keys
-from d4_sim.world import make_world, world_class, world_names
+from d4_sim.world import contract_text, make_world, world_class, world_names
 
 POLICIES = ("data", "bc_scratch", "vpt", "wm_bc", "imagination")
 DISTURBED = ("wm_bc", "imagination")  # driven under disturbances, too
@@ -264,7 +264,7 @@ def bench(args: Args) -> int:
     shape, size = shape_of(args, jobs), args.size
     args.out.mkdir(parents=True, exist_ok=True)
     for world in worlds:
-        (args.out / f"{world}.yaml").write_bytes(world_class(world).contract_path().read_bytes())
+        (args.out / f"{world}.yaml").write_text(contract_text(world), encoding="utf-8")
     _require_space(shape, len(worlds))
     own_keys = keys(plan(Shape(out=Path("out"), size=size, keep=args.keep), worlds))
     runner = Runner(args.out, plan(shape, worlds), own_keys, jobs, args.only, size.minutes * 60 or None)

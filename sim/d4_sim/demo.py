@@ -14,7 +14,6 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from d4_datasets.errors import UserError, run_cli
 from d4_sim.stages import Command, Interrupted, Stage, State, clock, command, keys, run_command
 from d4_sim.study import Args as StudyArgs
 from d4_sim.study import Study
+from d4_sim.world import contract_text, world_class
 
 WORLD = "yard"
 BASELINES = ("random", "data", "bc_scratch", "wm_bc")
@@ -70,6 +70,8 @@ class Args:
     """Episodes per policy in the evaluation; a study drives twice as many per seed."""
     preset: Literal["nano", "small", "base", "large", "paper"] = "nano"
     """Model size and training settings that go with it."""
+    size: int | None = None
+    """Side of the pictures in pixels, a multiple of 8; without it those of the robot's contract, 64."""
     jobs: Literal["auto"] | int = "auto"
     """Processes that record and ingest, or stages of a study side by side; auto takes the free cores."""
     force: bool = False
@@ -95,7 +97,7 @@ def plan(args: Args, jobs: int) -> list[Stage]:
         return stage(name, needs, title, drive(policies=policies))
 
     size: dict[str, Any] = {"episodes": args.episodes, "labelled": args.labelled, "seed": args.seed}
-    record = command("d4-record", world=WORLD, **size, out=bags, jobs=jobs)
+    record = command("d4-record", world=_world(args), **size, out=bags, jobs=jobs)
     ingest = command("d4-ingest", bags, contract=out / "robot.yaml", out=dataset, jobs=jobs)
     pages = {"json": out / "audit.json", "html": out / "audit.html", "sheet": out / "audit.png"}
     audit = command("d4-audit", dataset, **pages)
@@ -116,6 +118,10 @@ def plan(args: Args, jobs: int) -> list[Stage]:
 def own_keys(args: Args) -> dict[str, str]:
     """Keys of the stages, which depend neither on the place nor on the number of processes."""
     return keys(plan(dataclasses.replace(args, out=Path("out"), force=False), 1))
+
+
+def _world(args: Args) -> str:
+    return WORLD if args.size is None else f"{WORLD}_{args.size}"
 
 
 def _typical_s(name: str, args: Args) -> float:
@@ -139,8 +145,7 @@ class Demo:
         self.began = time.monotonic()
         self.env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         args.out.mkdir(parents=True, exist_ok=True)
-        contract = resources.files("d4_sim") / f"{WORLD}.yaml"
-        (args.out / "robot.yaml").write_bytes(contract.read_bytes())
+        (args.out / "robot.yaml").write_text(contract_text(_world(args)), encoding="utf-8")
         self.state = State(args.out, self.stages, own_keys(args), args.force)
 
     def run(self) -> int:
@@ -233,6 +238,7 @@ def _check(args: Args) -> None:
         raise UserError(f"--scale {args.scale:g} must be above 0")
     if not 0 < args.labelled <= 1:
         raise UserError(f"--labelled {args.labelled:g} must be above 0, for cloning, and at most 1")
+    world_class(_world(args))  # refuses a size that is none
     if args.jobs != "auto" and args.jobs < 1:
         raise UserError(f"--jobs {args.jobs} must be at least 1, or auto")
 
@@ -254,7 +260,8 @@ def _study(args: Args) -> Study:
     return Study(
         StudyArgs(
             out=args.out / str(args.study), episodes=args.episodes, labelled=args.labelled, scale=args.scale,
-            eval_episodes=2 * args.eval_episodes, preset=args.preset, jobs=jobs, only=args.only,
+            eval_episodes=2 * args.eval_episodes, preset=args.preset, size=args.size, jobs=jobs,
+            only=args.only,
         )
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from d4_datasets.errors import UserError, run_cli
-from d4_sim.world import Observation, World, make_world, world_names
+from d4_sim.world import Observation, World, make_world, world_class
 
 KINDS = ("goal", "wrong", "wander", "expert", "random")  # the first three are the log mix
 LOG_MIX = KINDS[:3]
@@ -348,8 +348,7 @@ def cli() -> None:
     import tyro
 
     args = tyro.cli(Args, prog="python -m d4_sim.driver")
-    if args.world not in world_names():
-        raise UserError(f"unknown world '{args.world}': choose one of {', '.join(world_names())}.")
+    world_class(args.world)
     if args.episodes < 1 or args.jobs < 1 or args.seed < 0:
         raise UserError("--episodes and --jobs must be at least 1 and --seed at least 0.")
     if args.out is None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
-from d4_sim.world import Observation
+from d4_sim.world import Observation, resized
 
 if TYPE_CHECKING:
     import mujoco
@@ -70,6 +70,8 @@ class _Camera:
 
             self.model = world.build()
             world.dress(self.model)
+            canvas = self.model.vis.global_
+            canvas.offwidth, canvas.offheight = max(canvas.offwidth, size), max(canvas.offheight, size)
             if look is not None:
                 from d4_sim.suite.looks import repaint
 
@@ -97,6 +99,11 @@ class _Camera:
 @functools.cache
 def _camera(world: type[MujocoWorld], look: int | None = None) -> _Camera:
     return _Camera(world, look)
+
+
+@functools.cache
+def _at_size(world: type[MujocoWorld], size: int) -> type[MujocoWorld]:
+    return type(f"{world.__name__}{size}", (world,), {"image_size": size})
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,14 @@ class MujocoWorld(abc.ABC):
     @functools.cached_property
     def contract(self) -> Contract:
         """The robot contract of this world."""
-        return Contract.load(self.contract_path())
+        return resized(Contract.load(self.contract_path()), self.image_size)
+
+    @classmethod
+    def at_size(cls, size: int) -> type[MujocoWorld]:
+        """This world in pictures of `size` x `size` pixels. Raises UserError for a size that is none."""
+        if not 32 <= size <= 512 or size % 8:
+            raise UserError(f"pictures of {size} pixels: choose a multiple of 8 from 32 to 512.")
+        return _at_size(cls, size)
 
     @property
     @abc.abstractmethod

@@ -20,7 +20,7 @@ from d4_datasets.contract import Action, Contract, Observation
 from d4_datasets.errors import UserError, run_cli
 from d4_datasets.fields import write
 from d4_sim.driver import Episode, drive, episode_seed, worker_pool
-from d4_sim.world import make_world, world_class, world_names
+from d4_sim.world import contract_text, make_world, world_class
 
 EPISODES_PER_BAG = 25
 DROPPED_FRAMES = 0.01
@@ -218,7 +218,8 @@ def record(args: Args) -> None:
     if todo:
         print(f"{frames} frames in {seconds:.0f} s ({frames / seconds:.0f} frames/s)")
     print(f"{args.out}: {len(sessions)} bags, {args.episodes} episodes, {labelled} bags with commands")
-    contract = world_class(args.world).contract_path()
+    contract = args.out / "robot.yaml"
+    contract.write_text(contract_text(args.world), encoding="utf-8")
     print(f"next: d4-ingest {args.out} --contract {contract} --out <dataset>")
 
 
@@ -237,8 +238,7 @@ def _run(todo: list[Session], jobs: int) -> Iterator[int]:
 
 
 def _check(args: Args) -> None:
-    if args.world not in world_names():
-        raise UserError(f"unknown world '{args.world}': choose one of {', '.join(world_names())}.")
+    world_class(args.world)
     if args.episodes < 1 or args.jobs < 1 or args.seed < 0:
         raise UserError("--episodes and --jobs must be at least 1 and --seed at least 0.")
     if not 0.0 <= args.labelled <= 1.0:

@@ -17,7 +17,7 @@ from typing import Any
 from d4_sim.chains import PHASES, Chains
 from d4_sim.lanes import Runner
 from d4_sim.stages import Command, Stage, command, keys
-from d4_sim.world import world_class
+from d4_sim.world import contract_text
 
 SEEDS = (0, 1, 2)  # full chains, and imagination seeds within the first of them
 WORLDS = ("yard", "arm")
@@ -69,6 +69,7 @@ class Args:
         out: folder of everything.
         episodes, labelled, scale, preset: of every chain, as in the demo.
         eval_episodes: episodes per policy and seed.
+        size: side of the pictures, pixels; None: 64.
         jobs: stages that run side by side.
         only: beginnings of the names of stages to run; empty: all of them.
     """
@@ -79,8 +80,14 @@ class Args:
     scale: float = 1.0
     eval_episodes: int = 200
     preset: str = "nano"
+    size: int | None = None
     jobs: int = 1
     only: tuple[str, ...] = ()
+
+
+def named(world: str, args: Args) -> str:
+    """A world in pictures of the study's size."""
+    return world if args.size is None else f"{world}_{args.size}"
 
 
 class Plan(Chains):
@@ -94,7 +101,7 @@ class Plan(Chains):
         """A whole demo with all baselines."""
         args, place = self.args, self.args.out / f"{world}-{seed}"
         name, dataset, run = place.name, place / "dataset", place / "run"
-        latest = self.data(place, [(world, seed, args.labelled, args.episodes)])
+        latest = self.data(place, [(named(world, args), seed, args.labelled, args.episodes)])
         for phase, typical_s in PHASES.items():
             makes = (run,) if phase == "tokenizer" else ()
             work = self.train(run, dataset, phase, seed, 1.0)
@@ -137,7 +144,7 @@ class Plan(Chains):
     def labels(self) -> None:
         """What commands are worth: the same drives, with the commands of a share of them."""
         args, place = self.args, self.args.out / "labels"
-        latest = self.data(place, [(WORLDS[0], SEEDS[0], 1.0, args.episodes)])
+        latest = self.data(place, [(named(WORLDS[0], args), SEEDS[0], 1.0, args.episodes)])
         self.tokenizer(place, latest)
         for share in LABELS:
             name = f"labels-{share:g}"
@@ -153,17 +160,18 @@ class Plan(Chains):
     def looks(self) -> None:
         """Commands in one look of the world, video of another: what is known of the second?"""
         args, place = self.args, self.args.out / "looks"
-        count = args.episodes // len(LOOKS)
+        looks = [named(look, args) for look in LOOKS]
+        count = args.episodes // len(looks)
         # a seed of its own for each look: the same drives twice would show one look's answers in the other
-        latest = self.data(place, [(look, seed, 1.0, count) for seed, look in enumerate(LOOKS)])
+        latest = self.data(place, [(look, seed, 1.0, count) for seed, look in enumerate(looks)])
         self.tokenizer(place, latest)
         arms: dict[str, dict[str, Any]] = {
             "none": {"labels": 0.0},
-            "first": {"labels_from": f"{LOOKS[0]}-*"},
+            "first": {"labels_from": f"{looks[0]}-*"},
             "both": {},
         }
         for name, options in arms.items():
-            measure = world_model(bags=f"{LOOKS[1]}-*", unknown=name == "none")
+            measure = world_model(bags=f"{looks[1]}-*", unknown=name == "none")
             self.variant(f"looks-{name}", "looks", "tokenizer", ("dynamics",), measure,
                          scale=ABLATION_SCALE, **options)  # fmt: skip
 
@@ -213,5 +221,5 @@ class Study(Runner):
         self.args = args
         own_keys = keys(plan(replace(args, out=Path("out"))))
         super().__init__(args.out, plan(args), own_keys, args.jobs, args.only)
-        for world in WORLDS:
-            (args.out / f"{world}.yaml").write_bytes(world_class(world).contract_path().read_bytes())
+        for world in (named(world, args) for world in WORLDS):
+            (args.out / f"{world}.yaml").write_text(contract_text(world), encoding="utf-8")

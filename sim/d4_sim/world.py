@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -111,16 +111,48 @@ def world_names() -> tuple[str, ...]:
 
 
 def world_class(name: str) -> type[World]:
-    """The class of a world, whatever disturbs it. Raises UserError for an unknown name."""
+    """The class of a world, whatever disturbs it; `yard_128` is the yard in pictures of 128 x 128.
+
+    Raises UserError for an unknown name, and for a world whose pictures have one size only.
+    """
     name, *_ = name.split("+")
-    if name not in _WORLDS:
+    base, size = _base_and_size(name)
+    if base not in _WORLDS:
         raise UserError(f"unknown world '{name}': choose one of {', '.join(_WORLDS)}.")
-    module, _, attribute = _WORLDS[name].partition(":")
+    module, _, attribute = _WORLDS[base].partition(":")
     try:
-        world: type[World] = getattr(importlib.import_module(module), attribute)
+        world: Any = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
         raise UserError(f"the world '{name}' cannot be imported: {error}.") from error
-    return world
+    if size is None:
+        return cast("type[World]", world)
+    if not hasattr(world, "at_size"):
+        raise UserError(f"the world '{base}' draws its pictures in one size only.")
+    return cast("type[World]", world.at_size(size))
+
+
+def _base_and_size(name: str) -> tuple[str, int | None]:
+    base, _, size = name.rpartition("_")
+    return (base, int(size)) if base in _WORLDS and size.isdecimal() else (name, None)
+
+
+def resized(contract: Contract, size: int) -> Contract:
+    """A contract of a world for square pictures of `size` pixels; the same one if it has these."""
+    if all(camera.size == (size, size) for camera in contract.images):
+        return contract
+    streams = tuple(replace(s, size=(size, size)) if s.is_image else s for s in contract.observations)
+    return replace(contract, name=f"{contract.name}_{size}", observations=streams)
+
+
+def contract_text(name: str) -> str:
+    """The robot.yaml of a world: its file, or what that becomes in pictures of another size."""
+    from d4_datasets.contract import Contract
+
+    world: Any = world_class(name)
+    path = world.contract_path()
+    size, contract = getattr(world, "image_size", None), Contract.load(path)
+    fitting = contract if size is None else resized(contract, size)
+    return path.read_text(encoding="utf-8") if fitting is contract else fitting.to_yaml()
 
 
 def make_world(name: str) -> World:

@@ -175,7 +175,7 @@ def test_joint_states_and_a_controller_topic_come_back(
     """The arm: proprioception selected by joint name, an array command, and no terminal topic."""
     monkeypatch.setattr(record_module, "EPISODES_PER_BAG", PER_BAG)
     record(Args(out=tmp_path / "bags", world="arm", episodes=4, labelled=0.5, seed=2))
-    assert "arm.yaml" in capsys.readouterr().out
+    assert "robot.yaml" in capsys.readouterr().out
     bag = next(bag for bag in find_bags(tmp_path / "bags") if len(read_bag(bag).bag.topics) == 7)
     first = messages(bag)["/joint_states"][0][1]
     assert first.name == ["shoulder", "elbow"]
@@ -197,7 +197,7 @@ def test_two_looks_make_one_dataset(
 ) -> None:
     monkeypatch.setattr(record_module, "EPISODES_PER_BAG", PER_BAG)
     record(Args(out=tmp_path / "dusk", world="yard_dusk", episodes=2, seed=1))
-    assert "yard.yaml" in capsys.readouterr().out
+    assert "robot.yaml" in capsys.readouterr().out
     ingest([recording, tmp_path / "dusk"], make_world("yard").contract, tmp_path / "dataset")
     windows, dusk = Windows(tmp_path / "dataset"), simulate(seed=1, episodes=2, world="yard_dusk")
     assert len(windows.episode_length) == EPISODES + 2

@@ -19,6 +19,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import yaml
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
 from rosgraph_msgs.msg import Clock
@@ -30,7 +31,7 @@ from d4_nodes.ros import qos
 from d4_nodes.ros.shell import Parameter, RosTypes, declare, local, message_class, spin
 from d4_sim.evaluate import EVAL_SEED
 from d4_sim.live import Frame, LiveWorld
-from d4_sim.world import world_class
+from d4_sim.world import contract_text
 
 PARAMETERS = (
     Parameter("world", "yard", "world of d4_sim"),
@@ -54,7 +55,7 @@ class SimNode(Node):
     def __init__(self) -> None:
         super().__init__("sim")
         declare(self, PARAMETERS)
-        self.contract = Contract.load(world_class(self._get("world")).contract_path())
+        self.contract = Contract.from_dict(yaml.safe_load(contract_text(self._get("world"))))
         self.live: LiveWorld | None = None  # made by the thread that draws it
         self._arrived: deque[tuple[np.ndarray, int]] = deque()
         self.ended, self.failed = threading.Event(), False

@@ -18,7 +18,7 @@ from d4_sim.chains import PHASES, Chains
 from d4_sim.crafter.world import HORIZON
 from d4_sim.lanes import Runner
 from d4_sim.stages import Interrupted, Stage, command, keys
-from d4_sim.world import make_world, world_class
+from d4_sim.world import contract_text, make_world
 
 TRAINED = ("bc_scratch", "vpt", "wm_bc", "imagination")
 GIVEN = ("random", "data", "expert")  # the same whatever was trained
@@ -120,7 +120,7 @@ def experiment(args: Args) -> int:
     _check(args)
     jobs = threads.free_cores() if args.jobs == "auto" else args.jobs
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{args.world}.yaml").write_bytes(world_class(args.world).contract_path().read_bytes())
+    (args.out / f"{args.world}.yaml").write_text(contract_text(args.world), encoding="utf-8")
     own_keys = keys(plan(replace(args, out=Path("out")), 1))
     try:
         return Runner(args.out, plan(args, jobs), own_keys, jobs, args.only).run()
