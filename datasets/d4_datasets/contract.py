@@ -40,6 +40,9 @@ _NOT_OF_ROBOT = ("files", "lerobot")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _TYPE = re.compile(r"[a-zA-Z]\w*/msg/[A-Za-z]\w*")
 _MISSING: Any = object()
+_LONGEST = 1 << 20  # bytes of a file
+_MOST_ENTRIES = 10_000
+_LONGEST_ERROR = 500  # characters
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,8 @@ class Contract:
         """Read a contract from a YAML file; raises UserError naming the file and the key that is wrong."""
         path = Path(path)
         try:
+            if path.stat().st_size > _LONGEST:
+                raise UserError(f"{path} is no contract: it has more than {_LONGEST >> 20} MiB")
             raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
@@ -201,6 +206,10 @@ class Contract:
             mark = getattr(error, "problem_mark", None)
             line = f" at line {mark.line + 1}" if mark is not None else ""
             raise UserError(f"{path} is not valid YAML{line}: {getattr(error, 'problem', error)}") from None
+        except (RecursionError, ValueError) as error:  # nested without end, or a date that there is not
+            raise UserError(f"{path} is not valid YAML: {str(error)[:200]}") from None
+        if not _is_small(raw):
+            raise UserError(f"{path} is no contract: it has more than {_MOST_ENTRIES} entries")
         return cls.from_dict(raw, source=str(path))
 
     @classmethod
@@ -319,6 +328,19 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _is_small(raw: Any) -> bool:
+    """Whether plain data has few entries; aliases count as what they stand for, which may be without end."""
+    waiting, count = [raw], 0
+    while waiting and count + len(waiting) <= _MOST_ENTRIES:
+        node = waiting.pop()
+        count += 1
+        if isinstance(node, dict):
+            waiting += [*node.keys(), *node.values()]
+        elif isinstance(node, list):
+            waiting += node
+    return not waiting
+
+
 class _Node:
     """One mapping of the file being read: hands out checked values and knows where it stands, for error
     messages.
@@ -332,7 +354,8 @@ class _Node:
         self.known: list[str] = []
 
     def error(self, key: str, what: str) -> UserError:
-        return UserError(f"{self.source}: `{self.where}{key}`: {what}")
+        what = what if len(what) <= _LONGEST_ERROR else f"{what[:_LONGEST_ERROR]}..."
+        return UserError(f"{self.source}: `{self.where}{key[:80]}`: {what}")
 
     def take(self, key: str, default: Any = _MISSING) -> Any:
         self.known.append(key)

@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import sys
+from itertools import pairwise
 
 import fuzz_readers
 import pyarrow as pa
@@ -19,6 +20,7 @@ from test_lerobot_source import arm
 
 from d4_datasets import bags, ingest
 from d4_datasets.bags import Bag, read_bag
+from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 
 SEED = 5
@@ -175,6 +177,31 @@ def test_the_shape_of_a_feature_is_not_believed(tmp_path, samples, shape):
     (root / "meta/info.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match=r"info\.json is damaged: the shape of next\.done is"):
         ingest.ingest([root], arm(), tmp_path / "data")
+
+
+LAUGHS = "a: &a [1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in pairwise("abcdefgh")
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name: " + "[" * 800 + "]" * 800, "is not valid YAML|`name`: must be text"),
+        ("name: &a [*a]", "has more than 10000 entries"),
+        (LAUGHS, "has more than 10000 entries"),
+        ("name: 2024-99-99", "is not valid YAML"),
+        ("# " + "x" * (1 << 20), "has more than 1 MiB"),
+        (f"{'k' * 900}: 1\nname: toy", "this key is missing|unknown key"),
+        (f"name: {'x!' * 5000}", r"`name`: 'x!.*\.\.\.$"),
+    ],
+)  # fmt: skip
+def test_a_contract_that_is_none_is_a_short_sentence(tmp_path, content, message):
+    """The sentence held all of the text, and of aliases more than there is memory for."""
+    (tmp_path / "robot.yaml").write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        Contract.load(tmp_path / "robot.yaml")
+    assert len(str(caught.value)) < 1000
 
 
 def test_recordings_without_episodes_leave_nothing_behind(tmp_path):
