@@ -14,7 +14,7 @@ from typing import Literal
 
 from d4_core import threads
 from d4_datasets.errors import UserError
-from d4_sim.chains import PHASES, Chains
+from d4_sim.chains import Chains
 from d4_sim.crafter.world import HORIZON
 from d4_sim.lanes import Runner
 from d4_sim.stages import Interrupted, Stage, command, keys
@@ -23,16 +23,25 @@ from d4_sim.world import contract_text, make_world
 TRAINED = ("bc_scratch", "vpt", "wm_bc", "imagination")
 GIVEN = ("random", "data", "expert")  # the same whatever was trained
 
-# What differs from the preset `nano`, and why, is in docs/crafter.md.
-SETTINGS = (
-    "patch=8",
-    "num_latents=32",
-    "num_tokens=16",
+# What differs from the presets, and from `nano` in size, and why, is in docs/crafter.md.
+TASKS = (
     "agent_training.relevant_return=0.01",
     "imagination_training.relevant_return=0.01",
+    "imagination_training.settings.discount=0.97",
+    "imagination_training.settings.beta=0.3",
 )
-_SLOWER = {"tokenizer": 5.0, "dynamics": 2.0, "agent": 2.0, "imagination": 2.0}  # than `nano` on the yard
-_FRAMES = 215  # of an episode of the log mix, on average
+SIZES = (
+    "num_latents=16",
+    "num_tokens=16",
+    "tokenizer_training.steps=6000",
+    "dynamics_training.steps=12000",
+    "agent_training.steps=5000",
+    "imagination_training.steps=3200",
+)
+SCRATCH_STEPS = 4000
+# seconds on one core at the default size
+_TYPICAL_S = {"tokenizer": 1500.0, "dynamics": 3000.0, "agent": 2500.0, "imagination": 700.0}
+_BASELINES_S = 1500.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +63,8 @@ class Args:
     """Share of the bags that keep the commands; the others are video with rewards."""
     preset: Literal["nano", "small", "base", "large", "paper"] = "nano"
     """Size of the networks."""
-    scale: float = 2.0
-    """Multiplies the training steps of the preset and the baselines."""
+    scale: float = 1.0
+    """Multiplies the training steps of networks and baselines."""
     eval_episodes: int = 100
     """Episodes per policy and seed, on shared starts."""
     jobs: Literal["auto"] | int = "auto"
@@ -79,27 +88,23 @@ class Plan(Chains):
 
     def chain(self, seed: int, data: str) -> None:
         """The four phases and all policies of one seed."""
-        args, run, dataset = (
-            self.shape,
-            self.shape.out / f"seed-{seed}" / "run",
-            self.shape.out / "data/dataset",
-        )
-        latest, name = data, f"seed-{seed}"
-        settings = {"set": SETTINGS} if args.preset == "nano" else {"set": SETTINGS[3:]}
-        for phase, seconds in PHASES.items():
+        args, latest, name = self.shape, data, f"seed-{seed}"
+        run, dataset = args.out / name / "run", args.out / "data" / "dataset"
+        settings = (*TASKS, *(SIZES if args.preset == "nano" else ()))
+        for phase, seconds in _TYPICAL_S.items():
             makes = (run,) if phase == "tokenizer" else ()
-            work = self.train(run, dataset, phase, seed, 1.0, **settings)
-            typical_s = seconds * _SLOWER[phase] * args.scale
+            work = self.train(run, dataset, phase, seed, 1.0, set=settings)
             latest = self.add(
-                f"{name}/{phase}", [latest], typical_s, work, makes=makes, recipe=self.recipe(phase)
-            )
-        typical_s = 150 * args.scale + 0.01 * args.eval_episodes * HORIZON
-        tasks = self.drive(run, dataset, *TRAINED, world=args.world)
+                f"{name}/{phase}", [latest], seconds * args.scale, work,
+                makes=makes, recipe=self.recipe(phase),
+            )  # fmt: skip
+        typical_s = _BASELINES_S * args.scale + 0.02 * args.eval_episodes * HORIZON
+        tasks = self.drive(run, dataset, *TRAINED, world=args.world, scratch_steps=SCRATCH_STEPS)
         latest = self.add(f"{name}/tasks", [latest], typical_s, tasks)
         policies = (*TRAINED, *(GIVEN if not seed else ()))
         drive = command(
             "crafter", run, dataset=dataset, policies=policies, world=args.world,
-            episodes=args.eval_episodes, scale=args.scale,
+            episodes=args.eval_episodes, scale=args.scale, scratch_steps=SCRATCH_STEPS,
         )  # fmt: skip
         self.add(f"{name}/milestones", [latest], 0.02 * args.eval_episodes * HORIZON, drive)
 

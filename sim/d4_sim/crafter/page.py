@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from d4_core.stats import nested_mean
 from d4_sim.crafter.milestones import LADDER, MILESTONES
 from d4_sim.crafter.world import CHAIN
 from d4_sim.stages import clock
-from d4_sim.study_page import NAMES, costs, spread, table
+from d4_sim.study_page import costs, spread, table
 from d4_sim.study_results import Interval, read_json, rows_of, run_results, student
 
 if TYPE_CHECKING:
@@ -33,12 +33,26 @@ def reached(row: Mapping[str, Any], milestone: int) -> np.ndarray:
     return np.array([float(first[milestone] is not None) for first in row["first"]])
 
 
+def rate(groups: Sequence[np.ndarray], seed: int = 0, n: int = 2000) -> Interval:
+    """Mean in per cent of the groups' means of zeros and ones, and its 95 % interval.
+
+    As `d4_core.stats.nested_mean`, which resamples groups, then members; of zeros and ones the sum of a
+    resample is binomial, which takes a thousandth of the time, and a page has hundreds of them.
+    """
+    sizes, means = np.array([len(g) for g in groups]), np.array([g.mean() for g in groups])
+    rng = np.random.default_rng(seed)
+    picked = rng.integers(0, len(groups), (n, len(groups)))
+    drawn = 100 * (rng.binomial(sizes[picked], means[picked]) / sizes[picked]).mean(1)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return 100 * float(means.mean()), float(low), float(high)
+
+
 def success(chains: Mapping[str, Any], policy: str, milestone: int) -> Interval | None:
     """Per cent of the episodes that reach a milestone, with an interval over seeds and episodes."""
     rows = rows_of(chains, policy)
     if not rows:
         return None
-    return nested_mean([100 * reached(row, milestone) for row in rows.values()])
+    return rate([reached(row, milestone) for row in rows.values()])
 
 
 def ticks(chains: Mapping[str, Any], policy: str, milestone: int) -> float | None:
@@ -105,7 +119,7 @@ def milestones(chains: Mapping[str, Any]) -> Iterator[str]:
     yield "## Whole episodes\n"
     yield table(
         ["policy", "milestones per episode", "ticks", "deaths, per cent", "episodes"],
-        [[NAMES[p], *_whole(list(rows_of(chains, p).values()))] for p in shown],
+        [[COLUMNS[p], *_whole(list(rows_of(chains, p).values()))] for p in shown],
     )
 
 
@@ -154,10 +168,10 @@ def single_tasks(chains: Mapping[str, Any]) -> Iterator[str]:
         cells = []
         for p in shown:
             groups = [
-                100 * np.asarray(row["success"])[np.asarray(row["task"]) == i]
+                np.asarray(row["success"], float)[np.asarray(row["task"]) == i]
                 for row in rows_of(chains, p).values()
             ]
-            cells.append(_percent(nested_mean(groups)) if all(map(len, groups)) else "-")
+            cells.append(_percent(rate(groups)) if all(map(len, groups)) else "-")
         rows.append([name, *cells])
     yield table(["task", *(COLUMNS[p] for p in shown)], rows)
     keys = ("reward_correlation", "value_correlation", "kl_to_cloned")
@@ -170,6 +184,15 @@ def single_tasks(chains: Mapping[str, Any]) -> Iterator[str]:
         yield "### The heads on real episodes\n"
         header = ["seed", "policy", "reward correlation", "value correlation", "KL to the clone"]
         yield table(header, heads)
+
+
+def pseudo_labels(chains: Mapping[str, Any]) -> Iterator[str]:
+    """How good the labels were that VPT's policy was cloned from."""
+    found = {s: row["idm"] for s, row in rows_of(chains, "vpt").items() if row.get("idm", {}).get("frames")}
+    if found:
+        yield "### Pseudo-labels of the VPT style, on held-out known commands\n"
+        cells = [[s, f"{100 * i['accuracy']:.0f}", f"{i['nats']:.2f}", i["frames"]] for s, i in found.items()]
+        yield table(["seed", "right, per cent", "surprise, nats", "frames"], cells)
 
 
 def gates(runs: Mapping[str, Any]) -> Iterator[str]:
@@ -205,7 +228,7 @@ def write_page(out: Path, args: Args) -> Path | None:
         parts.append(f"**Not complete**: milestones of {missing} of {args.seeds} seeds are missing.\n")
     if results["ladder"]:
         parts += [*milestones(results["ladder"]), *differences(results["ladder"])]
-    parts += [*single_tasks(tasks), *gates(tasks), *costs(results)]
+    parts += [*single_tasks(tasks), *pseudo_labels(tasks), *gates(tasks), *costs(results)]
     for path, content in ((out / "page.md", "\n".join(parts)), (out / "results.json", json.dumps(results))):
         aside = path.with_name(f".tmp-{path.name}")
         aside.write_text(content)
