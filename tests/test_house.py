@@ -179,6 +179,7 @@ def test_a_wheel_holds_what_the_code_reads() -> None:
     ]
     data = ["d4_sim/yard.xml", "d4_sim/yard.yaml", "d4_core/report_style.css", "d4_core/report_template.html"]
     data += ["d4_datasets/audit_page.css", "d4_datasets/audit_page.html", "d4_sim/crafter/crafter.yaml"]
+    data += [f"d4_sim/luanti/mod/d4_room/{name}" for name in ("init.lua", "mod.conf")]
     assert sorted({*sources, *data} - files) == []
 
 
