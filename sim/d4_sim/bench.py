@@ -67,6 +67,7 @@ class Size:
         eval_episodes: shared starts per policy and seed.
         expert_episodes: of them, those that the expert drives, once per world.
         planner_episodes: of them, those that the planner in the world model drives, for every seed.
+        set: settings of the networks' preset that every phase of training gets.
         disturb: disturbances (`d4_sim.suite.disturb`; joined by + where they come together) under which the
             policies of `DISTURBED` drive the shared starts again.
         minutes: nothing begins later, 0: no limit.
@@ -80,6 +81,7 @@ class Size:
     eval_episodes: int = 100
     expert_episodes: int = 40
     planner_episodes: int = 10
+    set: tuple[str, ...] = ()
     disturb: tuple[str, ...] = ("latency=100", "jitter=40", "noise=0.1", "drop=0.2", "light=0.6")
     minutes: float = 0.0
 
@@ -122,6 +124,8 @@ class Args:
     """Of these starts, those that the expert drives."""
     planner_episodes: int | None = None
     """Of these starts, those that the planner in the world model drives; 0: none."""
+    set: tuple[str, ...] | None = None
+    """Preset fields to override, as in d4-train, for example motion_weight=2.0."""
     disturb: tuple[str, ...] | None = None
     """Disturbances under which cloned and improved policy drive again, each NAME=VALUE or some joined by +
     (docs/mujoco.md); none given after --disturb: none at all."""
@@ -206,7 +210,8 @@ class Plan(Chains):
         latest = self.data(place, recording, typical_s, self.shape.recorders)
         for phase, seconds in PHASES.items():
             makes = (run,) if phase == "tokenizer" else ()
-            work = self.train(run, dataset, phase, seed, 1.0)
+            settings: dict[str, Any] = {"set": size.set} if size.set else {}
+            work = self.train(run, dataset, phase, seed, 1.0, **settings)
             latest = self.add(
                 f"{name}/{phase}", [latest], seconds * size.scale, work,
                 makes=makes, recipe=self.recipe(phase), weight=self.shape.trainers,

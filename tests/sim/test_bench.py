@@ -76,6 +76,18 @@ def test_a_chain_is_recorded_trained_and_judged_with_its_seed() -> None:
     assert option(planned["push/reference"], "--expert-episodes") == [str(SIZE.expert_episodes)]
 
 
+def test_settings_reach_every_phase_and_are_a_part_of_its_key() -> None:
+    size = replace(SIZE, set=("motion_weight=2.0",))
+    planned = plan(Shape(out=OUT, size=size), ("push",))
+    trained = [s for s in planned if s.commands[0][0] == "d4-train"]
+    assert len(trained) == 4 * SIZE.seeds
+    assert all(option(s, "--set") == ["motion_weight=2.0"] for s in trained)
+    plain = keys(plan(Shape(out=OUT, size=SIZE), ("push",)))
+    assert {n for n, k in keys(planned).items() if plain[n] == k} == {
+        "push-0/data", "push-1/data", "push/reference",
+    }  # fmt: skip
+
+
 def test_keys_depend_on_sizes_and_neither_on_the_place_nor_on_the_machine() -> None:
     small, large = (
         Shape(out=OUT, size=SIZE, jobs=j, recorders=r, trainers=t) for j, r, t in ((1, 1, 1), (16, 4, 3))
