@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from d4_datasets import align, messages
+from d4_datasets import align, messages, signals
 from d4_datasets.contract import Action, Align, Contract, Observation
 from d4_datasets.errors import UserError
 from d4_datasets.latents import Origin
@@ -112,7 +112,7 @@ class Aligned:
         """The values of a track, float64 [M, k], without NaN."""
         track = self.tracks[key]
         values = np.array(track.values, np.float64).reshape(len(track.stamps), len(select))
-        bad = np.argwhere(~np.isfinite(values))
+        bad = np.argwhere(~(np.abs(values) <= np.finfo(np.float32).max))  # NaN is not
         if len(bad):
             row, column = bad[0]
             raise self._error(track.topic, track.stamps[row], f"{select[column]} is {values[row, column]}")
@@ -216,7 +216,10 @@ class Aligned:
         if contract.reward is not None and len(self.tracks["signal.reward"].stamps):
             track = self.tracks["signal.reward"]
             tick = align.arrivals(track.stamps, self.ticks, contract.period_ns, after_start=after_start)
-            used, values = tick >= 0, np.array(track.values)
+            used, values = tick >= 0, np.array(track.values, np.float64)
+            large = np.argwhere(~(np.abs(values) < signals.LARGEST_REWARD))
+            if len(large):
+                raise self._error(track.topic, track.stamps[large[0, 0]], "a reward is NaN or too large")
             if contract.reward.reduce == "sum":
                 np.add.at(self.reward, tick[used], values[used])
             else:

@@ -346,20 +346,28 @@ def find_bags(source: str | Path) -> list[Path]:
     return found
 
 
-def _find_bags(path: Path) -> list[Path]:
+def _find_bags(path: Path, above: tuple[Path, ...] = ()) -> list[Path]:
     if is_bag(path):
         return [path]
-    children = [] if path.is_file() else sorted(p for p in path.iterdir() if not p.name.startswith("."))
-    return [bag for child in children if child.is_dir() or _is_file(child) for bag in _find_bags(child)]
+    real = path.resolve()
+    if not path.is_dir() or real in above:  # a link may lead back up
+        return []
+    children = sorted(child for child in path.iterdir() if not child.name.startswith("."))
+    return [bag for child in children for bag in _find_bags(child, (*above, real))]
 
 
 def is_bag(path: Path) -> bool:
-    """Whether this is one bag: a file, or a folder with metadata.yaml or with the parts of a rosbag2."""
+    """Whether this is one bag: a file, or a folder with metadata.yaml or with nothing but its parts."""
     if path.is_file():
         return _is_file(path)
-    return (path / "metadata.yaml").exists() or bool(
-        _storage_files(path) and _one_recording(_storage_files(path))
-    )
+    if not path.is_dir():
+        return False
+    if (path / "metadata.yaml").exists():
+        return True
+    files = _storage_files(path)
+    others = (child for child in path.iterdir() if not child.name.startswith("."))
+    is_alone = not any(child.is_dir() or child.name.endswith(_ROS1_SUFFIXES) for child in others)
+    return bool(files) and is_alone and _one_recording(files)
 
 
 def bag_files(path: Path) -> list[Path]:

@@ -10,6 +10,8 @@ from d4_datasets import fields
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 
+LARGEST_REWARD = 1e30  # so that no sum of them leaves single precision
+
 
 def task(contract: Contract, msg: Any) -> int:
     """Index of the task that a message names, by name or by number.
@@ -44,8 +46,8 @@ def reward(contract: Contract, msg: Any) -> np.ndarray:
         ) from None
     if len(value) not in (1, count):
         raise UserError(f"a reward has {len(value)} entries; expected one per task ({count}) or a single one")
-    if not np.isfinite(value).all():
-        raise UserError("a reward is NaN or infinite")
+    if not (np.abs(value) < LARGEST_REWARD).all():
+        raise UserError("a reward is NaN or too large")
     return np.broadcast_to(value, (count,))
 
 

@@ -110,10 +110,10 @@ def _unclaimed(found: list[Found], readers: Sequence[Reader]) -> list[Found]:
     return [one for one in found if one.path not in dropped]
 
 
-def _below(path: Path, readers: Sequence[Reader]) -> Iterator[Found]:
+def _below(path: Path, readers: Sequence[Reader], above: tuple[Path, ...] = ()) -> Iterator[Found]:
     reader = next((reader for reader in readers if reader.takes(path)), None)
     if reader is not None:
         yield Found(path, reader)
-    elif path.is_dir():
+    elif path.is_dir() and (real := path.resolve()) not in above:  # a link may lead back up
         for child in sorted(p for p in path.iterdir() if not p.name.startswith(".")):
-            yield from _below(child, readers)
+            yield from _below(child, readers, (*above, real))

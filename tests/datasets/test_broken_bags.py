@@ -17,9 +17,10 @@ import yaml
 import zstandard
 from fuzz_samples import write_mcap, write_rosbag2
 from mcap.writer import CompressionType, IndexType
+from mcap.writer import Writer as McapWriter
 from rosbags.rosbag2 import CompressionMode, StoragePlugin
 
-from d4_datasets import bags, packed, storage
+from d4_datasets import bags, packed, sources, storage
 from d4_datasets.bags import Bag, bag_files, find_bags, read_bag
 from d4_datasets.errors import UserError, sentence
 from d4_datasets.recording import files
@@ -397,6 +398,66 @@ def test_a_file_named_twice_is_read_once(tmp_path):
     mcap(tmp_path / "bag/bag_0.mcap")
     (tmp_path / "bag/metadata.yaml").write_text(info(["bag_0.mcap"] * 5))
     assert read(tmp_path / "bag")[0] == list(range(COUNT))
+
+
+# ---- what else a recorder writes
+
+
+def test_types_that_nobody_knows_disturb_no_stream(tmp_path):
+    """Events of services, actions and parameters, and channels of Foxglove, stand in bags of ROS beside the
+    topics; some have definitions that no parser takes."""
+    path = tmp_path / "a.mcap"
+    odd = {
+        "/add/_service_event": (
+            "a_interfaces/srv/Add_Event",
+            "ros2msg",
+            "cdr",
+            "Info info\nA[<=1] r",
+        ),
+        "/scene": ("foxglove.SceneUpdate", "protobuf", "protobuf", "\x00\x01"),
+        "/json": ("state", "jsonschema", "json", "{}"),
+        "/none": ("my_msgs/msg/None", "ros2msg", "cdr", ""),
+        "/broken": ("my_msgs/msg/Broken", "ros2msg", "cdr", "what? is [this"),
+        "/idl": ("my_msgs/msg/Idl", "ros2idl", "cdr", "module {"),
+    }
+    with path.open("wb") as stream:
+        writer = McapWriter(stream)
+        writer.start(profile="ros2")
+        for topic, (kind, encoding, messages, definition) in odd.items():
+            schema = writer.register_schema(kind, encoding, definition.encode())
+            channel = writer.register_channel(topic, messages, schema)
+            for k in range(3):
+                writer.add_message(channel, T0 + k, b"\0\1\0\0\5", T0 + k)
+        text, _ = bags.typestore().generate_msgdef(ARRAY, ros_version=2)
+        schema = writer.register_schema(ARRAY, "ros2msg", text.encode())
+        channel = writer.register_channel("/number", "cdr", schema)
+        for _, _, stamp, data in ITEMS:
+            writer.add_message(channel, stamp, data, stamp)
+        writer.finish()
+    assert read(path) == (list(range(COUNT)), [])
+    bag = Bag(path)
+    assert [topic for topic in bag.topics if bag.decodable(topic)] == ["/number"]
+
+
+def test_a_bag_file_does_not_hide_the_bags_beside_it(tmp_path):
+    """A folder with one .mcap file counted as that bag, whatever else lay in it."""
+    one, two = mcap(tmp_path / "bags/a.mcap"), mcap(tmp_path / "bags/later/b.mcap")
+    assert find_bags(tmp_path) == [one, two.parent]
+    (tmp_path / "mixed").mkdir()
+    paths = [tmp_path / "mixed/x.mcap", tmp_path / "mixed/y.bag"]
+    for path in paths:
+        path.touch()
+    assert find_bags(tmp_path / "mixed") == paths
+
+
+def test_links_that_lead_back_up_are_not_followed(tmp_path):
+    mcap(tmp_path / "bags/a/a.mcap")
+    for name in ("bags/up", "bags/a/up", "bags/b/up", "bags/b/upper", "bags/b/c/d"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / "bags")
+    (tmp_path / "bags/a/a.mcap").rename(tmp_path / "bags/a.mcap")
+    assert find_bags(tmp_path / "bags") == [tmp_path / "bags/a.mcap"]
+    assert [one.path for one in sources.find(tmp_path / "bags")] == [tmp_path / "bags/a.mcap"]
 
 
 # ---- sqlite3

@@ -9,13 +9,14 @@ import struct
 import sys
 from itertools import pairwise
 
+import footage_files as footage
 import fuzz_readers
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ros1_files
 from fuzz_readers import DATASET, FINDING, SENTENCE, Outcome
-from test_ingest import drive, robot, take
+from test_ingest import ARRAY, T0, TICK, drive, robot, take
 from test_lerobot_source import arm
 
 from d4_datasets import bags, ingest
@@ -204,6 +205,21 @@ def test_a_contract_that_is_none_is_a_short_sentence(tmp_path, content, message)
     assert len(str(caught.value)) < 1000
 
 
+@pytest.mark.parametrize("value", [1e39, -1e300, float("inf"), float("nan")])
+def test_numbers_beyond_single_precision_are_named(tmp_path, value):
+    """They became infinite on the way to the file, and a ValueError."""
+    log = drive(1)
+    poses = [item for item in log.items if item[0] == "/pose"]
+    poses[2][3].pose.position.x = value
+    with pytest.raises(UserError, match=r"/pose at .*: pose\.position\.x is "):
+        take(tmp_path, log)
+    shutil.rmtree(tmp_path / "bags")
+    log = drive(1)
+    log.add("/reward", ARRAY, T0 + TICK, bags.float64_array([value, 0]))
+    with pytest.raises(UserError, match=r"/reward at .*: a reward is NaN or too large"):
+        take(tmp_path, log)
+
+
 def test_recordings_without_episodes_leave_nothing_behind(tmp_path):
     """Their parts were kept for a next run that could not use them."""
     empty = drive(1).without("/episode")
@@ -211,3 +227,12 @@ def test_recordings_without_episodes_leave_nothing_behind(tmp_path):
     with pytest.raises(UserError, match="no episode came out of 1 bags"):
         take(tmp_path, empty, contract=robot())
     assert os.listdir(tmp_path) == ["bags"]
+
+
+def test_a_reward_of_a_table_beyond_single_precision_is_named(tmp_path):
+    footage.write_video(tmp_path / "a.mp4", [footage.picture(k) for k in range(5)])
+    rows = [{"time": k / 10, "reward": 1e300 if k == 3 else 0} for k in range(5)]
+    footage.write_table(tmp_path / "a.csv", rows)
+    contract = footage.contract(reward={"topic": "/reward", "type": ARRAY})
+    with pytest.raises(UserError, match="a reward is NaN or too large"):
+        ingest.ingest([tmp_path / "a.mp4"], contract, tmp_path / "data")
