@@ -256,15 +256,20 @@ def test_intervals_of_few_episodes_are_wide() -> None:
 
 def test_the_table_has_published_columns_for_minecraft_only(tmp_path) -> None:
     episodes = [
-        {"episode": n, "reached": {"log": 1200 * (n + 1), "planks": 2400}, "late_ms": [0.0, 12.0, 40.0]}
+        {"episode": n, "reached": {"log": 1200 * (n + 1), "planks": 2400}, "late_ms": [0.0, 12.0, 40.0 + n],
+         "action_ms": [9.0, 14.0, 70.0], "missed": n, "ticks": 5000}
         for n in range(4)
-    ]
+    ]  # fmt: skip
     minecraft = table(game.engine("minerl"), about(72000), episodes)
     assert "WM+BC" in minecraft
     assert "arXiv:2509.24527" in minecraft
     assert "| log            | 100.0 [51.0, 100.0] | 84.3" in minecraft
     assert re.search(r"log +\| 2\.5 \[1\.\d, 3\.\d\] +\| 6\.3 ", minecraft)
-    assert "Pictures came late by 12 ms" in minecraft
+    assert "taken 0.0 ms after its tick (median), 12.0 ms (95 %), at most 43 ms, and the action" in minecraft
+    assert (
+        "reached the game 9.0 ms after its tick (median), 14.0 ms (95 %), at most 70 ms; 6 of 20006"
+        in minecraft
+    )
     other = table(fake_game.ENGINE, about(), episodes)
     assert "Dreamer" not in other
     assert "another game than Minecraft" in other

@@ -15,13 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from d4_sim.minecraft.game import GameTrouble
+
 EMERGE_S = 90.0  # for a piece of world on a busy machine
 HANGS_S = 20.0  # without a step of the game's server
 _MOST = 2**20  # bytes of a state
-
-
-class GameTrouble(RuntimeError):
-    """The game died, hangs, or does not do what it was told. The message is one sentence."""
 
 
 @dataclass(frozen=True)

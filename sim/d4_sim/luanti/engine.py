@@ -15,11 +15,11 @@ import numpy as np
 
 from d4_datasets.errors import UserError
 from d4_sim.luanti import names
-from d4_sim.luanti.channel import Channel, GameTrouble, Order, State
+from d4_sim.luanti.channel import Channel, Order, State
 from d4_sim.luanti.hands import Deed, Hands, Press
 from d4_sim.luanti.house import House, Look
 from d4_sim.luanti.screen import Screen
-from d4_sim.minecraft.game import PERIOD_S, Engine, Rung, View
+from d4_sim.minecraft.game import PERIOD_S, Engine, GameTrouble, Rung, View
 
 START_S = 150.0  # from the game's start until the player is in it
 _HEARS_S = 20.0  # until a key that is pressed is heard

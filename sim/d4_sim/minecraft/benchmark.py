@@ -193,6 +193,7 @@ class Benchmark:
             episode.result()
             | {"crashes": self._crashes.get(episode.number, 0), "cut": cut, "seconds": round(seconds, 2)}
             | {"policy_ms": _spread(place.policy_ms), "late_ms": _spread(episode.late_ms)}
+            | {"action_ms": _spread(episode.action_ms), "missed": episode.missed}
         )
         self._finished += 1
         rate = (time.monotonic() - self._since) / self._finished

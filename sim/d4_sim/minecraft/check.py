@@ -122,12 +122,24 @@ def memory() -> Found:
 
 
 def luanti() -> Found:
-    """Debian's package of the game."""
-    program = shutil.which("minetest") or shutil.which("minetest", path="/usr/games")
-    if program is None:
-        return Found("Luanti", "-", "apt-get install --no-install-recommends minetest xvfb")
+    """Debian's package of the game, with Minetest Game."""
+    from d4_sim.luanti import house
+
+    try:
+        program = house.find_program()
+        house.require_game(program)
+    except UserError as error:
+        return Found("Luanti", "-", str(error))
     first = ask(program, "--version").splitlines()
     return Found("Luanti", first[0] if first else program)
+
+
+def xvfb() -> Found:
+    """A display without a monitor, which Luanti always gets: keyboard and mouse are the game's own there."""
+    program = shutil.which("Xvfb")
+    if program is None:
+        return Found("Xvfb", "-", "apt-get install --no-install-recommends xvfb")
+    return Found("Xvfb", program)
 
 
 def package(module: str, name: str) -> Found:
@@ -142,7 +154,7 @@ def needs(python: str) -> dict[str, list[Callable[[], list[Found]]]]:
     return {
         "minerl": [lambda: [java()], lambda: mine_rl(python), lambda: [display()], lambda: [memory()],
                    lambda: [gpu()]],
-        "luanti": [lambda: [luanti()], lambda: [package("Xlib", "python-xlib")], lambda: [display()]],
+        "luanti": [lambda: [luanti()], lambda: [package("Xlib", "python-xlib")], lambda: [xvfb()]],
         "crafter": [lambda: [package("crafter", "crafter")]],
     }  # fmt: skip
 

@@ -44,7 +44,7 @@ class Check:
         for name in names:
             found = check(name, self.python)
             width = max(len(f.name) for f in found)
-            print(f"{engine(name).title}:" if name != "luanti" else "Luanti:")
+            print(f"{engine(name).title}:")
             for f in found:
                 print(f"  {f.name:{width}}  {f.value}")
             for f in found:
@@ -206,9 +206,14 @@ class Record:
         print(
             f"{session.ticks} ticks in {session.episodes} episodes, {len(session.parts)} parts in {self.out}"
         )
-        if session.late_ms and max(session.late_ms) > 0:
-            median, most = np.percentile(session.late_ms, [50, 95])
-            print(f"late: median {median:.1f} ms, 95 % {most:.1f} ms, at most {max(session.late_ms):.1f} ms")
+        for what, late in (("pictures", session.late_ms), ("actions", session.action_ms)):
+            if late and max(late) > 0:
+                median, most = np.percentile(late, [50, 95])
+                print(
+                    f"{what} late by: median {median:.1f} ms, 95 % {most:.1f} ms, at most {max(late):.1f} ms"
+                )
+        if session.missed:
+            print(f"{session.missed} ticks passed unseen")
         if session.refused:
             print(f"{session.refused} parts left out: over {self.most_late:.0%} of their pictures came late")
         if not session.parts:
@@ -350,7 +355,8 @@ def _about(plan: Any, policy: str, contract: Contract, prompt: str | None) -> di
     """What a folder of results is of; what differs here must not be mixed."""
     rungs = json.dumps([[rung.task, rung.count] for rung in plan.rungs])
     prompts = f"{prompt} throughout" if prompt else f"ladder of {len(plan.rungs)} prompts"
-    return {
+    apart = {name: value for name, value in plan.options.items() if name not in ("python", "display")}
+    return ({"options": apart} if apart else {}) | {
         "engine": plan.engine.name, "policy": policy, "contract": contract.hash, "seed": plan.seed,
         "ticks": plan.ticks, "minutes": plan.ticks / 60 / plan.engine.rate_hz, "prompts": prompts,
         "ladder": hashlib.sha256(rungs.encode()).hexdigest()[:12], "repeats": plan.repeats,

@@ -45,6 +45,8 @@ class Episode:
         reached: milestone to the tick at which it was first there.
         prompts: (tick, task) whenever another task was asked for.
         events: every tick in which a task was accomplished.
+        late_ms, action_ms, missed: as views say it (`View`): how late each view was, and each action, and how
+            many ticks passed unseen.
         ended: why it is over: "time", "game" (the player died, or the game says so), or empty.
     """
 
@@ -58,6 +60,8 @@ class Episode:
         self.events: list[Event] = []
         self.ended = ""
         self.late_ms: list[float] = []
+        self.action_ms: list[float] = []
+        self.missed = 0
 
     @property
     def task(self) -> str:
@@ -81,13 +85,21 @@ class Episode:
             self.reached.setdefault(name, self.ticks)
         if told.amounts:
             self.events.append(Event(self.ticks, told.amounts))
-        self.late_ms.append(float(seen.said.get("late_ms", 0.0)))
+        self._time(seen)
         if seen.over or self.ticks >= self.limit:
             self.ended = "time" if self.ticks >= self.limit else "game"
         changed = self._ladder.step(told.amounts)
         if changed:
             self.prompts.append((self.ticks, self._ladder.task))
         return changed
+
+    def _time(self, seen: Seen) -> None:
+        """Note how late a game in real time was."""
+        self.late_ms.append(float(seen.said.get("late_ms", 0.0)))
+        more = seen.said.get("more", {})
+        if self.ticks > 0 and "action_ms" in more:
+            self.action_ms.append(float(more["action_ms"]))
+            self.missed += int(more.get("missed", 0))
 
     def _told(self, seen: Seen) -> Told:
         if self._watch is None:

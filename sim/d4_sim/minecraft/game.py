@@ -35,6 +35,10 @@ _ENGINES = {
 }
 
 
+class GameTrouble(RuntimeError):
+    """A game died, hangs, or does not do what it was told. The message is one sentence, without a dot."""
+
+
 @dataclass(frozen=True)
 class View:
     """What a game shows and tells at one tick.
@@ -52,7 +56,9 @@ class View:
         slot: the chosen slot of the hotbar, 0 to 8; None if it does not tell.
         over: the episode has ended by itself (the player died, or the game says so).
         late_ms: of a game in real time, by how much this view was taken after its tick.
-        more: anything else worth recording, JSON (`yaw`, `pitch`, `xpos`, ...).
+        more: anything else worth recording, JSON (`yaw`, `pitch`, `xpos`, ...). A game in real time says
+            `action_ms`, how long after its tick the last action reached the game, and `missed`, the ticks
+            that had passed unseen before this one.
     """
 
     pov: np.ndarray
@@ -75,8 +81,8 @@ class Game(Protocol):
     or the newest one at once where the caller comes late, which the view says (`late_ms`).
 
     Whoever opens a game closes it. Each method has to return or fail within a bounded time of its own; a
-    failure that the user can put right is a `UserError` of one sentence. The caller has a watchdog, too: it
-    kills the process and everything that it started.
+    failure that the user can put right is a `UserError` of one sentence, others are best a `GameTrouble`. The
+    caller has a watchdog, too: it kills the process and everything that it started.
     """
 
     realtime: bool

@@ -5,7 +5,8 @@ group nor a parent's death reaches. So a keeper stands between: whatever its des
 its own child (PR_SET_CHILD_SUBREAPER). When the command ends, or nobody holds the other end of the pipe LIFE
 any more, because the benchmark has let go of it or was killed, the keeper kills all of them and leaves.
 
-FD is handed on to the command. The keeper uses the standard library only, and Linux.
+FD is handed on to the command. Its temporary files belong into a folder of their own (TMPDIR), which the
+keeper removes at the end. The keeper uses the standard library only, and Linux.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import contextlib
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -75,7 +78,19 @@ def main() -> int:
             signal.signal(number, signal.SIG_DFL)
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # even if the keeper itself is killed
 
-    child = subprocess.Popen(command, pass_fds=(handed_on,), start_new_session=True, preexec_fn=before)
+    folder = tempfile.mkdtemp(prefix="d4-game-")
+    try:
+        child = subprocess.Popen(
+            command, pass_fds=(handed_on,), start_new_session=True, preexec_fn=before,
+            env={**os.environ, "TMPDIR": folder},
+        )  # fmt: skip
+        return _keep(child, handed_on, life)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _keep(child: subprocess.Popen, handed_on: int, life: int) -> int:
+    """Wait for the command's end, or for that of whoever wanted it, and kill what is left."""
     os.close(handed_on)  # or the benchmark would never learn that the command has ended
     ended = os.pidfd_open(child.pid)
     select.select([life, ended], [], [])

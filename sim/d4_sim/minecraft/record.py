@@ -146,6 +146,15 @@ class Session:
     parts: list[Path] = field(default_factory=list)
     refused: int = 0
     late_ms: list[float] = field(default_factory=list)
+    action_ms: list[float] = field(default_factory=list)
+    missed: int = 0
+
+    def time(self, said: Mapping[str, Any]) -> None:
+        """Note how late a view was, and, in a game in real time, the action before it."""
+        self.late_ms.append(float(said.get("late_ms", 0.0)))
+        if "action_ms" in (more := said.get("more", {})):
+            self.action_ms.append(float(more["action_ms"]))
+            self.missed += int(more.get("missed", 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +224,7 @@ def _episode(
         arrived = _next(environment)
         assert arrived is not None
         seen, tick, session.ticks = arrived, tick + 1, session.ticks + 1
-        session.late_ms.append(float(seen.said.get("late_ms", 0.0)))
+        session.time(seen.said)
     if tick:
         recorder.add(seen.image, seen.said, None)
     session.parts += recorder.close()

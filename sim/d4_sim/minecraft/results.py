@@ -211,14 +211,33 @@ def _protocol(engine: Engine, about: Mapping[str, Any], episodes: Sequence[Mappi
             f"Environments hung or died {repeated} times; such an episode was played again from its "
             f"beginning, and {counted} of them count as they stood when that had happened too often. "
         )
-    took = [e["policy_ms"] for e in episodes if e.get("policy_ms")]
-    if took:
-        median, most = (sum(each[k] for each in took) / len(took) for k in (0, 1))
+    took = _latency(episodes)
+    if "policy_ms" in took:
+        median, most, _ = took["policy_ms"]
         text += f"Deciding took {median:.1f} ms (median), {most:.1f} ms (95 %), averaged over the episodes. "
-    late = [e["late_ms"][1] for e in episodes if e.get("late_ms")]
-    if late and max(late) > 0:
-        text += f"Pictures came late by {max(late):.0f} ms (95th percentile of the worst episode). "
+    if "late_ms" in took and took["late_ms"][2] > 0:
+        text += _realtime(took, sum(int(e.get("ticks", 0)) for e in episodes))
     return text.rstrip() + "\n"
+
+
+def _realtime(took: Mapping[str, Any], ticks: int) -> str:
+    """How late views and actions were in a game that waits for nobody."""
+    told = "{:.1f} ms after its tick (median), {:.1f} ms (95 %), at most {:.0f} ms"
+    text = "The game runs in real time: a view was taken " + told.format(*took["late_ms"])
+    if "action_ms" in took:
+        text += ", and the action on it reached the game " + told.format(*took["action_ms"])
+    return text + f"; {took['missed']} of {ticks + took['missed']} ticks passed unseen. "
+
+
+def _latency(episodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Median and 95th percentile in ms, averaged over the episodes, and the maximum; ticks missed in all."""
+    out: dict[str, Any] = {"missed": sum(int(e.get("missed", 0)) for e in episodes)}
+    for name in ("policy_ms", "late_ms", "action_ms"):
+        found = [e[name] for e in episodes if e.get(name)]
+        if found:
+            median, most = (round(sum(each[k] for each in found) / len(found), 2) for k in (0, 1))
+            out[name] = [median, most, max(each[2] for each in found)]
+    return out
 
 
 def _percent(row: Row) -> str:
@@ -256,7 +275,7 @@ def write_table(out: Path, engine: Engine, about: Mapping[str, Any]) -> str:
     text = table(engine, about, episodes)
     numbers = {
         "engine": engine.name, "title": engine.title, "episodes": len(episodes), "about": dict(about),
-        "origin": checkpoint.origin(),
+        "origin": checkpoint.origin(), "latency": _latency(episodes),
         "milestones": {
             r.milestone: {"reached": r.reached, "success": r.success, "time": r.time}
             for r in rows(engine, episodes)

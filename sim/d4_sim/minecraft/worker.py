@@ -20,7 +20,7 @@ import numpy as np
 from d4_datasets import minecraft
 from d4_datasets.errors import sentence
 from d4_sim.minecraft import wire
-from d4_sim.minecraft.game import Game, View, named
+from d4_sim.minecraft.game import Game, GameTrouble, View, named
 from d4_sim.minecraft.wire import Wire
 from d4_sim.world import Observation, World
 
@@ -119,6 +119,8 @@ def fail(line: Wire, error: BaseException) -> None:
     """Tell the benchmark why there will be no answer."""
     text = sentence(error)
     last = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    if isinstance(error, GameTrouble):
+        last = " ".join(str(error).split())
     with contextlib.suppress(OSError):  # nobody may be there to be told
         line.send(wire.FAILED, {"sentence": text or last, "user": text is not None})
 
