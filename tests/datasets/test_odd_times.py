@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ingest import ARRAY, ROBOT, T0, TICK, drive, frames, robot, take
 
-from d4_datasets import align, fields, signals
+from d4_datasets import align, aligned, fields, signals
 from d4_datasets.bags import new
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
@@ -69,6 +69,16 @@ def test_stamps_before_1970_and_absurd_ones_are_no_stamps(tmp_path):
     dataset, summary = take(tmp_path, log)
     assert any("3 messages of /cam have no stamp" in text for text in summary.warnings)
     assert set(frames(dataset, 0)) == {0, 2, 4}
+
+
+def test_pictures_far_from_the_order_of_their_stamps_do_not_fill_the_memory(tmp_path, monkeypatch):
+    log = drive(2, length=10)
+    cameras = [item for item in log.items if item[0] == "/cam"]
+    for item, other in zip(cameras, reversed([item[3] for item in cameras]), strict=True):
+        item[3] = other
+    monkeypatch.setattr(aligned, "_MOST_PENDING", 8 * 12 * 3 * 4)
+    with pytest.raises(UserError, match="pictures of /cam come too far from the order of their stamps"):
+        take(tmp_path, log, contract=plain())
 
 
 def test_nanoseconds_beyond_a_second_are_added(tmp_path):
