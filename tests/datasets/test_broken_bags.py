@@ -19,10 +19,12 @@ from fuzz_samples import write_mcap, write_rosbag2
 from mcap.writer import CompressionType, IndexType
 from mcap.writer import Writer as McapWriter
 from rosbags.rosbag2 import CompressionMode, StoragePlugin
+from test_ingest import drive, robot
 
 from d4_datasets import bags, packed, sources, storage
 from d4_datasets.bags import Bag, bag_files, find_bags, read_bag
 from d4_datasets.errors import UserError, sentence
+from d4_datasets.ingest import ingest
 from d4_datasets.recording import files
 
 ARRAY = "std_msgs/msg/Float64MultiArray"
@@ -437,6 +439,21 @@ def test_types_that_nobody_knows_disturb_no_stream(tmp_path):
     assert read(path) == (list(range(COUNT)), [])
     bag = Bag(path)
     assert [topic for topic in bag.topics if bag.decodable(topic)] == ["/number"]
+
+
+@pytest.mark.parametrize("topic", ["/cam", "/pose"])
+def test_a_stream_without_a_single_message_is_named(tmp_path, topic):
+    items = [
+        (name, kind, stamp, bytes(bags.typestore().serialize_cdr(msg, kind)))
+        for name, kind, stamp, msg in sorted(drive(1).items, key=lambda item: item[2])
+    ]
+    write_rosbag2(tmp_path / "bag", items, StoragePlugin.SQLITE3)
+    with sqlite3.connect(tmp_path / "bag/bag.db3") as database:
+        query = "DELETE FROM messages WHERE topic_id = (SELECT id FROM topics WHERE name = ?)"
+        database.execute(query, (topic,))
+    with pytest.raises(UserError, match=f"{topic} has no message"):
+        ingest([tmp_path / "bag"], robot(), tmp_path / "data")
+    assert os.listdir(tmp_path) == ["bag"]
 
 
 def test_a_bag_file_does_not_hide_the_bags_beside_it(tmp_path):
