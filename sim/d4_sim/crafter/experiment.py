@@ -7,6 +7,7 @@ they were; whatever is there at the end is on one page (`d4_sim.crafter.page`).
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,8 @@ SCRATCH_STEPS = 4000
 # seconds on one core at the default size
 _TYPICAL_S = {"tokenizer": 1500.0, "dynamics": 3000.0, "agent": 2500.0, "imagination": 700.0}
 _BASELINES_S = 1500.0
+_BYTES_PER_EPISODE = 4_700_000  # 215 frames in bags, dataset and frame cache
+_BYTES_OF_RUN = 500_000_000  # checkpoints, latents, films
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +129,7 @@ def experiment(args: Args) -> int:
     jobs = threads.free_cores() if args.jobs == "auto" else args.jobs
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{args.world}.yaml").write_text(contract_text(args.world), encoding="utf-8")
+    _require_space(args)
     own_keys = keys(plan(replace(args, out=Path("out")), 1))
     try:
         return Runner(args.out, plan(args, jobs), own_keys, jobs, args.only).run()
@@ -152,3 +156,15 @@ def _check(args: Args) -> None:
     if args.jobs != "auto" and args.jobs < 1:
         raise UserError(f"--jobs {args.jobs} must be at least 1, or auto")
     make_world(args.world)
+
+
+def _require_space(args: Args) -> None:
+    """Say that the disk is too small before the work; what is there already counts as free."""
+    there = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file())
+    needed = args.episodes * _BYTES_PER_EPISODE + args.seeds * _BYTES_OF_RUN - there
+    free = shutil.disk_usage(args.out).free
+    if free < needed:
+        raise UserError(
+            f"about {needed / 1e9:.1f} GB are needed in {args.out} and {free / 1e9:.1f} GB are free: "
+            "free some space, record fewer --episodes or choose another --out"
+        )
