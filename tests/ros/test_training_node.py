@@ -200,8 +200,7 @@ def test_a_bad_dataset_is_one_sentence(node, client, tmp_path):
     answer = wait_for(handle.get_result_async())
     assert answer.status == GoalStatus.STATUS_ABORTED
     assert answer.result.message == (
-        f"{tmp_path}/none is not a d4 dataset: {tmp_path}/none/meta/info.json is missing; "
-        "make one with d4-ingest"
+        f"{tmp_path}/none is not a d4 dataset: meta/info.json is missing; make one with d4-ingest"
     )
     assert answer.result.checkpoint == ""
     client.until(lambda: client.diagnostics and client.diagnostics[-1].level == b"\x02")
