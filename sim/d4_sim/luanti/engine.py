@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,18 @@ from d4_sim.luanti import names
 from d4_sim.luanti.channel import Channel, Order, State
 from d4_sim.luanti.hands import Deed, Hands, Press
 from d4_sim.luanti.house import House, Look
+from d4_sim.luanti.mouse import Mouse
 from d4_sim.luanti.screen import Screen
 from d4_sim.minecraft.game import PERIOD_S, Engine, GameTrouble, Rung, View
+from d4_sim.minecraft.tasks import LADDER, MILESTONES
 
 START_S = 150.0  # from the game's start until the player is in it
 _HEARS_S = 20.0  # until a key that is pressed is heard
 _STILL_S, _STILL_AT_MOST_S = 0.4, 8.0  # a picture that does not change any more is complete
-_CLOSES_S = 5.0  # to close a window
+_CLOSES, _CLOSES_S = 3, 8.0  # keys, and for each, to close a window
 _SNEAK = 64  # its bit in `State.keys`
 _POLL_S = 0.05
+_MOUSE_S = 0.004
 _REACH = (3.5, 9.0)  # nodes from the player to the trunk
 _PLACES = 64  # that are tried for one with dry ground
 _WILD = 4000  # nodes from the middle of the world
@@ -66,6 +70,10 @@ class Clock:
         missed = int(late / PERIOD_S)
         self._tick += missed
         return late, missed
+
+    def left(self) -> float:
+        """Seconds until the next tick."""
+        return self.due + PERIOD_S - self._now()
 
     def since_tick(self) -> float:
         """Seconds since the tick that was waited for last was to begin."""
@@ -119,14 +127,17 @@ class Luanti:
         self._screen: Screen | None = None
         self._house: House | None = None
         self._clock, self._hands = Clock(), Hands()
+        self._mouse: Mouse | None = None
         self._ordered = self._gui = False
         self._folder = Path(tempfile.mkdtemp(prefix="d4-luanti-"))
         try:
             self._screen = Screen(self._folder, number)
+            self._mouse = Mouse(self._screen)
             self._house = House(self._folder, self._screen.number, look, self._wild)
             self._channel = Channel(self._house.world)
             self._until(lambda state: state.joined, START_S, "does not start")
             self._until(lambda state: self._screen_.focus(), START_S, "shows no window")
+            self._until(lambda state: self._is_playing(), START_S, "does not get beyond loading")
         except BaseException:
             self.close()
             raise
@@ -137,6 +148,7 @@ class Luanti:
         """An episode: another place, or another tree, and nothing in the inventory."""
         with self._explained():
             self._do(self._hands.release())
+            self._mouse_.clear()
             self._close_windows()
             what = wild(seed) if self._wild else arena(seed)
             number = self._channel.order("wild" if self._wild else "arena", **what)
@@ -156,6 +168,7 @@ class Luanti:
         with self._explained():
             self._do(self._hands.act(action))
             acted = self._clock.since_tick()
+            self._turn()
             late, missed = self._clock.wait()
             return self._view(late, acted, missed)
 
@@ -201,14 +214,27 @@ class Luanti:
 
     # ---- acting ----
 
+    @property
+    def _mouse_(self) -> Mouse:
+        assert self._mouse is not None
+        return self._mouse
+
+    def _turn(self) -> None:
+        """Move the mouse in what is left of the tick, where the game has not taken the last movement yet."""
+        while self._mouse_.waits and self._clock.left() > 2 * _MOUSE_S:
+            time.sleep(_MOUSE_S)
+            self._mouse_.deliver(self._gui)
+            self._screen_.sync()
+
     def _do(self, deeds: list[Deed]) -> None:
         for deed in deeds:
             if not isinstance(deed, Press):
-                self._screen_.move(deed.right, deed.down)
+                self._mouse_.add(deed.right, deed.down)
             elif deed.key:
                 self._screen_.key(deed.key, deed.down)
             else:
                 self._screen_.button(deed.button, deed.down)
+        self._mouse_.deliver(self._gui)
         if deeds:
             self._screen_.sync()
 
@@ -218,15 +244,18 @@ class Luanti:
             time.sleep(2 * _POLL_S)  # or the game may never see it
 
     def _close_windows(self) -> None:
-        deadline = time.monotonic() + _CLOSES_S
-        while True:
-            self._look()
-            if not self._gui:
+        for _ in range(_CLOSES):
+            if self._is_playing():
                 return
-            if time.monotonic() > deadline:
-                raise GameTrouble("Luanti does not close its window")
             self._tap("Escape")
-            time.sleep(4 * _POLL_S)
+            deadline = time.monotonic() + _CLOSES_S  # a second key would open another window
+            while not self._is_playing() and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+        raise GameTrouble("Luanti does not close its window")
+
+    def _is_playing(self) -> bool:
+        self._look()
+        return not self._gui
 
     def _hear(self) -> None:
         """Wait until the game has heard a key: then it draws, listens, and knows where the player is."""
@@ -293,16 +322,35 @@ def _whole(name: str, value: str | int, least: int, most: int) -> int:
     return number
 
 
+def in_the_wild(**options: Any) -> Luanti:
+    """The game in a generated landscape."""
+    return Luanti(world="wild", **options)
+
+
 ENGINE = Engine(
     name="luanti",
     title="Luanti tree chopping",
     kind="game",
     opens="d4_sim.luanti.engine:Luanti",
     options=OPTIONS,
-    milestones=("log", "planks", "stick", "wooden_pickaxe"),
+    milestones=("log", "planks", "stick", "wooden_pickaxe"),  # what a tree is good for
     ladder=(Rung("mine_log", None),),
     minutes=1.0,
     player="d4_sim.luanti.player:Chopper",
     start_s=240.0,
     step_s=30.0,
+)
+
+# This game crafts without a table.
+_TABLE = ("crafting_table", "place_crafting_table", "craft_crafting_table", "open_crafting_table")
+
+WILD = replace(
+    ENGINE,
+    name="luanti_wild",
+    title="Luanti (Minetest Game)",
+    opens="d4_sim.luanti.engine:in_the_wild",
+    milestones=tuple(name for name in MILESTONES if name not in _TABLE),
+    ladder=tuple(rung for rung in LADDER if rung.task not in _TABLE),
+    minutes=60.0,
+    player="",
 )

@@ -18,8 +18,6 @@ BUTTONS = {"attack": 1, "use": 3}
 NOT_HERE = ("swapHands", "pickItem")
 _HELD = ("forward", "back", "left", "right", "jump", "sneak", "sprint")
 
-# The game reads the pointer once a picture, and cannot see it move beyond its window.
-FASTEST = (300, 170)  # pixels a tick: right, down
 _WINDOW_PIXELS = 0.5  # that the pointer moves for a count: recordings were made in windows twice as large
 _SURE = 2  # views of an open window until ESC is passed on,
 _APART = 4  # and ticks since a key that opens or closes one
@@ -99,11 +97,11 @@ class Hands:
 
     def _move(self, yaw: float, pitch: float) -> Move:
         pixels = []
-        for axis, (angle, most) in enumerate(zip((yaw, pitch), FASTEST, strict=True)):
+        for axis, angle in enumerate((yaw, pitch)):
             exact = angle / DEGREES_PER_COUNT * (_WINDOW_PIXELS if self._gui else 1.0) + self._rest[axis]
             whole = round(exact)
             self._rest[axis] = exact - whole
-            pixels.append(max(-most, min(most, whole)))
+            pixels.append(whole)
         return Move(pixels[0], pixels[1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,9 @@ GAME = "minetest"
 PLAYER = "agent"  # "singleplayer" is refused
 MOD = Path(__file__).with_name("mod")
 ROOM = "d4_room"
+FOV = 70.0  # degrees from top to bottom, as in recordings
+# Degrees that a pixel turns by are the setting times this, which is 1 at 72 degrees.
+SENSITIVITY = DEGREES_PER_COUNT / (math.tan(math.radians(FOV / 2)) * 1.3763819)
 _INSTALL = "apt-get install --no-install-recommends minetest xvfb"
 _ASK_S = 30.0
 _WILD_SEED = 7  # a world with woods and little water in its middle
@@ -72,10 +76,10 @@ def settings(look: Look, wild: bool) -> str:
     values = {
         "screen_w": width, "screen_h": height, "fullscreen": "false", "autosave_screensize": "false",
         "video_driver": "opengl", "vsync": "false", "fps_max": look.fps, "fps_max_unfocused": look.fps,
-        "pause_on_lost_focus": "false", "viewing_range": look.view_range, "fov": 70,
+        "pause_on_lost_focus": "false", "viewing_range": look.view_range, "fov": FOV,
         "enable_shaders": "false", "enable_clouds": "false", "enable_minimap": "false",
         "hud_scaling": 0.7, "gui_scaling": 0.7, "font_size": 12, "language": "en",
-        "enable_sound": "false", "enable_joysticks": "false", "mouse_sensitivity": DEGREES_PER_COUNT,
+        "enable_sound": "false", "enable_joysticks": "false", "mouse_sensitivity": f"{SENSITIVITY:.6f}",
         "invert_mouse": "false", "keymap_forward": "KEY_KEY_W", "keymap_backward": "KEY_KEY_S",
         "keymap_left": "KEY_KEY_A", "keymap_right": "KEY_KEY_D", "keymap_jump": "KEY_SPACE",
         "keymap_sneak": "KEY_LSHIFT", "keymap_aux1": "KEY_LCONTROL", "keymap_inventory": "KEY_KEY_E",

@@ -15,7 +15,7 @@ _EYE = 1.47  # above the feet
 _LONGEST = 1800  # ticks until it gives up
 _STILL = 4  # ticks without a turn after which what the game tells is what is seen
 _AIMED = (3.0, 3.5)  # degrees: yaw, pitch
-_NEAR, _FAR = 1.15, 3.0  # nodes between which a log is hit
+_NEAR, _FAR = 0.8, 2.9  # nodes: too close, and as far as it hits
 _HITS = 130  # ticks of hitting one log after which something is wrong
 _STUCK = 12  # ticks of walking without getting anywhere
 
@@ -41,7 +41,7 @@ class Chopper:
         self._facing: np.ndarray | None = None  # yaw, pitch
         self._target: tuple[float, ...] | None = None
         self._off = np.zeros(2)  # degrees beside the middle of a log
-        self._place, self._moved = np.zeros(2), 0
+        self._place, self._moved, self._arrived = np.zeros(2), 0, False
 
     def act(self, view: View) -> dict[str, Any] | None:
         """The action for what is seen; None when there is nothing left to do, or no hope."""
@@ -117,7 +117,7 @@ class Chopper:
         self._turn(action, error)
         is_aimed = bool((np.abs(error) < _AIMED).all())
         self._walk(action, far, abs(float(error[0])))
-        if is_aimed and _NEAR * 0.7 < far < _FAR:
+        if is_aimed and far < _FAR:
             self._hits += 1
             action[COLUMN["attack"]] = self._hits % _HITS > 3  # let go now and then, if it does not yield
             if self._hits % _HITS == 0:
@@ -126,8 +126,12 @@ class Chopper:
             self._hits = 0
 
     def _walk(self, action: np.ndarray, far: float, aside: float) -> None:
-        """Towards the trunk, or back from it; a step aside where there is no getting on."""
-        if far > self._stand and aside < 30:
+        """Towards the trunk, or back from it; a step aside where there is no getting on.
+
+        Who has arrived stays: what is told is old, and walking to and fro after it would never end.
+        """
+        self._arrived = far < (_FAR if self._arrived else self._stand)
+        if not self._arrived and aside < 30:
             action[COLUMN["forward"]] = 1
             action[COLUMN["sprint"]] = self._sprints and far > 3.5
             if self._tick - self._moved > _STUCK:

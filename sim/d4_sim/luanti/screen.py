@@ -231,6 +231,11 @@ class Screen:
         """Move the mouse, in pixels."""
         self._lib.ext.xtest.fake_input(self._display, self._lib.X.MotionNotify, True, x=right, y=down)
 
+    def is_centred(self) -> bool:
+        """Whether the pointer is in the middle."""
+        found = self._root.query_pointer()
+        return (found.root_y, found.root_x) == (VIEW[0] // 2, VIEW[1] // 2)
+
     def _fake(self, kind: int, detail: int) -> None:
         self._lib.ext.xtest.fake_input(self._display, kind, detail)
 

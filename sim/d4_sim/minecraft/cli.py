@@ -19,7 +19,7 @@ from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
 from d4_sim.minecraft.game import Engine, Rung, engine
 
-EngineName = Literal["minerl", "luanti", "crafter", "crafter_peaceful"]
+EngineName = Literal["minerl", "luanti", "luanti_wild", "crafter", "crafter_peaceful"]
 CONTRACT = Path("docs/examples/minecraft.yaml")
 
 
@@ -167,7 +167,7 @@ class Record:
 
     out: Path
     """Folder for the recordings; more are added to what is there."""
-    engine: Literal["minerl", "luanti"] = "minerl"
+    engine: Literal["minerl", "luanti", "luanti_wild"] = "minerl"
     """The game."""
     player: str = "person"
     """person (a window), scripted (the engine's own), module:function, or a recording to play again."""

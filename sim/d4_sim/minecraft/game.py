@@ -30,6 +30,7 @@ VIEW = (360, 640)  # height, width of a picture
 _ENGINES = {
     "minerl": "d4_sim.minecraft.minerl:ENGINE",
     "luanti": "d4_sim.luanti.engine:ENGINE",
+    "luanti_wild": "d4_sim.luanti.engine:WILD",
     "crafter": "d4_sim.minecraft.worlds:CRAFTER",
     "crafter_peaceful": "d4_sim.minecraft.worlds:CRAFTER_PEACEFUL",
 }

@@ -207,12 +207,17 @@ local function build_arena(player)
 	equip(player, {x = 0, y = GROUND + 0.5, z = 0}, order.yaw, order.pitch)
 end
 
--- The first of the places with dry ground under the open sky.
+local function has_trees(pos)
+	local low, high = vector.offset(pos, -32, -16, -32), vector.offset(pos, 32, 16, 32)
+	return #core.find_nodes_in_area(low, high, {"group:tree"}) > 0
+end
+
+-- The first of the places with dry ground under the open sky and a tree in sight.
 local function settle_wild(player)
 	place = place + 1
 	local at = order.places[place]
 	if not at then
-		return fail("none of the places is on land")
+		return fail("none of " .. #order.places .. " places is on land with trees")
 	end
 	local level = core.get_spawn_level(at[1], at[2])
 	if not level then
@@ -221,11 +226,14 @@ local function settle_wild(player)
 	local low, high = {x = at[1] - 48, y = level - 24, z = at[2] - 48}, {x = at[1] + 48, y = level + 40, z = at[2] + 48}
 	emerge(low, high, function()
 		for y = level + 16, level - 16, -1 do
-			local node = core.registered_nodes[core.get_node({x = at[1], y = y, z = at[2]}).name]
-			if node and node.walkable then
-				equip(player, {x = at[1], y = y + 0.5, z = at[2]}, order.yaw, order.pitch)
-				return
-			elseif not node or node.liquidtype ~= "none" then
+			local pos = {x = at[1], y = y, z = at[2]}
+			local node = core.registered_nodes[core.get_node(pos).name]
+			if not node or node.liquidtype ~= "none" or node.groups.leaves or node.groups.tree then
+				break
+			elseif node.walkable then
+				if has_trees(pos) then
+					return equip(player, vector.offset(pos, 0, 0.5, 0), order.yaw, order.pitch)
+				end
 				break
 			end
 		end
