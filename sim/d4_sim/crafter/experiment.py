@@ -34,15 +34,15 @@ TASKS = (
 SIZES = (
     "num_latents=16",
     "num_tokens=16",
-    "tokenizer_training.steps=6000",
-    "dynamics_training.steps=12000",
+    "tokenizer_training.steps=10000",
+    "dynamics_training.steps=20000",
     "agent_training.steps=5000",
     "imagination_training.steps=3200",
 )
 SCRATCH_STEPS = 4000
 # seconds on one core at the default size
-_TYPICAL_S = {"tokenizer": 1500.0, "dynamics": 3000.0, "agent": 2500.0, "imagination": 700.0}
-_BASELINES_S = 1500.0
+_TYPICAL_S = {"tokenizer": 2300.0, "dynamics": 4500.0, "agent": 1700.0, "imagination": 650.0}
+_BASELINES_S = 900.0
 _BYTES_PER_EPISODE = 4_700_000  # 215 frames in bags, dataset and frame cache
 _BYTES_OF_RUN = 500_000_000  # checkpoints, latents, films
 
@@ -101,7 +101,7 @@ class Plan(Chains):
                 f"{name}/{phase}", [latest], seconds * args.scale, work,
                 makes=makes, recipe=self.recipe(phase),
             )  # fmt: skip
-        typical_s = _BASELINES_S * args.scale + 0.02 * args.eval_episodes * HORIZON
+        typical_s = _BASELINES_S * args.scale + 0.008 * args.eval_episodes * HORIZON
         tasks = self.drive(run, dataset, *TRAINED, world=args.world, scratch_steps=SCRATCH_STEPS)
         latest = self.add(f"{name}/tasks", [latest], typical_s, tasks)
         policies = (*TRAINED, *(GIVEN if not seed else ()))
@@ -109,7 +109,7 @@ class Plan(Chains):
             "crafter", run, dataset=dataset, policies=policies, world=args.world,
             episodes=args.eval_episodes, scale=args.scale, scratch_steps=SCRATCH_STEPS,
         )  # fmt: skip
-        self.add(f"{name}/milestones", [latest], 0.02 * args.eval_episodes * HORIZON, drive)
+        self.add(f"{name}/milestones", [latest], 0.008 * args.eval_episodes * HORIZON, drive)
 
 
 def plan(args: Args, jobs: int) -> list[Stage]:
