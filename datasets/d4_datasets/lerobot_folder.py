@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import av
@@ -26,8 +27,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from d4_datasets.errors import UserError
-from d4_datasets.packed import check_parquet, read_json
+from d4_datasets.packed import read_json
 from d4_datasets.stills import decode_still
+from d4_datasets.tables import read_parquet
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 PICTURES = ("video", "image")  # the dtypes of features that hold pictures
@@ -35,6 +37,8 @@ _BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "task_index")
 _LFS = b"version https://git-lfs"
 _PICTURES_AT_ONCE = 16  # encoded pictures of an image feature that are in memory
 _LONGEST_LINE = 1 << 24  # characters
+_MOST_EPISODES = 1 << 20
+_TEMPLATE = re.compile(r"(?:[^{}]|\{\w+(?::0?\d{1,2}d?)?\}){1,300}")
 _WIDEST = 1 << 24  # numbers of a feature in a row
 
 
@@ -79,6 +83,7 @@ class Folder:
         self.videos = tuple(name for name in self.features if self.dtype(name) == "video")
         self.episodes = self._listed()
         self._table: tuple[Path, tuple[str, ...], dict[str, np.ndarray]] | None = None
+        self._held: tuple[Path, list[set[int]]] | None = None  # by row group its episodes
 
     def dtype(self, feature: str) -> str:
         """The dtype of a feature, "" if it states none."""
@@ -135,31 +140,24 @@ class Folder:
         for path in files:
             with open_table(path) as file:
                 names = [n for n in file.schema_arrow.names if not n.startswith("stats/") and n != "tasks"]
-                rows += file.read(columns=names).to_pylist()
+                rows += read_parquet(file, names, _MOST_EPISODES).to_pylist()
         return rows
 
     def _listed_v3(self, row: dict[str, Any]) -> Listed:
-        data = self.root / self._data_path.format(
-            chunk_index=row["data/chunk_index"], file_index=row["data/file_index"]
-        )
+        place = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
+        data = self._file(self._data_path, **place)
         videos = {}
         for key in self.videos:
-            name = str(self._video_path).format(
-                video_key=key,
-                chunk_index=row[f"videos/{key}/chunk_index"],
-                file_index=row[f"videos/{key}/file_index"],
-            )
-            videos[key] = (self.root / name, float(row[f"videos/{key}/from_timestamp"]))
+            place = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
+            path = self._file(self._video_path, video_key=key, **place)
+            videos[key] = (path, float(row[f"videos/{key}/from_timestamp"]))
         return Listed(int(row["episode_index"]), int(row["length"]), data, videos)
 
     def _listed_v2(self, row: dict[str, Any]) -> Listed:
         number = int(row["episode_index"])
         place = {"episode_chunk": number // int(self.info.get("chunks_size", 1000)), "episode_index": number}
-        data = self.root / self._data_path.format(**place)
-        videos = {
-            key: (self.root / str(self._video_path).format(video_key=key, **place), 0.0)
-            for key in self.videos
-        }
+        data = self._file(self._data_path, **place)
+        videos = {key: (self._file(self._video_path, video_key=key, **place), 0.0) for key in self.videos}
         return Listed(number, int(row["length"]), data, videos)
 
     def tasks(self) -> dict[int, str]:
@@ -168,7 +166,7 @@ class Folder:
         try:
             if path.is_file():
                 with open_table(path) as file:
-                    table = file.read()
+                    table = read_parquet(file, rows=_MOST_EPISODES)
                 strings = next(name for name in table.column_names if _is_text(table.schema.field(name).type))
                 pairs = zip(table["task_index"].to_pylist(), table[strings].to_pylist(), strict=True)
                 return {int(index): str(task) for index, task in pairs}
@@ -220,7 +218,7 @@ class Folder:
             missing = [name for name in wanted if name not in file.schema_arrow.names]
             if missing:
                 raise UserError(f"{path} has no column {missing[0]!r}; copy the dataset again")
-            table = file.read(columns=wanted)
+            table = read_parquet(file, wanted)
         return {name: _matrix(table[name], name, path) for name in table.column_names}
 
     # -- pictures --
@@ -243,13 +241,38 @@ class Folder:
         self, episode: Listed, feature: str, rows: dict[int, int]
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Pictures out of an image column: encoded in the cell, or in a file that the cell names."""
+        columns = ["episode_index", "frame_index", feature]
         with open_table(episode.data) as file:
-            for batch in _batches(file, episode.number, ["episode_index", "frame_index", feature]):
+            groups = self._groups(episode, file)
+            for batch in file.iter_batches(_PICTURES_AT_ONCE, row_groups=groups, columns=columns):
                 numbers, episodes = batch["frame_index"].to_numpy(), batch["episode_index"].to_numpy()
                 for place, number in enumerate(numbers.tolist()):
                     if episodes[place] == episode.number and number in rows:
                         where = f"{episode.data}: {feature} of frame {number}"
                         yield rows[number], _still(batch[feature][place].as_py(), self.root, where)
+
+    def _groups(self, episode: Listed, file: pq.ParquetFile) -> list[int]:
+        """The row groups of a file that hold rows of an episode. The file's own statistics are not asked for,
+        see `read_parquet`.
+        """
+        if self._held is None or self._held[0] != episode.data:
+            held = []
+            for group in range(file.num_row_groups):
+                rows = file.iter_batches(1 << 16, row_groups=[group], columns=["episode_index"])
+                parts = [np.unique(batch["episode_index"].to_numpy(zero_copy_only=False)) for batch in rows]
+                held.append(set(np.concatenate([np.zeros(0, np.int64), *parts]).tolist()))
+            self._held = (episode.data, held)
+        return [group for group, numbers in enumerate(self._held[1]) if episode.number in numbers]
+
+    def _file(self, template: object, **values: Any) -> Path:
+        """The file of the dataset that a template of info.json means; raises ValueError if that is none."""
+        text = str(template)
+        if not _TEMPLATE.fullmatch(text):
+            raise ValueError(f"{text[:80]!r} is no path")
+        path = PurePosixPath(text.format(**values))
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{str(path)[:80]} is not in the dataset")
+        return self.root / path
 
 
 # ---- files ----
@@ -261,7 +284,6 @@ def open_table(path: Path) -> Iterator[pq.ParquetFile]:
     _require(path)
     try:
         with pq.ParquetFile(path) as file:
-            check_parquet(file)
             yield file
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise UserError(f"{path} is damaged ({_first_line(error)}); copy the dataset again") from None
@@ -299,25 +321,6 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
             if line.strip():
                 rows.append(json.loads(line))
     return rows
-
-
-def _batches(file: pq.ParquetFile, episode: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of those row groups that can hold rows of an episode, a few at a time."""
-    place = file.schema_arrow.names.index("episode_index")
-    groups = []
-    for group in range(file.num_row_groups):
-        # Columns before this one may be nested, so that its number among the leaves is not its place.
-        about = file.metadata.row_group(group)
-        leaf = next(
-            about.column(leaf)
-            for leaf in range(place, about.num_columns)
-            if about.column(leaf).path_in_schema == "episode_index"
-        )
-        bounds = leaf.statistics
-        if bounds is None or not bounds.has_min_max or bounds.min <= episode <= bounds.max:
-            groups.append(group)
-    if groups:
-        yield from file.iter_batches(_PICTURES_AT_ONCE, row_groups=groups, columns=columns)
 
 
 # ---- values ----
@@ -388,6 +391,8 @@ def _still(cell: Any, root: Path, where: str) -> np.ndarray:
     data = cell.get("bytes") if isinstance(cell, dict) else None
     if data is None and isinstance(cell, dict) and cell.get("path"):
         path = root / str(cell["path"])
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise UserError(f"{where} is {cell['path']!r}, which is not in the dataset")
         _require(path)
         data = path.read_bytes()
     if not isinstance(data, bytes):

@@ -9,13 +9,10 @@ import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lz4.frame
 import zstandard
-
-if TYPE_CHECKING:
-    import pyarrow.parquet as pq
 
 LARGEST = 1 << 29  # bytes of one piece: a chunk, or a message that is compressed by itself
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -24,7 +21,6 @@ _SIP = 1 << 12  # of zstd data, which may become 20 000 times larger
 _FREELY = 1 << 26  # bytes of a file that any file may become
 _MOST_TIMES = 1000  # larger than it was: no recording of sensors
 _LONGEST_TEXT = 1 << 26  # of a file with metadata
-_MOST_VALUES = 1 << 27  # of a column of one Parquet file
 
 
 class Damaged(Exception):
@@ -132,16 +128,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-
-
-def check_parquet(file: pq.ParquetFile) -> None:
-    """Raise ValueError if a column says that it holds more values than memory is made for: a few kilobytes
-    can hold billions that are all alike.
-    """
-    about = file.metadata
-    counts = [0] * about.num_columns
-    for group in range(about.num_row_groups):
-        for column in range(about.num_columns):
-            counts[column] += max(0, about.row_group(group).column(column).num_values)
-    if max(counts, default=0) > _MOST_VALUES:
-        raise ValueError(f"one of its columns has {max(counts)} values, which is too many")

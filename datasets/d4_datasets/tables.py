@@ -24,11 +24,12 @@ import pyarrow.parquet as pq
 
 from d4_datasets import fields
 from d4_datasets.errors import UserError
-from d4_datasets.packed import check_parquet
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 _LONGEST_LINE = 1 << 20
 _BATCH = 4096
+_MOST_ROWS = 1 << 24  # of one Parquet file
+_MOST_BYTES = 1 << 30  # of its columns in memory
 _YES, _NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")
 _ABSENT = object()  # a cell that is not there, which null is
 _LATEST = Decimal(1 << 62)  # ns, 146 years
@@ -293,13 +294,14 @@ class _Parquet(_Source):
 
     def rows(self, asked: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
         with pq.ParquetFile(self.path) as file:
-            check_parquet(file)
             self.columns = set(file.schema_arrow.names)
             self.names = self.columns & set(asked)
             columns = sorted({column for name in asked if (column := self._column(name))})
             number = 0
             for batch in file.iter_batches(_BATCH, columns=columns):
                 held = {name: _cells(batch.column(name)) for name in columns}
+                if number + batch.num_rows > _MOST_ROWS:
+                    raise ValueError(f"it has more than {_MOST_ROWS} rows, which is too many")
                 for place in range(batch.num_rows):
                     number += 1
                     row = {name: values[place] for name, values in held.items()}
@@ -311,6 +313,27 @@ class _Parquet(_Source):
             return name
         outer = name.partition("[")[0].partition(".")[0]
         return outer if outer in self.columns else None
+
+
+def read_parquet(
+    file: pq.ParquetFile, columns: Sequence[str] | None = None, rows: int = _MOST_ROWS
+) -> pa.Table:
+    """Columns of a Parquet file (None: all). What they weigh is counted on the way: a few kilobytes can hold
+    billions of values that are all alike.
+
+    Raises:
+        ValueError: more than so many rows, or than memory is made for.
+    """
+    schema = file.schema_arrow
+    wanted = [field for field in schema if columns is None or field.name in columns]
+    batches, count, size = [], 0, 0
+    # What a file says of its columns is not asked for: pyarrow ends the process where that is damaged.
+    for batch in file.iter_batches(_BATCH, columns=columns):
+        count, size = count + batch.num_rows, size + batch.nbytes
+        if count > rows or size > _MOST_BYTES:
+            raise ValueError(f"it has more than {count} rows, of {size >> 20} MiB, which is too many")
+        batches.append(batch)
+    return pa.Table.from_batches(batches, None if batches else pa.schema(wanted))
 
 
 def _cells(column: pa.Array) -> list[Any]:

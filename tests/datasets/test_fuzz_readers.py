@@ -9,12 +9,15 @@ import struct
 import sys
 from itertools import pairwise
 
+import cv2
 import footage_files as footage
 import fuzz_readers
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ros1_files
+from foreign_lerobot import TOP
 from fuzz_readers import DATASET, FINDING, SENTENCE, Outcome
 from test_ingest import ARRAY, T0, TICK, drive, robot, take
 from test_lerobot_source import arm
@@ -236,3 +239,56 @@ def test_a_reward_of_a_table_beyond_single_precision_is_named(tmp_path):
     contract = footage.contract(reward={"topic": "/reward", "type": ARRAY})
     with pytest.raises(UserError, match="a reward is NaN or too large"):
         ingest.ingest([tmp_path / "a.mp4"], contract, tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["lerobot2", "lerobot3"])
+def test_what_a_parquet_file_says_of_its_columns_is_not_asked_for(tmp_path, samples, name, monkeypatch):
+    """Where that was damaged pyarrow ended the process: `Definition level histogram size mismatch`."""
+
+    class Metadata:
+        def __getattr__(self, what):
+            if what != "num_row_groups":  # pyarrow itself asks for this one
+                raise AssertionError(f"{what} was asked for")
+            return 1
+
+    root = tmp_path / "in"
+    sample = next(sample for sample in samples if sample.name == name)
+    shutil.copytree(sample.root, root)
+    monkeypatch.setattr(pq.ParquetFile, "metadata", Metadata())
+    assert ingest.ingest([root], sample.contract(root), tmp_path / "data").frames == 24
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("/etc/{chunk_index}", "is not in the dataset"),
+        ("../{chunk_index:03d}", "is not in the dataset"),
+        ("{chunk_index:0999999999d}", "is no path"),
+        ("{chunk_index.__class__}", "is no path"),
+        ("x" * 5000, "is no path"),
+        ("{", "is no path"),
+    ],
+)
+def test_templates_of_paths_lead_nowhere_else(tmp_path, samples, template, message):
+    root = tmp_path / "in"
+    shutil.copytree(next(sample.root for sample in samples if sample.name == "lerobot3"), root)
+    info = json.loads((root / "meta/info.json").read_text())
+    info["data_path"] = template
+    (root / "meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=message) as caught:
+        ingest.ingest([root], arm(), tmp_path / "data")
+    assert len(str(caught.value)) < 500
+
+
+def test_pictures_that_a_cell_names_lie_in_the_dataset(tmp_path, samples):
+    cv2.imwrite(str(tmp_path / "secret.png"), np.zeros((8, 12, 3), np.uint8))
+    root = tmp_path / "in"
+    shutil.copytree(next(sample.root for sample in samples if sample.name == "lerobot2"), root)
+    for name in ("../secret.png", str(tmp_path / "secret.png")):
+        path = next((root / "data").rglob("*.parquet"))
+        table = pq.read_table(path)
+        place = table.schema.get_field_index(TOP)
+        cells = pa.array([{"bytes": None, "path": name}] * table.num_rows, table.schema.field(TOP).type)
+        pq.write_table(table.set_column(place, TOP, cells), path)
+        with pytest.raises(UserError, match="which is not in the dataset"):
+            ingest.ingest([root], arm(), tmp_path / "data")
