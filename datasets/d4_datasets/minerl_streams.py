@@ -7,6 +7,8 @@ with the signs of the environments, unlike the files that streams were made from
 
 from __future__ import annotations
 
+import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +30,12 @@ _VIDEO, _ARRAYS, _META = "recording.mp4", "rendered.npz", "metadata.json"
 _OFFERS = (
     minecraft.POV, minecraft.POV_LINEAR, minecraft.KEYS_TOPIC, minecraft.CAMERA_TOPIC,
     minecraft.ABSTRACT_TOPIC, minecraft.TASK, minecraft.EVENT, minecraft.REWARD,
+)  # fmt: skip
+# What zipfile, the decompressors and NumPy raise for damaged bytes; a version that zipfile does not know, or a
+# password, is a RuntimeError.
+_DAMAGE = (
+    OSError, ValueError, EOFError, MemoryError, RuntimeError, struct.error, lzma.LZMAError, zlib.error,
+    zipfile.BadZipFile,
 )  # fmt: skip
 _LARGEST_ARRAY = 2**28  # bytes; an hour at 20 Hz is far below
 _INVENTORY = "observation$inventory$"
@@ -56,8 +64,10 @@ class _Arrays(Mapping[str, np.ndarray]):
 
     def _opened(self) -> Any:
         try:
+            if not zipfile.is_zipfile(self.path):  # NumPy would take a single array, and all of it
+                raise ValueError("it is no .npz file")
             return np.load(self.path, allow_pickle=False)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except _DAMAGE as error:
             raise self.error("the file", error) from None
 
     def error(self, what: str, reason: object) -> UserError:
@@ -72,7 +82,7 @@ class _Arrays(Mapping[str, np.ndarray]):
         with self._opened() as file:
             try:
                 return file[name]
-            except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+            except _DAMAGE as error:
                 raise self.error(name, error) from None
 
     def numbers(self, name: str, shape: tuple[int, ...]) -> np.ndarray:

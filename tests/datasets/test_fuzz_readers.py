@@ -12,6 +12,7 @@ from itertools import pairwise
 import cv2
 import footage_files as footage
 import fuzz_readers
+import minecraft_files as minecraft
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -181,6 +182,27 @@ def test_the_shape_of_a_feature_is_not_believed(tmp_path, samples, shape):
     (root / "meta/info.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match=r"info\.json is damaged: the shape of next\.done is"):
         ingest.ingest([root], arm(), tmp_path / "data")
+
+
+@pytest.mark.parametrize("damage", ["version", "password", "method", "array"])
+def test_an_archive_that_zipfile_does_not_take_is_named(tmp_path, damage):
+    """NotImplementedError: zip file version 17.3."""
+    path = minecraft.write_stream(tmp_path / "in/a", 9, before=2) / "rendered.npz"
+    data = bytearray(path.read_bytes())
+    for at in [at for at in range(len(data)) if data[at : at + 4] in (b"PK\x01\x02", b"PK\x03\x04")]:
+        is_central = data[at + 2] == 1
+        if damage == "version":
+            data[at + (6 if is_central else 4)] = 173
+        elif damage == "password":
+            data[at + (8 if is_central else 6)] |= 1
+        elif damage == "method":
+            data[at + (10 if is_central else 8)] = 99
+    if damage == "array":
+        np.save(path.with_suffix(".npy"), np.zeros(5))
+        data = path.with_suffix(".npy").read_bytes()
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"rendered\.npz: .* cannot be read"):
+        ingest.ingest([tmp_path / "in"], minecraft.contract("minerl"), tmp_path / "data")
 
 
 LAUGHS = "a: &a [1, 1, 1]\n" + "".join(
