@@ -31,8 +31,8 @@ _OFFERS = (
     minecraft.POV, minecraft.POV_LINEAR, minecraft.KEYS_TOPIC, minecraft.CAMERA_TOPIC,
     minecraft.ABSTRACT_TOPIC, minecraft.TASK, minecraft.EVENT, minecraft.REWARD,
 )  # fmt: skip
-# What zipfile, the decompressors and NumPy raise for damaged bytes; a version that zipfile does not know, or a
-# password, is a RuntimeError.
+# What zipfile, the decompressors and NumPy raise for damaged bytes; for a version that zipfile does not know,
+# or a password, a RuntimeError.
 _DAMAGE = (
     OSError, ValueError, EOFError, MemoryError, RuntimeError, struct.error, lzma.LZMAError, zlib.error,
     zipfile.BadZipFile,
