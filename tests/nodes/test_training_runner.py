@@ -109,7 +109,7 @@ def test_what_d4_train_says_is_the_message(tmp_path: Path) -> None:
     assert seen == []
     assert not training.outcome.success
     assert training.outcome.message == (
-        f"{missing} is not a d4 dataset: {missing}/meta/info.json is missing; make one with d4-ingest"
+        f"{missing} is not a d4 dataset: meta/info.json is missing; make one with d4-ingest"
     )
     assert training.outcome.checkpoint == ""
 
