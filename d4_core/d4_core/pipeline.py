@@ -292,8 +292,7 @@ class Pipeline:
     def close(self) -> None:
         """Leave the process group, together: a rank that leaves early breaks the others' connections."""
         distributed.barrier()
-        if self.logs.pieces is not None:
-            self.logs.pieces.close()
+        self.logs.close()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

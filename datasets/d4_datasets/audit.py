@@ -80,6 +80,7 @@ def audit(where: Place | Sequence[Place], cache: Path | None = None, limit: int 
     scan.run()
     _fill(result, windows, scan)
     result.verdicts.extend(_verdicts(result, windows, scan))
+    windows.close()
     return result
 
 

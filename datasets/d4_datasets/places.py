@@ -69,7 +69,7 @@ def about(place: str) -> dict[str, Any]:
     if is_url(place):
         from d4_datasets.remote import Remote
 
-        text: str | bytes = Remote(place).head("meta/d4.json")
+        text: str | bytes = Remote(place).read("meta/d4.json")
     else:
         try:
             text = (Path(place) / "meta" / "d4.json").read_text()

@@ -27,11 +27,11 @@ def text(url: str, most: int) -> str:
     Raises:
         UserError: it cannot be read, or has more than `most` bytes.
     """
-    data = Remote(url).head("", most + 1)
-    if len(data) > most:
+    remote = Remote(url)
+    if remote.size("") > most:
         raise UserError(f"{url} is no list of datasets: it has more than {most >> 20} MiB")
     try:
-        return data.decode()
+        return remote.read("").decode()
     except UnicodeDecodeError:
         raise UserError(f"cannot read {url} as a list of datasets: it is not UTF-8 text") from None
 
@@ -82,6 +82,8 @@ class Remote:
     def _missing(self, name: str) -> UserError:
         if not name:
             return UserError(f"{self.url} is not there")
+        if name.startswith("meta/"):
+            return UserError(f"{self.url} is not a d4 dataset: {name} is missing")
         return UserError(f"{self.url}/{name} is missing; copy the dataset again")
 
     # -- files --
@@ -95,13 +97,12 @@ class Remote:
         try:
             return str(self._try(name, lambda: self._fs.checksum(self._path(name))))
         except FileNotFoundError:
-            what = "a d4 dataset" if name.startswith("meta/") else "whole"
-            raise UserError(f"{self.url} is not {what}: {name} is missing") from None
+            raise self._missing(name) from None
 
-    def head(self, name: str, most: int | None = None) -> bytes:
-        """The first bytes of a file, or all."""
+    def read(self, name: str) -> bytes:
+        """The bytes of a file."""
         try:
-            return self._try(name, lambda: self._fs.cat_file(self._path(name), 0, most))
+            return self._try(name, lambda: self._fs.cat_file(self._path(name)))
         except FileNotFoundError:
             raise self._missing(name) from None
 

@@ -420,7 +420,8 @@ class _Unpacker:
         target = Path(name).name
         held = self.cache.hold(key, remote.size(name), lambda aside: remote.fetch(name, aside / target))
         try:
-            decode_rows(held / target, member["fps"], rows, frames, filled, tick)
+            shown = f"{member['place']}/{name}"
+            decode_rows(held / target, member["fps"], rows, frames, filled, tick, shown)
         except UserError:
             self.cache.drop(key)  # it may have been damaged on the way
             raise

@@ -195,20 +195,28 @@ def rows_of_video(first: np.ndarray, start: np.ndarray, length: np.ndarray) -> n
 
 
 def decode_rows(
-    path: Path, fps: float, rows: np.ndarray, frames: np.ndarray, filled: np.ndarray, tick: Tick
+    path: Path,
+    fps: float,
+    rows: np.ndarray,
+    frames: np.ndarray,
+    filled: np.ndarray,
+    tick: Tick,
+    shown: str | None = None,
 ) -> None:
     """Decode the frames of a video that have a row into `frames` [.., H, W, 3] and note them in `filled`.
+
+    `shown` is what people call the file, where that is not its path.
 
     Raises:
         UserError: it cannot be decoded, or its frames are of another size.
     """
     wanted = np.flatnonzero(rows >= 0)
-    for number, image in _decode(path, fps, int(wanted[0])):
+    for number, image in _decode(path, fps, int(wanted[0]), shown):
         row = int(rows[number]) if 0 <= number < len(rows) else -1
         if row >= 0:
             if image.shape != frames.shape[1:]:
                 raise UserError(
-                    f"{path} has frames of {image.shape[1]}x{image.shape[0]}, the contract names "
+                    f"{shown or path} has frames of {image.shape[1]}x{image.shape[0]}, the contract names "
                     f"{frames.shape[2]}x{frames.shape[1]}; write the dataset again with d4-ingest"
                 )
             frames[row], filled[row] = image, True
@@ -217,7 +225,9 @@ def decode_rows(
             return  # what follows belongs to episodes that nobody asked for
 
 
-def _decode(path: Path, fps: float, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+def _decode(
+    path: Path, fps: float, first: int = 0, shown: str | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (frame number by its time stamp, RGB image) of a video file, from frame `first` on or earlier."""
     rate = float(Fraction(fps).limit_denominator(1001))  # video runs at 30000/1001, not at 29.97
     # One reformatter on one thread: setting up a converter per frame takes ten times longer than the
@@ -234,4 +244,4 @@ def _decode(path: Path, fps: float, first: int = 0) -> Iterator[tuple[int, np.nd
                 number = -1 if frame.time is None else round(frame.time * rate)
                 yield number, convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
     except av.FFmpegError as error:
-        raise UserError(f"{path} cannot be decoded ({error}); copy the dataset again") from None
+        raise UserError(f"{shown or path} cannot be decoded ({error}); copy the dataset again") from None

@@ -142,6 +142,11 @@ class Windows:
             out.append(meta | {"fps": float(json.loads((root / "meta" / "info.json").read_text())["fps"])})
         return out
 
+    def close(self) -> None:
+        """Let go of unpacked pieces, so that others may take their room."""
+        if self.pieces is not None:
+            self.pieces.close()
+
     def split(self, holdout: float = 0.05, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Split the episodes into (train, holdout) ids, int64 and sorted, always the same for the same seed.
 

@@ -120,7 +120,7 @@ def test_interrupted_latents_go_on_where_they_were(roots, tmp_path, monkeypatch)
     whole = latent_cache(tokenizer, logs, tmp_path / "other", "abc", "data")
     np.testing.assert_array_equal(z[:], whole[:])
     assert z.shape == (192, 2, 8)
-    logs.pieces.close()
+    logs.close()
 
 
 RANK = """

@@ -45,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     """40 episodes of 10 frames in two datasets, and a cache."""
     folder = tmp_path_factory.mktemp("course")
     roots = [str(write(folder / name, (10,) * 20, 100 * n)) for n, name in enumerate(("one", "two"))]
-    Windows(roots, folder / "cache").pieces.close()
+    Windows(roots, folder / "cache").close()
     return roots, folder / "cache"
 
 
@@ -66,7 +66,7 @@ def test_ranks_share_the_training_episodes(data, ranks) -> None:
     for part in parts:  # of both datasets and both kinds, not one each
         assert len(np.unique(part // 20)) == 2
         assert len(np.unique(windows.labelled[part])) == 2
-    windows.pieces.close()
+    windows.close()
 
 
 def test_more_ranks_than_pieces_all_read_all(data) -> None:
@@ -74,7 +74,7 @@ def test_more_ranks_than_pieces_all_read_all(data) -> None:
     few = np.array([0, 1])
     for rank in range(5):
         np.testing.assert_array_equal(Course(windows, few, rank=rank, ranks=5).part, few)
-    windows.pieces.close()
+    windows.close()
 
 
 def test_a_dataset_on_this_disk_is_drawn_from_as_ever(data) -> None:
@@ -104,7 +104,7 @@ def test_pieces_come_and_go_and_each_round_shows_every_frame(data, seed, ranks, 
         assert max(windows.episode_length[list(now)].sum() for now in shown) <= 70
         changes = sum(a != b for a, b in pairwise(shown))
         assert changes <= 3 * len(course.part) + 1
-    windows.pieces.close()
+    windows.close()
 
 
 def test_what_is_drawn_is_unpacked_and_no_more(data) -> None:
@@ -119,11 +119,11 @@ def test_what_is_drawn_is_unpacked_and_no_more(data) -> None:
         seen |= set(windows.episode_index[starts].tolist())
         assert windows.pieces._cache.used() <= windows.limit
     assert len(seen) > 30
-    windows.pieces.close()
+    windows.close()
 
 
 def test_a_cache_too_small_to_work_with_is_refused(data) -> None:
     windows = opened(data, 15)
     with pytest.raises(UserError, match=r"a piece of the dataset takes .* twice that.*--cache-gb"):
         Course(windows, windows.split()[0])
-    windows.pieces.close()
+    windows.close()

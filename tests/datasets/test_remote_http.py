@@ -83,9 +83,9 @@ def test_a_list_on_a_server_is_read_within_a_limit(server, made, tmp_path) -> No
     np.testing.assert_array_equal(windows.images["cam"][:], np.concatenate([w.images["cam"] for w in alone]))
     np.testing.assert_array_equal(windows.action, np.concatenate([w.action for w in alone]))
     assert windows.pieces._cache.used() <= 120_000
-    windows.pieces.close()
+    windows.close()
     asked = server.asked["d4.json"]
-    Windows(f"{server.url}/all.txt", tmp_path, limit=120_000).pieces.close()
+    Windows(f"{server.url}/all.txt", tmp_path, limit=120_000).close()
     assert server.asked["d4.json"] <= asked + 2  # looked at, not fetched and unpacked again
 
 
@@ -93,7 +93,7 @@ def test_a_server_that_hangs_up_is_asked_again(server, made, tmp_path) -> None:
     server.broken |= {"d4.json", "file-000.mp4"}
     windows = Windows(f"{server.url}/two", tmp_path)
     np.testing.assert_array_equal(windows.images["cam"][:], Windows(made / "two").images["cam"])
-    windows.pieces.close()
+    windows.close()
 
 
 @pytest.mark.parametrize(
@@ -124,4 +124,4 @@ def test_nobody_is_there(tmp_path, monkeypatch) -> None:
 def test_frames_are_those_that_were_recorded(server, tmp_path) -> None:
     windows = Windows(f"{server.url}/two", tmp_path)
     np.testing.assert_array_equal(windows.images["cam"][:], synthetic.episode(20, 50).images)
-    windows.pieces.close()
+    windows.close()

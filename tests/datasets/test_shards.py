@@ -155,14 +155,14 @@ def test_a_cache_of_its_own_and_a_limit(made, alone, tmp_path, limit) -> None:
     same(windows, alone)
     used = windows.pieces._cache.used()
     assert used >= windows.num_frames * FRAME if limit is None else used <= limit
-    windows.pieces.close()
+    windows.close()
 
 
 def test_one_dataset_with_a_limit(made, alone, tmp_path) -> None:
     windows = Windows(made[1], tmp_path, limit=60_000)
     same(windows, alone[1:2])
     assert windows.digest != alone[1].digest  # of a list of one
-    windows.pieces.close()
+    windows.close()
 
 
 def test_an_index_is_made_again_when_a_dataset_has_grown(made, tmp_path) -> None:
@@ -202,7 +202,7 @@ def test_a_video_that_is_too_short_is_named_with_its_episode(made, tmp_path) -> 
     with pytest.raises(UserError, match=r"lacks frames of episode 1 in .*broken"):
         windows.images["cam"][:]
     assert windows.images["cam"][:13].shape == (13, 16, 24, 3)
-    windows.pieces.close()
+    windows.close()
 
 
 def test_a_name_that_leads_out_of_the_folder_is_refused(made, tmp_path) -> None:
@@ -220,11 +220,11 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(made, tmp_path) -> None:
 def test_datasets_behind_urls(memory, alone, tmp_path) -> None:
     windows = Windows(memory, tmp_path)
     same(windows, alone)
-    windows.pieces.close()
+    windows.close()
     again = Windows(memory, tmp_path)
     fsspec.filesystem("memory").rm("/set0/videos", recursive=True)  # all frames are here by now
     same(again, alone)
-    again.pieces.close()
+    again.close()
     assert not list(tmp_path.rglob("*.parquet")) or not list(tmp_path.rglob("data/*"))
 
 
@@ -232,7 +232,7 @@ def test_one_dataset_behind_a_url_within_a_limit(memory, alone, tmp_path) -> Non
     windows = Windows(Path(memory[1]), tmp_path, limit=90_000)
     same(windows, alone[1:2])
     assert windows.pieces._cache.used() <= 90_000
-    windows.pieces.close()
+    windows.close()
 
 
 def test_a_list_behind_a_url(memory, alone, tmp_path) -> None:
@@ -242,7 +242,7 @@ def test_a_list_behind_a_url(memory, alone, tmp_path) -> None:
         assert places.expand(f"memory://{name}") == ["memory://set1", "memory://set2"]
     windows = Windows("memory://all.txt", tmp_path)
     same(windows, alone[1:])
-    windows.pieces.close()
+    windows.close()
     with pytest.raises(UserError, match=r"memory://lists/none.txt is not there"):
         places.expand("memory://lists/none.txt")
 
@@ -250,11 +250,11 @@ def test_a_list_behind_a_url(memory, alone, tmp_path) -> None:
 def test_a_dataset_that_changes_behind_its_url_is_read_again(memory, made, tmp_path) -> None:
     before = Windows(memory[:1], tmp_path)
     assert before.num_frames == sum(LENGTHS[0])
-    before.pieces.close()
+    before.close()
     upload(made[2], "set0")
     after = Windows(memory[:1], tmp_path)
     same(after, [Windows(made[2])])
-    after.pieces.close()
+    after.close()
 
 
 def test_what_is_missing_behind_a_url_is_one_sentence(memory, tmp_path, monkeypatch) -> None:
@@ -270,7 +270,7 @@ def test_what_is_missing_behind_a_url_is_one_sentence(memory, tmp_path, monkeypa
     fsspec.filesystem("memory").rm("/set1/videos", recursive=True)
     with pytest.raises(UserError, match=r"memory://set1/videos/.* is missing"):
         windows.images["cam"][0]
-    windows.pieces.close()
+    windows.close()
     assert not [path for path in tmp_path.rglob(".tmp-*") if "frames" not in str(path)]
 
 
@@ -297,7 +297,7 @@ def test_a_moment_without_network_is_bridged(memory, alone, tmp_path, monkeypatc
     monkeypatch.setattr(type(fs), "get_file", flaky)
     windows = Windows(memory, tmp_path)
     same(windows, alone)
-    windows.pieces.close()
+    windows.close()
     monkeypatch.setattr(type(fs), "get_file", lambda *_: (_ for _ in ()).throw(ConnectionResetError("gone")))
     with pytest.raises(UserError, match=r"memory://set0/meta/info.json cannot be read: gone"):
         Windows(memory, tmp_path / "other")
@@ -317,19 +317,19 @@ def test_a_file_that_ends_early_is_fetched_again(memory, alone, tmp_path, monkey
     monkeypatch.setattr(type(fs), "get_file", short)
     windows = Windows(memory, tmp_path)
     same(windows, alone)
-    windows.pieces.close()
+    windows.close()
 
 
 def test_a_damaged_piece_is_made_again(made, alone, tmp_path) -> None:
     """As a machine that went down may leave it."""
     windows = Windows([str(root) for root in made], tmp_path)
     windows.images["cam"][:]
-    windows.pieces.close()
+    windows.close()
     for file in (tmp_path / "frames").glob("*/cam.npy"):
         os.truncate(file, 200)
     windows = Windows([str(root) for root in made], tmp_path)
     same(windows, alone)
-    windows.pieces.close()
+    windows.close()
 
 
 def test_frames_are_found_in_the_middle_of_a_video(made, monkeypatch) -> None:
