@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d4_datasets import minecraft
+from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_sim.luanti import channel, children, engine, hands, house, names, screen
 from d4_sim.luanti.channel import Channel, Order, State, parse
@@ -25,8 +26,10 @@ from d4_sim.luanti.mouse import Mouse
 from d4_sim.luanti.player import Chopper
 from d4_sim.minecraft import game
 from d4_sim.minecraft.game import GameTrouble, View
-from d4_sim.minecraft.keys import ENV_KEYS
+from d4_sim.minecraft.keys import ENV_KEYS, require_keyboard_and_mouse, to_action, to_row
 from d4_sim.minecraft.tasks import TASKS, Watch
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "luanti.yaml"
 
 
 def said(step: int = 1, number: int = 0, phase: str = "idle", **more) -> dict:
@@ -669,6 +672,15 @@ def test_the_last_complaint_is_what_a_death_is_explained_with(tmp_path) -> None:
 
 
 # ---- as engines
+
+
+def test_the_example_contract_plays_the_game() -> None:
+    contract = Contract.load(EXAMPLE)
+    require_keyboard_and_mouse(contract, "it")
+    assert {rung.task for rung in game.engine("luanti").ladder} <= set(contract.task_names)
+    action = np.zeros(minecraft.SIZE)
+    action[[minecraft.COLUMN[name] for name in ("attack", "forward", "yaw")]] = 1, 1, 3.2154
+    np.testing.assert_allclose(to_action(contract, to_row(contract, action)), action, atol=1e-3)
 
 
 def test_both_engines_are_complete() -> None:

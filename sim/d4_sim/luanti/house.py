@@ -78,7 +78,7 @@ def settings(look: Look, wild: bool) -> str:
         "video_driver": "opengl", "vsync": "false", "fps_max": look.fps, "fps_max_unfocused": look.fps,
         "pause_on_lost_focus": "false", "viewing_range": look.view_range, "fov": FOV,
         "enable_shaders": "false", "enable_clouds": "false", "enable_minimap": "false",
-        "hud_scaling": 0.7, "gui_scaling": 0.7, "font_size": 12, "language": "en",
+        "hud_scaling": 0.7, "gui_scaling": 1.0, "font_size": 12, "language": "en",
         "enable_sound": "false", "enable_joysticks": "false", "mouse_sensitivity": f"{SENSITIVITY:.6f}",
         "invert_mouse": "false", "keymap_forward": "KEY_KEY_W", "keymap_backward": "KEY_KEY_S",
         "keymap_left": "KEY_KEY_A", "keymap_right": "KEY_KEY_D", "keymap_jump": "KEY_SPACE",

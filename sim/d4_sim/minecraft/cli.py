@@ -218,7 +218,8 @@ class Record:
             print(f"{session.refused} parts left out: over {self.most_late:.0%} of their pictures came late")
         if not session.parts:
             raise UserError("nothing was recorded that can be used")
-        print(f"next: d4-ingest {self.out} --contract {CONTRACT} --out <dataset>")
+        contract = CONTRACT.with_name("luanti.yaml") if self.engine == "luanti" else CONTRACT
+        print(f"next: d4-ingest {self.out} --contract {contract} --out <dataset>")
         return 0
 
 
