@@ -196,3 +196,22 @@ def test_the_page_has_the_papers_table(tmp_path: Path) -> None:
     assert diamond[1] == "| collect_diamond | - | - | 90 |"
     assert "+38 [" in next(line for line in lines if line.startswith("| make_wood_pickaxe | +"))
     assert json.loads((tmp_path / "results.json").read_text())["ladder"]["1"]["policies"]["wm_bc"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_from_a_recording_to_the_page_at_toy_size(tmp_path: Path) -> None:
+    pytest.importorskip("crafter", reason="the package crafter is not installed")
+    args = experiment.Args(
+        out=tmp_path / "out", world="crafter_peaceful", seeds=1, episodes=4, labelled=1.0, scale=0.0005,
+        eval_episodes=2, jobs=1,
+    )  # fmt: skip
+    assert experiment.main(args) == 0
+    text = (args.out / "page.md").read_text()
+    header = " | ".join(page.COLUMNS.values())
+    assert f"| milestone | {header} |" in text
+    assert "Not complete" not in text
+    done = json.loads((args.out / "stages.json").read_text())
+    assert all(entry["done"] for entry in done.values())
+    assert experiment.main(args) == 0  # nothing is left to do
+    assert json.loads((args.out / "stages.json").read_text()) == done
