@@ -64,7 +64,9 @@ class _Arrays(Mapping[str, np.ndarray]):
 
     def _opened(self) -> Any:
         try:
-            if not zipfile.is_zipfile(self.path):  # NumPy would take a single array, and all of it
+            with self.path.open("rb") as file:  # a path alone hides why it cannot be opened
+                is_archive = zipfile.is_zipfile(file)
+            if not is_archive:  # NumPy would take a single array, and all of it
                 raise ValueError("it is no .npz file")
             return np.load(self.path, allow_pickle=False)
         except _DAMAGE as error:
