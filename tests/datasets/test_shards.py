@@ -284,7 +284,7 @@ def test_a_protocol_whose_package_is_missing_says_so(tmp_path, monkeypatch) -> N
 
 
 def test_a_moment_without_network_is_bridged(memory, alone, tmp_path, monkeypatch) -> None:
-    """Every file fails once: datasets are opened side by side, so that a count of calls would tell nothing."""
+    """Every file fails once; datasets are opened side by side, so a count of calls would tell nothing."""
     monkeypatch.setattr(remote, "_PAUSE_S", 0)
     fs = fsspec.filesystem("memory")
     real, tried = type(fs).get_file, set()
