@@ -258,7 +258,7 @@ PRESETS: dict[str, Preset] = {
         tokenizer=_transformer(1024, 12, 16, 16, 32), dynamics=_transformer(1920, 32, 30, 3, 192),
         registers=8,
         action_tokens=4,
-        tokenizer_training=TokenizerTraining(length=32),
+        tokenizer_training=TokenizerTraining(length=32, mask_warmup=0.0),
         dynamics_training=DynamicsTraining(length=64, long_length=256),
         agent_training=AgentTraining(length=64, long_length=192),
     ),

@@ -53,6 +53,9 @@ class TokenizerTraining:
         batch: frames per step.
         length: frames of a clip in clip batches.
         clip_share: share of the steps that train on clips.
+        mask_warmup: first part of training in which masking grows from nothing to `mask_max` (paper: 0).
+            Video of several looks needs it: with half of the scene hidden from the start, a small tokenizer
+            learns which look it sees and then nothing else.
         lpips_features, lpips_heads: weight files of the perceptual loss; empty: squared error alone.
         lpips_weight: weight of the perceptual loss (paper: 0.2).
     """
@@ -61,6 +64,7 @@ class TokenizerTraining:
     batch: int = 128
     length: int = 8
     clip_share: float = 0.25
+    mask_warmup: float = 0.2
     lpips_features: str = ""
     lpips_heads: str = ""
     lpips_weight: float = 0.2
@@ -176,7 +180,8 @@ class TokenizerPhase(Phase):
 
     def forward(self, batch: Batch, gen: torch.Generator, step: int) -> tuple[Losses, Metrics]:
         """Reconstruction loss of masked clips."""
-        z = self.tokenizer.encode(batch, gen)
+        masking = min(1.0, (step + 1) / max(1.0, self.cfg.mask_warmup * self.cfg.steps))
+        z = self.tokenizer.encode(batch, gen, masking)
         made = self.tokenizer.decode(z)
         losses = {"pixels": reconstruction_loss(self.tokenizer, batch, made)}
         if self.perceptual is not None:

@@ -153,14 +153,20 @@ class Tokenizer(nn.Module):
 
     # -- clips -----------------------------------------------------------------------------------------------
 
-    def embed_frames(self, obs: dict[str, Tensor], gen: torch.Generator | None = None) -> Tensor:
-        """(B, T, S, D) encoder input; with a generator, patches are hidden as in masked autoencoders."""
+    def embed_frames(
+        self, obs: dict[str, Tensor], gen: torch.Generator | None = None, masking: float = 1.0
+    ) -> Tensor:
+        """(B, T, S, D) encoder input; with a generator, patches are hidden as in masked autoencoders.
+
+        `masking` scales the share of hidden patches.
+        """
+        most = self.cfg.mask_max * masking
         parts = []
         for name, _, _ in self._modalities():
             tokens = self.embed[name](self.normalise(name, obs[name]))  # (B, T, P, D)
             if gen is not None:
                 # one masking share per frame; every modality token is hidden independently
-                share = torch.rand(*tokens.shape[:2], 1, 1, generator=gen) * self.cfg.mask_max
+                share = torch.rand(*tokens.shape[:2], 1, 1, generator=gen) * most
                 hide = torch.rand(*tokens.shape[:3], 1, generator=gen) < share
                 tokens = torch.where(hide.to(tokens.device), self.hidden[name].to(tokens.dtype), tokens)
             parts.append(tokens + self.positions[name])
@@ -171,9 +177,14 @@ class Tokenizer(nn.Module):
         """Encoder output to latents (B, T, N, L) in (-1, 1)."""
         return torch.tanh(self.to_latent(x_BTSD[:, :, : self.cfg.num_latents]).float())
 
-    def encode(self, obs: dict[str, Tensor], gen: torch.Generator | None = None) -> Tensor:
-        """Observations {name: (B, T, ...)} to latents (B, T, N, L); a generator masks patches (training)."""
-        return self.bottleneck(self.encoder(self.embed_frames(obs, gen), self.encoder_bias))
+    def encode(
+        self, obs: dict[str, Tensor], gen: torch.Generator | None = None, masking: float = 1.0
+    ) -> Tensor:
+        """Observations {name: (B, T, ...)} to latents (B, T, N, L).
+
+        A generator masks patches (training), a share of them scaled by `masking`.
+        """
+        return self.bottleneck(self.encoder(self.embed_frames(obs, gen, masking), self.encoder_bias))
 
     def decoder_input(self, latents_BTNL: Tensor) -> Tensor:
         """(B, T, S, D) decoder input: latents and one learned query per token to reconstruct."""

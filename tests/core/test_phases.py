@@ -206,6 +206,24 @@ def test_tokenizer_phase_mixes_frames_and_clips(make_tokenizer, make_logs) -> No
     assert 0.18 < shapes.count((3, 4)) / 400 < 0.32
 
 
+def test_masking_grows_from_nothing_so_that_several_looks_are_learned(make_tokenizer, make_logs) -> None:
+    """With patches hidden from the start, video of two looks taught a small tokenizer the look alone."""
+    logs = make_logs((9, 12), images={"front": np.full((21, 8, 12, 3), 255, np.uint8)})
+    tokenizer = make_tokenizer()
+    seen = []
+    tokenizer.encode = lambda obs, gen, masking: (  # type: ignore[method-assign]
+        seen.append(masking),
+        type(tokenizer).encode(tokenizer, obs, gen, masking),
+    )[1]
+    phase = TokenizerPhase(
+        TokenizerTraining(steps=20, batch=4, mask_warmup=0.5), tokenizer, logs, np.arange(2)
+    )
+    batch = phase.sample(np.random.default_rng(0), 0)
+    for step in (0, 4, 9, 19):
+        phase.forward(batch, torch.Generator().manual_seed(0), step)
+    assert seen == [0.1, 0.5, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("kind", ["tokenizer", "dynamics", "agent", "imagination"])
 def test_all_ranks_and_seeds_draw_batches_of_the_same_shape(
     kind: str, dynamics_phase, agent_phase, imagination_phase, make_tokenizer, make_logs

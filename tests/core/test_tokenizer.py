@@ -78,6 +78,7 @@ def test_masking_share_is_uniform_per_frame_up_to_its_maximum(make_tokenizer) ->
     assert share.std() > 0.2  # per frame, not one share for all
     assert 0.8 < share.max() < 0.97
     assert not model.embed_frames(obs)[:, :, model.cfg.num_latents :].any()
+    assert not model.embed_frames(obs, torch.Generator(), 0.0)[:, :, model.cfg.num_latents :].any()
 
 
 def test_hidden_patches_are_really_hidden(rich: Tokenizer) -> None:
