@@ -1,25 +1,37 @@
-"""How long a preset trains: its work is counted, and the speed of this machine is measured for a moment."""
+"""How long a preset trains: its work is counted, and the speed of this machine is measured for a moment.
+
+python -m d4_core.estimate DATASET...       every preset, a line of JSON each, as d4-audit shows them
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from d4_core.config import PHASES, Preset
+from d4_core.config import PHASES, PRESETS, Preset
 from d4_core.loop import bf16_on_cpu
 from d4_core.memory import costs, layer_flops, slots
 from d4_core.threads import cgroup_quota
 from d4_core.transformer import Transformer, TransformerConfig
+from d4_datasets import places
 from d4_datasets.contract import Contract
+from d4_datasets.errors import UserError, run_cli
 
 _STEP = 3.0  # a step forward and backward, in forward passes
 # Optimiser, losses, data and waiting come on top of the layers: `nano` on two cores (docs/results/demo.md)
 # took 1.9 (tokenizer), 1.9 (dynamics), 2.3 (agent) and 1.1 (imagination) times as long as its layers do.
 _REST = 2.0
 _PROBE_BYTES = 200e6  # of activations while measuring
+# Bytes per parameter in the checkpoints of all four phases together: weights in every phase from the first to
+# have them, average and two moments of the optimiser in those that train them.
+_SAVED = {"tokenizer": 28, "dynamics": 36, "agent": 32}
 
 
 @dataclass(frozen=True)
@@ -104,3 +116,46 @@ def training_seconds(preset: Preset, contract: Contract, device: torch.device) -
         name: _REST * w.flops / speeds.get(name, speeds["dynamics"])
         for name, w in work(preset, contract).items()
     }
+
+
+# ---- for d4-audit
+
+
+def facts(name: str, preset: Preset, contract: Contract, frames: int) -> dict[str, Any]:
+    """What a preset takes to train on `frames` recorded frames: parameters, bytes of memory, seconds on this
+    machine by phase, how often dynamics training sees each frame, bytes on the disk beside the dataset and
+    its frame cache; or `reason`, why it does not fit the contract.
+    """
+    try:
+        cost = costs(preset, contract)
+    except UserError as error:
+        return {"preset": name, "reason": str(error)}
+    tokenizer = preset.tokenizer_config(contract)
+    seconds = training_seconds(preset, contract, _device())
+    return {
+        "preset": name,
+        "parameters": sum(c.parameters for c in cost.values()),
+        "train_bytes": max(c.train_bytes for c in cost.values()),
+        "seconds": seconds,
+        "total_seconds": sum(seconds.values()),
+        "device": _device().type,
+        "seen": work(preset, contract)["dynamics"].frames / frames,
+        "latents_bytes": 2 * frames * tokenizer.num_tokens * tokenizer.token_dim,
+        "checkpoints_bytes": sum(_SAVED[part] * c.parameters for part, c in cost.items()),
+    }
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _main(datasets: Sequence[str]) -> None:
+    metas = [places.about(place) for place in places.expand(datasets)]
+    contract = Contract.from_dict(metas[0]["contract"], datasets[0])
+    frames = sum(episode["frames"] for meta in metas for episode in meta["episodes"])
+    for name, preset in PRESETS.items():
+        print(json.dumps(facts(name, preset, contract, frames)), flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(lambda: _main(sys.argv[1:]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from d4_datasets.checks.base import Verdict, error
 from d4_datasets.errors import UserError, run_cli
 from d4_datasets.pictures import write_png
 from d4_datasets.places import Place
+from d4_datasets.presets import Presets
 from d4_datasets.scan import EpisodeRow, Scan
 from d4_datasets.windows import NoFrames, Windows
 
@@ -43,6 +45,7 @@ class Audit:
     lag: dict[str, Any] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     room: dict[str, Any] = field(default_factory=dict)
+    presets: list[dict[str, Any]] = field(default_factory=list)
     along: dict[str, list[float]] = field(default_factory=dict)
     nonfinite: list[dict[str, Any]] = field(default_factory=list)
     episodes: list[EpisodeRow] = field(default_factory=list)
@@ -148,6 +151,9 @@ class Args:
     """Folder of the frame cache (default: <dataset>/cache); training uses the same one."""
     cache_gb: float | None = None
     """Keep no more than so many gigabytes unpacked at a time."""
+    presets: bool = True
+    """Say what every preset of d4-train takes on this machine: time, memory, disk. Measured for some seconds
+    beside the audit."""
 
 
 def _run(args: Args) -> int:
@@ -155,7 +161,7 @@ def _run(args: Args) -> int:
         if path is not None and not path.parent.is_dir():
             raise UserError(f"cannot write {path}: there is no folder {path.parent}; make it first")
     limit = places.limit_bytes(args.cache_gb)
-    result = audit(args.dataset, args.cache, limit)
+    result = _audit(args, limit)
     audit_text.show(result.to_dict())
     if args.json is not None:
         _write(args.json, json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n")
@@ -166,6 +172,20 @@ def _run(args: Args) -> int:
         write_png(args.sheet, sheet(windows, result.to_dict()["episodes"]))
         print(f"written: {args.sheet}")
     return result.exit_code
+
+
+def _audit(args: Args, limit: int | None) -> Audit:
+    """The audit, with what presets take if that is wanted and can be known."""
+    datasets = places.expand(args.dataset)
+    if not args.presets:
+        return audit(args.dataset, args.cache, limit)
+    with Presets(datasets) as presets:
+        result = audit(args.dataset, args.cache, limit)
+        if result.episodes:
+            result.presets, reason = presets.answer()
+            if reason:
+                print(f"warning: what presets take is not known: {reason}", file=sys.stderr)
+    return result
 
 
 def _write(path: Path, text: str) -> None:

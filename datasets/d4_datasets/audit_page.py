@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from d4_datasets.audit_pictures import faults, sheet
-from d4_datasets.audit_text import action_cells, camera_cells, episode_cells, task_cells
+from d4_datasets.audit_text import action_cells, camera_cells, episode_cells, preset_cells, task_cells
 from d4_datasets.charts import bars, curve, lag_chart
 from d4_datasets.checks.base import size_text
 from d4_datasets.pictures import png_bytes
@@ -23,6 +23,10 @@ Chart = dict[str, Any]  # title, picture, note
 _ORDER = ("ERROR", "WARN", "OK")
 _EPISODES = 100  # rows of the table
 _BINS = 30
+_TRAINING = (
+    "What each preset takes on the machine of this audit, right within a factor of two; gates come on top. "
+    "Disk is the dataset, its frame cache, latents and checkpoints"
+)
 _SATURATED = 0.05  # share of the frames at a limit from which its bars are marked
 
 
@@ -88,6 +92,7 @@ def _sections(found: Found) -> list[Found]:
         _section("Commands", _action_charts(found), action_cells(found), "Shares are of the labelled frames"),
         _section("Tasks and rewards", _return_charts(found), task_cells(found), "Tasks"),
         _section("Along the dataset", _along_charts(found), text="From first to last frame.", layout="wide"),
+        _section("Training", [], preset_cells(found), _TRAINING),
         _section("Episodes", _episode_charts(found), episode_cells(found["episodes"], _EPISODES),
                  f"The {min(_EPISODES, len(found['episodes']))} with most findings"),
     ]  # fmt: skip

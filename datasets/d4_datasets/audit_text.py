@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from d4_datasets.checks.base import size_text
+
 Found = dict[str, Any]  # an audit as plain data
 Cells = tuple[list[str], list[list[str]]]  # header, rows
 
@@ -27,7 +29,7 @@ def show(found: Found) -> None:
     _print_table(*episode_cells(found["episodes"], _EPISODES))
     if len(found["episodes"]) > _EPISODES:
         print(f"{_EPISODES} of {len(found['episodes'])} episodes, those with most findings; all: --json")
-    for cells in (camera_cells(found), action_cells(found), task_cells(found)):
+    for cells in (camera_cells(found), action_cells(found), task_cells(found), preset_cells(found)):
         if cells[1]:
             print()
             _print_table(*cells)
@@ -100,6 +102,40 @@ def task_cells(found: Found) -> Cells:
             f"{t['return_min']:.3g} to {t['return_max']:.3g}" if paid else "",
         ])  # fmt: skip
     return header, rows
+
+
+def preset_cells(found: Found) -> Cells:
+    """Presets, and what each takes to train on this machine."""
+    header = ["preset", "parameters", "memory", "time here", "each frame", "disk", "of it latents"]
+    header += ["checkpoints"]
+    held = found["room"].get("disk_bytes", 0) + found["room"].get("cache_bytes", 0)
+    rows = []
+    for p in found["presets"]:
+        if "reason" in p:
+            rows.append([p["preset"], f"does not fit: {p['reason']}", *[""] * (len(header) - 2)])
+            continue
+        latents, saved = p["latents_bytes"], p["checkpoints_bytes"]
+        rows.append([
+            p["preset"], _count(p["parameters"]), size_text(p["train_bytes"]), time_text(p["total_seconds"]),
+            f"{_count(p['seen'])} times", *map(size_text, (held + latents + saved, latents, saved)),
+        ])  # fmt: skip
+    return header, rows
+
+
+def _count(value: float) -> str:
+    """Three digits and a unit: 48.7 M."""
+    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def time_text(seconds: float) -> str:
+    """Two digits and a unit: 12 min, 3.4 days."""
+    for limit, unit in ((31_557_600, "years"), (86_400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * limit:
+            return f"{float(f'{seconds / limit:.2g}'):g} {unit}"
+    return f"{float(f'{seconds:.2g}'):g} s"
 
 
 def _print_table(header: list[str], rows: list[list[str]]) -> None:

@@ -14,6 +14,7 @@ import toy_run
 from d4_core import estimate
 from d4_core.config import PHASES
 from d4_core.memory import costs
+from d4_datasets.contract import Contract
 
 
 def test_work_grows_with_steps_and_batches() -> None:
@@ -52,3 +53,23 @@ def test_every_phase_takes_time() -> None:
     seconds = estimate.training_seconds(toy_run.PRESET, toy_run.contract(), torch.device("cpu"))
     assert list(seconds) == list(PHASES)
     assert all(value > 0 for value in seconds.values())
+
+
+def test_facts_of_a_preset_count_what_training_leaves_on_the_disk() -> None:
+    contract, preset = toy_run.contract(), toy_run.PRESET
+    facts = estimate.facts("toy", preset, contract, 500)
+    tokenizer = preset.tokenizer_config(contract)
+    assert facts["latents_bytes"] == 2 * 500 * tokenizer.num_tokens * tokenizer.token_dim
+    assert facts["total_seconds"] == pytest.approx(sum(facts["seconds"].values()))
+    assert facts["seen"] == estimate.work(preset, contract)["dynamics"].frames / 500
+    cost = costs(preset, contract)
+    assert facts["parameters"] == sum(c.parameters for c in cost.values())
+    assert 28 * facts["parameters"] <= facts["checkpoints_bytes"] <= 36 * facts["parameters"]
+
+
+def test_a_preset_that_does_not_fit_the_contract_says_why() -> None:
+    spec = toy_run.contract().to_dict()
+    spec["observations"][0]["size"] = [17, 17]
+    facts = estimate.facts("toy", toy_run.PRESET, Contract.from_dict(spec), 500)
+    assert facts.keys() == {"preset", "reason"}
+    assert "17" in facts["reason"]

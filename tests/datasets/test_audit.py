@@ -231,7 +231,7 @@ def test_tasks_without_data_or_reward(tmp_path: Path) -> None:
 
 
 def _command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "d4_datasets.audit", *map(str, arguments)]
+    command = [sys.executable, "-m", "d4_datasets.audit", "--no-presets", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
