@@ -201,24 +201,37 @@ def sparse_labels(results: Mapping[str, Any]) -> Iterator[str]:
     """Section 2: how many commands are enough, and whether they carry over to another look."""
     runs = results["runs"]
     keys = {f"labels-{share:g}": f"{share:.0%} of the commands" for share in LABELS}
+    yield from labelled(runs, "## Sparse commands (yard)\n", keys)
+    values = {k: v for k in keys if (v := psnr_of(runs, k)) is not None}
+    if {"labels-0", "labels-0.1", "labels-1"} <= values.keys():
+        share = recovered(values, "labels-0.1", "labels-0", "labels-1")
+        claim = "10 % of the commands recover 85 % of the PSNR between none and all"
+        yield verdict(claim, share >= 0.85, f"{share:.2f}")
+    half = {f"half-{share:g}": f"{share:.0%} of the commands" for share in LABELS[1:-1]}
+    yield from labelled(runs, "### The same with every other clip of a batch from labelled drives\n", half)
+    yield from another_look(runs)
+
+
+def labelled(runs: Mapping[str, Any], heading: str, keys: Mapping[str, str]) -> Iterator[str]:
+    """World models and policies of runs that saw a share of the commands."""
     rows = open_loop_rows(runs, keys)
-    if rows:
-        yield "## Sparse commands (yard)\n"
-        yield table(_OPEN_LOOP, rows)
-        driven = [(name, runs[k]["policies"]) for k, name in keys.items() if runs.get(k, {}).get("policies")]
-        yield table(
-            ["run", "cloned: return", "cloned: success", "improved: return", "improved: success"],
-            [
-                [name, *(f"{np.mean(p[kind][what]):.2f}" if kind in p else "-"
-                         for kind in ("wm_bc", "imagination") for what in ("return", "success"))]
-                for name, p in driven
-            ],
-        )  # fmt: skip
-        values = {k: v for k in keys if (v := psnr_of(runs, k)) is not None}
-        if {"labels-0", "labels-0.1", "labels-1"} <= values.keys():
-            share = recovered(values, "labels-0.1", "labels-0", "labels-1")
-            claim = "10 % of the commands recover 85 % of the PSNR between none and all"
-            yield verdict(claim, share >= 0.85, f"{share:.2f}")
+    if not rows:
+        return
+    yield heading
+    yield table(_OPEN_LOOP, rows)
+    driven = [(name, runs[k]["policies"]) for k, name in keys.items() if runs.get(k, {}).get("policies")]
+    yield table(
+        ["run", "cloned: return", "cloned: success", "improved: return", "improved: success"],
+        [
+            [name, *(f"{np.mean(p[kind][what]):.2f}" if kind in p else "-"
+                     for kind in ("wm_bc", "imagination") for what in ("return", "success"))]
+            for name, p in driven
+        ],
+    )  # fmt: skip
+
+
+def another_look(runs: Mapping[str, Any]) -> Iterator[str]:
+    """Commands in one look of the world, measured in the other."""
     looks = {"looks-none": "no commands", "looks-first": "commands in the other look only",
              "looks-both": "commands in both looks"}  # fmt: skip
     rows = open_loop_rows(runs, looks)

@@ -31,7 +31,8 @@ def collect(out: Path) -> dict[str, Any]:
         + [f"shortcut-{name}" for name in SHORTCUT]
         + [f"cascade-{name}" for name in CASCADE]
     )
-    variants += [f"labels-{share:g}" for share in LABELS] + [f"looks-{k}" for k in ("none", "first", "both")]
+    variants += [f"labels-{share:g}" for share in LABELS] + [f"half-{share:g}" for share in LABELS[1:-1]]
+    variants += [f"looks-{k}" for k in ("none", "first", "both")]
     chains = {w: {str(s): run_results(out / f"{w}-{s}" / "run") for s in SEEDS} for w in WORLDS}
     done = read_json(out / "stages.json") or {}
     return {
