@@ -21,7 +21,7 @@ from rosbags.typesys.msg import normalize_msgtype
 from d4_datasets import packed
 from d4_datasets.errors import UserError
 from d4_datasets.msgtypes import TopicInfo
-from d4_datasets.storage import BagReport, Raw, in_order
+from d4_datasets.storage import BagReport, Raw, in_order, lost
 
 _MAGIC = b"#ROSBAG V2.0\n"
 _MESSAGE, _FILE, _INDEX, _CHUNK, _CHUNK_INFO, _CONNECTION = range(2, 8)
@@ -90,7 +90,9 @@ class Rosbag1File:
             self._chunks.sort(key=lambda chunk: chunk.first)
         if not is_whole:
             count = sum(chunk.count for chunk in self._chunks)
-            report.warn(f"{shown} is cut off or damaged (recorder killed?); recovered {count} messages")
+            last = max((chunk.last for chunk in self._chunks if chunk.count), default=-1)
+            rest = "what was behind it, or not written yet, is lost"
+            report.warn(lost(shown, "is cut off or damaged (recorder killed?)", count, last, rest))
         if not self.topics:
             raise UserError(f"{shown} holds no topics: it is empty, or cut off before the first message")
 

@@ -40,6 +40,7 @@ _MOST_WAITING = 1 << 28  # bytes of messages that wait for earlier ones
 _BATCH = 1 << 22
 _MOST_TOPICS = 10_000
 _SHORTEST_ROW = 16  # bytes
+_MOST_TOLD = 20  # damaged chunks of a file, each in a warning of its own
 _TRIES = 2000  # to find the next row that can be read, which is up to 100 000 further
 
 
@@ -57,6 +58,15 @@ class BagReport:
         """Add a warning once, however often the bag is read."""
         if text not in self.warnings:
             self.warnings.append(text)
+
+
+def lost(what: object, damage: str, count: int, last: int, rest: str) -> str:
+    """The warning about a file of which only a part can be read: what is there, until when, what is not.
+
+    Args: last: when the last message was received, ns; below 0 if there is none.
+    """
+    until = f", the last at {last / 1e9:.3f} s" if last >= 0 else ""
+    return f"{what} {damage}; recovered {count} messages{until}; {rest}"
 
 
 def in_order(batches: Iterable[tuple[list[Raw], int | None]], most: int = _MOST_WAITING) -> Iterator[Raw]:
@@ -102,6 +112,8 @@ class McapFile:
         self.topics: dict[str, TopicInfo] = {}
         self._channels: dict[int, str] = {}
         self._chunks: list[ChunkIndex] = []
+        self._damaged: set[str] = set()  # the chunks that were told
+        self._unread = 0  # bytes at the end that are no whole record
         self._indexed = self._read_index()
         self._ordered = True
         if not self._indexed:
@@ -146,13 +158,17 @@ class McapFile:
             elif isinstance(record, _Message) and record.channel in self._channels:
                 count += 1
                 self._ordered = self._ordered and record.time >= last
-                last = record.time
+                last = max(last, record.time)
             elif isinstance(record, Footer):
                 whole = True
         if not whole and self._channels:
-            self.report.warn(
-                f"{self.shown} is cut off or damaged (recorder killed?); recovered {count} messages"
-            )
+            rest = "what the recorder had not written yet is lost"
+            if self._unread:
+                rest = (
+                    f"its last {self._unread} bytes are an unfinished piece, of which what is whole was taken"
+                )
+            damage = "is cut off or damaged (recorder killed?)"
+            self.report.warn(lost(self.shown, damage, count, last, rest))
 
     # -- from front to back --
 
@@ -181,6 +197,7 @@ class McapFile:
                 elif opcode == Opcode.CHUNK or opcode in _PARSED:
                     whole = False
                 if end > size:
+                    self._unread = _HEAD.size + length - (end - size)
                     return
                 stream.seek(end)
 
@@ -197,9 +214,21 @@ class McapFile:
             if crc and zlib.crc32(content) != crc:
                 raise packed.Damaged("its checksum is wrong")
         except (packed.Damaged, struct.error) as error:
-            self.report.warn(f"{self.shown}: a chunk of messages is damaged and left out ({error})")
+            self._tell_chunk(body, str(error))
             return b"", False
         return content, True
+
+    def _tell_chunk(self, body: bytes, error: str) -> None:
+        """Say that a chunk is lost, and when its messages were received, as far as it says so itself."""
+        about = f"{len(body)} bytes"
+        if len(body) >= _CHUNK.size:
+            begin, end, *_ = _CHUNK.unpack_from(body)
+            about += f", received from {begin / 1e9:.3f} to {end / 1e9:.3f} s"
+        text = f"{self.shown}: a chunk of messages is damaged and left out ({error}): {about}"
+        if len(self._damaged) >= _MOST_TOLD and text not in self._damaged:
+            text = f"{self.shown}: more than {_MOST_TOLD} chunks are damaged and left out"
+        self._damaged.add(text)
+        self.report.warn(text)
 
     # -- messages --
 
@@ -371,7 +400,7 @@ class SqliteFile:
 
     def _rows(self, query: str, by_time: bool, ids: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
         """(topic id, time, data, number), by time or number as far as all is whole, then by number."""
-        count, last = 0, (-1 << 64, -1)
+        count, last, newest = 0, (-1 << 64, -1), -1
         most = self.path.stat().st_size // _SHORTEST_ROW
         order = "timestamp, id" if by_time else "id"
         try:
@@ -381,6 +410,7 @@ class SqliteFile:
                     if key <= last or count > most:
                         raise sqlite3.DatabaseError("its rows go round in circles")
                     count, last = count + 1, key
+                    newest = _later(newest, row[1])
                     yield row
             return
         except sqlite3.Error as error:
@@ -389,8 +419,14 @@ class SqliteFile:
             for row in _salvaged(database, query, ids, -1 if by_time else last[1]):
                 if not by_time or type(row[1]) is not int or (row[1], row[3]) > last:
                     count += 1
+                    newest = _later(newest, row[1])
                     yield row
-        self.report.warn(f"{self.shown} is damaged ({damage}); recovered {count} messages")
+        rest = "rows that nothing leads to are lost"
+        self.report.warn(lost(self.shown, f"is damaged ({damage})", count, newest, rest))
+
+
+def _later(time: int, other: object) -> int:
+    return max(time, other) if type(other) is int else time
 
 
 def _salvaged(

@@ -4,6 +4,7 @@ neither memory nor the user's folder takes any of it."""
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import struct
 import subprocess
@@ -168,7 +169,24 @@ def test_a_wrong_checksum_leaves_out_the_chunk(tmp_path, options):
     found, warnings = read(tmp_path / "a.mcap")
     assert 10 not in found
     assert COUNT - 10 < len(found) < COUNT
-    assert any("a chunk of messages is damaged and left out (its checksum is wrong)" in w for w in warnings)
+    (text,) = (w for w in warnings if "chunk" in w)
+    assert re.search(
+        r"a chunk of messages is damaged and left out \(its checksum is wrong\): \d+ bytes, received from "
+        r"\d+\.\d+ to \d+\.\d+ s",
+        text,
+    )
+
+
+def test_many_damaged_chunks_are_told_in_few_warnings(tmp_path):
+    items = [(topic, kind, T0 + k * 10**9, body) for k, (topic, kind, _, body) in enumerate(ITEMS)]
+    data = bytearray(mcap(tmp_path / "a.mcap", items, **(PLAIN | {"chunk_size": 1})).read_bytes())
+    for _, _, _, body in items:
+        data[data.index(body) + 60] ^= 1
+    (tmp_path / "a.mcap").write_bytes(data)
+    found, warnings = read(tmp_path / "a.mcap")
+    assert found == []
+    assert len(warnings) == 21
+    assert any("more than 20 chunks are damaged" in text for text in warnings)
 
 
 def test_a_damaged_message_among_compressed_ones_is_left_out(tmp_path):

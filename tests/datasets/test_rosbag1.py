@@ -109,7 +109,7 @@ def test_a_recorder_that_was_killed_leaves_messages_outside_of_chunks(tmp_path, 
     path.write_bytes(data[: size_at + 4 + size])
     stream = read_bag(path)
     assert numbers(stream) == list(range(COUNT))
-    assert "recovered 80 messages" in stream.report.warnings[0]
+    assert "recovered 80 messages, the last at " in stream.report.warnings[0]
     assert find_bags(tmp_path)[-1] == path
 
 
