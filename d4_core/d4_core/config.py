@@ -215,7 +215,7 @@ PRESETS: dict[str, Preset] = {
         heads_read_world=True,
         reward_bins=41, reward_range=(-1.0, 1.0), value_bins=81, value_range=(-1.0, 4.0),
         tokenizer_training=TokenizerTraining(steps=1500, batch=64, length=8, clip_share=0.2),
-        dynamics_training=_NANO_DYNAMICS,
+        dynamics_training=replace(_NANO_DYNAMICS, labelled_share=0.9),
         agent_training=AgentTraining(
             steps=2500, batch=64, length=4, long_length=16,
             dynamics=replace(_NANO_DYNAMICS, bootstrap_warmup=0.0, bootstrap_rows=0.1),

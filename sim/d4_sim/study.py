@@ -49,8 +49,8 @@ CASCADE: dict[str, tuple[str, ...]] = {
     "labels_as_they_come": ("dynamics_training.labelled_share=0.0",),
     "no_bootstrap": (_BOOTSTRAP,),
 }
-# nine in ten clips of a batch are drawn from drives with commands, however few these are (`nano`: one in two)
-MOSTLY_LABELLED = ("dynamics_training.labelled_share=0.9",)
+# every other clip of a batch is drawn from drives with commands, however few these are (`nano`: nine in ten)
+HALF_LABELLED = ("dynamics_training.labelled_share=0.5",)
 IMPROVEMENT: dict[str, tuple[str, ...]] = {
     "beta_0.03": (f"{_SETTINGS}.beta=0.03",),
     "beta_0.3": (f"{_SETTINGS}.beta=0.3",),
@@ -156,11 +156,9 @@ class Plan(Chains):
         )
         for share in LABELS[1:]:
             options: dict[str, Any] = {"labels": share, "scale": ABLATION_SCALE}
-            if share < 1:  # where all drives have commands there is nothing to choose
-                options["set"] = MOSTLY_LABELLED
             self.variant(f"labels-{share:g}", "labels", "tokenizer", phases, world_model(), drive, **options)
         for share in LABELS[1:-1]:
-            options = {"labels": share, "scale": ABLATION_SCALE}
+            options = {"labels": share, "scale": ABLATION_SCALE, "set": HALF_LABELLED}
             self.variant(f"half-{share:g}", "labels", "tokenizer", phases, world_model(), drive, **options)
 
     def looks(self) -> None:
