@@ -132,9 +132,12 @@ class _Link:
 
 @dataclass
 class Live:
-    """What the loop handed to the server, by time of the tick, and when each tick was decided."""
+    """What the loop handed to the server, by time of the tick; when each tick's picture was chosen, and when,
+    after waiting for what was captured with it, the rest.
+    """
 
     seen: dict[int, Seen] = field(default_factory=dict)
+    chosen: dict[int, int] = field(default_factory=dict)
     decided: dict[int, int] = field(default_factory=dict)
     ticks: dict[int, Tick] = field(default_factory=dict)
 
@@ -158,6 +161,7 @@ class _Replay(Loop):
 
     def _begin_tick(self, tick: Tick) -> None:
         self.live.ticks[tick.time_ns - EPOCH] = tick
+        self.live.chosen[tick.time_ns - EPOCH] = self.now_ns - EPOCH
         self.live.decided[tick.time_ns - EPOCH] = self.now_ns - EPOCH
         super()._begin_tick(tick)
 
