@@ -112,7 +112,7 @@ def test_only_what_comes_too_late_is_seen_otherwise(recording) -> None:
     for time, seen in sorted(offline.items()):
         if time not in live.decided:
             continue  # passed over while a late picture was waited for
-        moment = {name: live.decided[time] for name in seen.numbers} | {"eye0": live.chosen[time]}
+        moment = dict.fromkeys(seen.numbers, live.decided[time]) | {"eye0": live.chosen[time]}
         missed = any(received[name, number] >= moment[name] for name, number in seen.numbers.items())
         # A tick without a picture of its own goes by the one before it, which may have been late.
         is_late = missed or (is_late and not live.ticks[time].is_fresh)
