@@ -28,6 +28,7 @@ ABLATION_SCALE = 0.5  # training steps of the arms that are only compared with e
 
 _SETTINGS = "imagination_training.settings"
 _BOOTSTRAP = "dynamics_training.bootstrap_rows=0.0"
+_AS_THEY_COME = ("dynamics_training.labelled_share=0.0",)
 SHORTCUT: dict[str, tuple[str, ...]] = {
     "with": ("grid.levels=64",),
     "without": ("grid.levels=64", _BOOTSTRAP),
@@ -46,7 +47,7 @@ CASCADE: dict[str, tuple[str, ...]] = {
     "no_image_rows": ("dynamics_training.image_rows=0.0",),
     "more_image_rows": ("dynamics_training.image_rows=0.3",),
     "one_length": ("dynamics_training.long_share=0.0", "dynamics_training.long_final=0.0"),
-    "labels_as_they_come": ("dynamics_training.labelled_share=0.0",),
+    "labels_as_they_come": _AS_THEY_COME,
     "no_bootstrap": (_BOOTSTRAP,),
 }
 # every other clip of a batch is drawn from drives with commands, however few these are (`nano`: nine in ten)
@@ -176,9 +177,9 @@ class Plan(Chains):
         }
         for name, options in arms.items():
             measure = world_model(bags=f"{looks[1]}-*", unknown=name == "none")
-            # with nine in ten the model of the second look's video would hardly see that look
+            # drawn as they come, so that the second look is half of the clips whoever has commands
             self.variant(f"looks-{name}", "looks", "tokenizer", ("dynamics",), measure,
-                         scale=ABLATION_SCALE, set=HALF_LABELLED, **options)  # fmt: skip
+                         scale=ABLATION_SCALE, set=_AS_THEY_COME, **options)  # fmt: skip
 
     def ablations(self) -> None:
         """One thing changed at a time, on the networks of the first chain."""
