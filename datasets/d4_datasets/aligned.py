@@ -7,12 +7,12 @@ of them ticks use is known before the second reading, in which `FrameWriter` tak
 
 from __future__ import annotations
 
-from collections import deque
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from queue import Queue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,6 +29,7 @@ _LIMIT_SLACK = 1e-3  # of the range: rounding in a driver is no violation
 _UNSTAMPED_AFTER_NS = 60_000_000_000  # a zero stamp is genuine only near the start of simulated time
 _MOST_TICKS = 1 << 24  # of one recording: 19 days at 10 Hz, with which memory stays below 2 GB
 _MOST_WARNINGS = 100
+_BATCH, _BATCH_BYTES = 16, 1 << 23  # items that one thread hands to another together, and their bytes
 _MOST_PENDING = 1 << 30  # bytes of pictures that wait for earlier ones
 
 
@@ -279,19 +280,52 @@ class Aligned:
         return total - int((mine[:, 1] - mine[:, 0]).sum())
 
 
-def ahead(items: Generator[_T, None, None], count: int = 2) -> Iterator[_T]:
-    """The items of a generator, of which a thread makes up to `count` in advance: decoding goes on while the
-    frames before are resized and encoded, all of which lets other threads run.
+def ahead(items: Generator[_T, None, None], weigh: Callable[[_T], int] = lambda _: 0) -> Iterator[_T]:
+    """The items of a generator, of which a thread makes some in advance: decoding goes on while the frames
+    before are resized and encoded, all of which lets other threads run.
+
+    They are handed over in batches, since waking a thread takes as long as a small frame. `weigh` gives the
+    bytes of an item, so that large ones do not pile up.
     """
-    end: Any = object()
-    with ThreadPoolExecutor(1) as pool:
+    ready: Queue[list[_T] | BaseException | None] = Queue(1)
+    stopped = threading.Event()
+
+    def work() -> None:
+        batch: list[_T] = []
+        held, end = 0, None
         try:
-            waiting = deque(pool.submit(next, items, end) for _ in range(count))
-            while (item := waiting.popleft().result()) is not end:
-                waiting.append(pool.submit(next, items, end))
-                yield item
-        finally:  # in the thread that files were opened in: sqlite insists
-            pool.submit(items.close).result()
+            for item in items:
+                batch.append(item)
+                held += weigh(item)
+                if len(batch) == _BATCH or held >= _BATCH_BYTES:
+                    ready.put(batch)
+                    batch, held = [], 0
+                if stopped.is_set():
+                    break
+            items.close()  # in the thread that files were opened in: sqlite insists
+        except BaseException as error:
+            end = error
+        ready.put(batch)
+        ready.put(end)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    got: list[_T] | BaseException | None = []
+    try:
+        while isinstance(got := ready.get(), list):
+            yield from got
+        if got is not None:
+            raise got
+    finally:
+        stopped.set()
+        while isinstance(got, list):
+            got = ready.get()
+        thread.join()
+
+
+def picture_bytes(item: tuple[Any, ...]) -> int:
+    """Of an item that ends with a picture, for `ahead`."""
+    return item[-1].nbytes
 
 
 class FrameWriter:

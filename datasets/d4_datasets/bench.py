@@ -5,12 +5,14 @@
     open                        opening a thousand hours of metadata beside parsing them
     wait                        the share of a training step that goes into waiting for its batch
 
-All are timed in turns in one run, so that a busy machine slows all, and the fastest of each counts. In ingest
-every picture is used; without FILE one is made: a minute of 640 x 360 at 20 Hz.
+All are timed in turns in one run, so that a busy machine slows all; the median of the turns counts, with the
+least and the most beside it. In ingest every picture is used; without FILE one is made: a minute of 640 x 360
+at 20 Hz. Where mcap-ros2-support is installed, bags are timed beside it too.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,8 +34,10 @@ from d4_datasets.contract import PICTURE_TYPES, Contract
 from d4_datasets.errors import UserError, run_cli
 from d4_datasets.footage import VideoFile, share_decoding
 from d4_datasets.ingest import ingest
+from d4_datasets.stills import decode_still
 
 _SIZE, _HZ, _FRAMES = (360, 640), 20, 1200
+_NAME = 46  # columns
 _TWIST = "geometry_msgs/msg/Twist"
 
 
@@ -51,8 +55,11 @@ class Options:
     size: int = 64
     """Height and width of the pictures."""
 
-    repeats: int = 3
-    """How often each is timed."""
+    repeats: int = 5
+    """How often each is timed; of `windows`, for how many seconds."""
+
+    raw: bool = False
+    """The bag that is made holds raw pictures instead of jpeg; a quarter as many."""
 
 
 def contract(rate_hz: float, size: int, topic: str = "/camera", type_: str = PICTURE_TYPES[1]) -> Contract:
@@ -90,24 +97,26 @@ def make_video(path: Path, frames: int = _FRAMES) -> None:
         container.mux(stream.encode())
 
 
-def make_bag(path: Path, frames: int = _FRAMES) -> None:
-    """Write a bag with jpeg pictures and commands."""
+def make_bag(path: Path, frames: int = _FRAMES, raw: bool = False) -> None:
+    """Write a bag with pictures, jpeg or raw, and commands."""
     with BagWriter(path) as writer:
         for k, picture in enumerate(pictures(frames)):
             stamp = 1_700_000_000_000_000_000 + k * 1_000_000_000 // _HZ
-            writer.write(
-                "/camera", PICTURE_TYPES[1], stamp, bags.compressed_image(picture, stamp, format="jpeg")
+            message = (
+                bags.image(picture, stamp) if raw else bags.compressed_image(picture, stamp, format="jpeg")
             )
+            writer.write("/camera", message.__msgtype__, stamp, message)
             writer.write("/cmd_vel", _TWIST, stamp, bags.new(_TWIST))
 
 
-def decode_video(path: Path, rgb: bool = False) -> int:
-    """Decode all frames of a video with PyAV, with threads as in ingest; to arrays of RGB if wanted. Returns
-    their number.
+def decode_video(path: Path, rgb: bool = False, threads: bool = False) -> int:
+    """Decode all frames of a video with PyAV as it comes; to arrays of RGB, or with the threads of ingest,
+    if wanted. Returns their number.
     """
     with av.open(str(path)) as container:
         stream, count = container.streams.video[0], 0
-        share_decoding(stream)
+        if threads:
+            share_decoding(stream)
         for frame in container.decode(stream):
             count += 1
             if rgb:
@@ -129,6 +138,29 @@ def decode_bag(path: Path, topic: str) -> int:
     return count
 
 
+def decode_by_mcap_ros2(path: Path, topic: str, pictures: bool) -> int:
+    """Decode all messages with mcap-ros2-support, and the pictures of `topic` if wanted."""
+    from mcap_ros2.decoder import DecoderFactory
+
+    count = 0
+    for file in [path] if path.is_file() else sorted(path.glob("*.mcap")):
+        with file.open("rb") as stream:
+            reader = make_reader(stream, decoder_factories=[DecoderFactory()])
+            for _, channel, _, msg in reader.iter_decoded_messages():
+                count += channel.topic == topic
+                if channel.topic == topic and pictures:
+                    _pixels(msg)
+    return count
+
+
+def _pixels(msg: Any) -> np.ndarray:
+    """RGB of a picture, as its users get it."""
+    data = np.frombuffer(msg.data, np.uint8)
+    if hasattr(msg, "format"):
+        return decode_still(data)
+    return data.reshape(msg.height, msg.step)[:, : 3 * msg.width].reshape(msg.height, msg.width, 3)
+
+
 class Took(NamedTuple):
     """Seconds that went by, and seconds of work on all cores: on a busy machine the first one depends on what
     else is done, even beside a reference that uses fewer cores.
@@ -138,9 +170,9 @@ class Took(NamedTuple):
     cpu_s: float
 
     @classmethod
-    def best(cls, times: Sequence[Took]) -> Took:
-        """The least of each."""
-        return cls(min(t.wall_s for t in times), min(t.cpu_s for t in times))
+    def median(cls, times: Sequence[Took]) -> Took:
+        """The median of each."""
+        return cls(float(np.median([t.wall_s for t in times])), float(np.median([t.cpu_s for t in times])))
 
     def of(self, frames: int) -> str:
         """As text, for so many frames."""
@@ -164,15 +196,18 @@ def compare(path: Path, robot: Contract, others: dict[str, Callable[[], int]], r
             times[name].append(timed(work))
         with tempfile.TemporaryDirectory() as folder:
             whole.append(timed(partial(ingest, [path], robot, Path(folder) / "dataset")))
-    best = Took.best(whole)
     height, width = robot.images[0].size or (0, 0)
-    print(f"{f'd4-ingest to {width} x {height}':<34} {best.of(frames)}")
+    print(f"{f'd4-ingest to {width} x {height}':<{_NAME}} {Took.median(whole).of(frames)}")
     ratios = []
     for name in others:
-        alone = Took.best(times[name])
-        ratios.append(best.wall_s / alone.wall_s)
-        line = f"ingest takes {ratios[-1]:.2f} x the time, {best.cpu_s / alone.cpu_s:.2f} x the work"
-        print(f"{name:<34} {alone.of(frames)}; {line}")
+        # Turn by turn: what else the machine did slowed both.
+        turns = [one.wall_s / other.wall_s for one, other in zip(whole, times[name], strict=True)]
+        ratios.append(float(np.median(turns)))
+        alone = Took.median(times[name])
+        print(
+            f"{name:<{_NAME}} {alone.of(frames)}; ingest takes {ratios[-1]:.2f} x the time "
+            f"({min(turns):.2f} to {max(turns):.2f}), {Took.median(whole).cpu_s / alone.cpu_s:.2f} x the work"
+        )
     return ratios
 
 
@@ -182,13 +217,16 @@ def bench_video(path: Path, size: int = 64, repeats: int = 3) -> list[float]:
     rate = round(1e9 / float(np.median(steps)), 3) if len(steps) else float(_HZ)
     others: dict[str, Callable[[], int]] = {
         "PyAV decodes": partial(decode_video, path),
+        "PyAV decodes, threads as in ingest": partial(decode_video, path, threads=True),
         "PyAV decodes to RGB arrays": partial(decode_video, path, rgb=True),
     }
     return compare(path, contract(rate, size), others, repeats)
 
 
 def bench_bag(path: Path, size: int = 64, repeats: int = 3) -> list[float]:
-    """Ingest of a bag's first camera against mcap and rosbags; returns the ratio."""
+    """Ingest of a bag's first camera against mcap with rosbags, and with mcap-ros2-support if it is there;
+    returns the ratios.
+    """
     bag = Bag(path)
     cameras = [(topic, kind) for topic, kind in bag.topics.items() if kind in PICTURE_TYPES]
     if not cameras:
@@ -199,6 +237,10 @@ def bench_bag(path: Path, size: int = 64, repeats: int = 3) -> list[float]:
     others: dict[str, Callable[[], int]] = {
         "mcap, rosbags and OpenCV decode": partial(decode_bag, path, cameras[0][0])
     }
+    if importlib.util.find_spec("mcap_ros2") is not None:
+        alone = partial(decode_by_mcap_ros2, path, cameras[0][0])
+        others["mcap-ros2-support and OpenCV decode"] = partial(alone, pictures=True)
+        others["mcap-ros2-support decodes, no pictures"] = partial(alone, pictures=False)
     return compare(path, robot, others, repeats)
 
 
@@ -218,7 +260,10 @@ def _main(options: Options) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / ("made.mp4" if is_video else "made")
-        (make_video if is_video else make_bag)(path)
+        if is_video:
+            make_video(path)
+        else:
+            make_bag(path, _FRAMES // 4 if options.raw else _FRAMES, options.raw)
         run(path, options.size, options.repeats)
 
 

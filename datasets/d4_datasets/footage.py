@@ -24,13 +24,13 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from d4_datasets.aligned import ahead
+from d4_datasets.aligned import ahead, picture_bytes
 from d4_datasets.errors import UserError
 from d4_datasets.stills import MOST_PIXELS, Range, decode_still
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_LARGE = 1 << 20  # pixels
+_MEDIUM, _LARGE = 1 << 17, 1 << 20  # pixels
 _MOST_BYTES = 1 << 28  # of one picture file
 _FASTEST_HZ = 2000.0  # pictures per second above which stamps are broken
 _SPARE_S = 100_000.0  # a day and a bit; with the next, how long so many frames can last
@@ -171,7 +171,7 @@ class VideoFile:
     ) -> Generator[tuple[int, np.ndarray], None, None]:
         """See `Footage.read`."""
         converter = _Converter(self, size)
-        for number, frame in ahead(self._wanted(wanted)):
+        for number, frame in ahead(self._wanted(wanted), _frame_bytes):
             yield number, converter.rgb(frame)
 
     def _wanted(self, wanted: np.ndarray) -> Generator[tuple[int, Any], None, None]:
@@ -243,11 +243,19 @@ class VideoFile:
 
 
 def share_decoding(stream: Any) -> None:
-    """Let several threads decode large pictures. Small ones take as long to resize and encode as to decode,
-    which goes on beside, and more threads than that only stand in the way of each other.
+    """Let several threads decode large pictures, and two those of medium size. Small ones take as long to
+    resize and encode as to decode, which goes on beside, and more threads than that only stand in the way of
+    each other.
     """
-    if stream.codec_context.width * stream.codec_context.height > _LARGE:
-        stream.thread_type = "AUTO"
+    pixels = stream.codec_context.width * stream.codec_context.height
+    if pixels > _MEDIUM:
+        stream.thread_type = "AUTO" if pixels > _LARGE else "FRAME"
+        stream.codec_context.thread_count = 0 if pixels > _LARGE else 2
+
+
+def _frame_bytes(item: tuple[int, Any]) -> int:
+    """Of a decoded frame, about: none has more than 3 bytes a pixel."""
+    return 3 * item[1].width * item[1].height
 
 
 class _Backwards(Exception):
@@ -394,7 +402,7 @@ class PictureFolder:
         self, wanted: np.ndarray, size: tuple[int, int] | None = None
     ) -> Generator[tuple[int, np.ndarray], None, None]:
         """See `Footage.read`. Pictures are resized as those of a camera's messages are, by the caller."""
-        yield from ahead(self._read(wanted))
+        yield from ahead(self._read(wanted), picture_bytes)
 
     def _read(self, wanted: np.ndarray) -> Generator[tuple[int, np.ndarray], None, None]:
         good = np.ones(len(self.names), bool)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from d4_datasets import fields, latents, messages, signals
-from d4_datasets.aligned import Aligned, FrameWriter, Track, ahead
+from d4_datasets.aligned import Aligned, FrameWriter, Track, ahead, picture_bytes
 from d4_datasets.bags import Bag, bag_files, is_bag
 from d4_datasets.contract import PICTURE_TYPES, Action, Align, Contract, Observation
 from d4_datasets.errors import UserError
@@ -190,7 +190,7 @@ def encode_frames(recording: Recording, folder: Path) -> dict[str, list[Video]]:
     topics: dict[str, list[FrameWriter]] = {}
     for camera in cameras:
         topics.setdefault(camera.camera.topic, []).append(camera)
-    for camera, ordinal, rgb in ahead(_pictures(recording, topics)):
+    for camera, ordinal, rgb in ahead(_pictures(recording, topics), picture_bytes):
         camera.add(ordinal, rgb)
     for camera in cameras:
         if camera.missing:

@@ -13,15 +13,17 @@ from d4_datasets.bags import BagWriter, new
 from d4_datasets.errors import UserError
 
 
-def test_both_measurements_run(tmp_path, capsys):
+def test_both_measurements_run(tmp_path, capsys, monkeypatch):
     bench.make_video(tmp_path / "v.mp4", 12)
     bench.make_bag(tmp_path / "bag", 12)
-    assert len(bench.bench_video(tmp_path / "v.mp4", 16, 1)) == 2
+    assert len(bench.bench_video(tmp_path / "v.mp4", 16, 1)) == 3
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)  # mcap-ros2-support
     assert len(bench.bench_bag(tmp_path / "bag", 16, 1)) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == [
         "d4-ingest to 16 x 16",
         "PyAV decodes",
+        "PyAV decodes, threads as in ingest",
         "PyAV decodes to RGB arrays",
         "d4-ingest to 16 x 16",
         "mcap, rosbags and OpenCV decode",
@@ -54,6 +56,29 @@ def test_reading_ahead_keeps_order_and_errors():
     with pytest.raises(UserError, match="the end is near"):
         next(reading)
     assert threading.active_count() == threads
+
+
+def test_large_items_do_not_pile_up():
+    """Two of 100 MB are more than anybody should hold in advance; without their weight it was sixteen."""
+    made = []
+
+    def items():
+        for k in range(20):
+            made.append(k)
+            yield (k,)
+
+    reading = ahead(items(), lambda item: 1 << 27)
+    for k in range(10):
+        assert next(reading) == (k,)
+        assert len(made) <= k + 4
+    reading.close()
+    assert len(made) < 20
+
+
+def test_a_bag_of_raw_pictures_is_one(tmp_path, capsys):
+    bench.make_bag(tmp_path / "bag", 6, raw=True)
+    assert bench.bench_bag(tmp_path / "bag", 16, 1)
+    assert "d4-ingest to 16 x 16" in capsys.readouterr().out
 
 
 def test_whoever_stops_early_leaves_nothing_open():
