@@ -438,6 +438,6 @@ def _metadata(path: Path, report: BagReport) -> tuple[list[str], dict[str, int]]
         names = list(dict.fromkeys(Path(name).name for name in info["relative_file_paths"]))
         topics = info["topics_with_message_count"]
         return names, {topic["topic_metadata"]["name"]: int(topic["message_count"]) for topic in topics}
-    except (yaml.YAMLError, RecursionError, KeyError, TypeError, ValueError):
+    except (yaml.YAMLError, RecursionError, KeyError, TypeError, ValueError, ArithmeticError):
         report.warn(f"{path} is damaged; read from the bag's files alone")
         return [], {}

@@ -76,9 +76,9 @@ class Folder:
             self.fps = float(self.info["fps"])
             self.features: dict[str, dict[str, Any]] = dict(self.info["features"])
             self._data_path, self._video_path = str(self.info["data_path"]), self.info.get("video_path")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise self._damaged("info.json", f"it lacks {error}") from None
-        if not self.fps > 0:
+        if not 0 < self.fps < math.inf:
             raise self._damaged("info.json", f"fps is {self.fps:g}")
         self.videos = tuple(name for name in self.features if self.dtype(name) == "video")
         self.episodes = self._listed()
@@ -95,7 +95,7 @@ class Folder:
         shape = self.features[feature].get("shape", [1])
         try:
             width = math.prod(int(size) for size in shape)
-        except (TypeError, ValueError, OverflowError):
+        except (TypeError, ValueError, ArithmeticError):
             width = -1
         if not 0 <= width <= _WIDEST:
             raise self._damaged("info.json", f"the shape of {feature} is {str(shape)[:80]}")
@@ -128,7 +128,7 @@ class Folder:
         try:
             rows = self._episode_table() if self.is_v3 else _json_lines(self.root / "meta" / place)
             episodes = [self._listed_v3(row) if self.is_v3 else self._listed_v2(row) for row in rows]
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
             raise self._damaged(place, f"what it says of an episode does not fit ({error!r})") from None
         return sorted(episodes, key=lambda episode: episode.number)
 
@@ -172,7 +172,7 @@ class Folder:
                 return {int(index): str(task) for index, task in pairs}
             rows = _json_lines(path.with_suffix(".jsonl"))
             return {int(row["task_index"]): str(row["task"]) for row in rows}
-        except (KeyError, TypeError, ValueError, StopIteration) as error:
+        except (KeyError, TypeError, ValueError, StopIteration, ArithmeticError) as error:
             raise self._damaged(path.name, f"what it says of a task does not fit ({error!r})") from None
 
     # -- rows --

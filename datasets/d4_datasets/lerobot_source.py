@@ -379,7 +379,7 @@ def _copied(folder: Folder, listed: Listed, dataset: Dataset, out: Path) -> Epis
     """An episode of a dataset that was made with the same contract, as it is; UserError if it is damaged."""
     try:
         return _copy(folder, listed, dataset, out)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(
             f"{folder.root}, episode {listed.number}: its metadata and its rows do not fit each other "
             f"({str(error)[:200] or type(error).__name__}); copy the dataset again"

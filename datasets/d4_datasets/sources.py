@@ -16,7 +16,10 @@ that calls a recording otherwise than its path has `name(path)`.
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -43,6 +46,8 @@ class Reader(Protocol):
     ) -> tuple[list[Episode], list[str]]:
         """(episodes, warnings); images are `Video`s in `folder`. Raises UserError naming what is wrong."""
 
+
+_MOST_LOOKED_AT = 10_000  # files, to say what is there
 
 # Films take any video, and so come last.
 READERS: tuple[Reader, ...] = (recording, lerobot_source, contractor, minerl_streams, films)
@@ -75,8 +80,18 @@ def find(source: str | Path, kind: str | None = None, contract: Contract | None 
         found = [one for one in found if one.path == source or not (one.path / "meta" / "d4.json").is_file()]
     if not found:
         kinds = " or ".join(reader.KIND for reader in readers)
-        raise UserError(f"there is no {kinds} in {source}")
+        raise UserError(f"there is no {kinds} in {source}{_held(source)}")
     return found
+
+
+def _held(source: Path) -> str:
+    """What files are in a folder instead of recordings, by their endings, for a sentence."""
+    files = (Path(name) for _, _, names in os.walk(source) for name in names if not name.startswith("."))
+    counts = Counter(file.suffix or file.name for file in islice(files, _MOST_LOOKED_AT))
+    if not counts:
+        return ", which is empty" if source.is_dir() else ""
+    kinds = ", ".join(f"{count} {ending}" for ending, count in counts.most_common(4))
+    return f"; of what is there ({kinds}{', ...' if len(counts) > 4 else ''}) nothing is read"
 
 
 def name(found: Found) -> str:

@@ -210,6 +210,15 @@ def test_a_cut_mcap_gives_what_is_left_and_says_so(tmp_path, share):
         assert any(f"promises {COUNT} messages on /number" in text for text in stream.report.warnings)
 
 
+def test_a_count_beyond_all_numbers_is_no_reason_to_give_up(tmp_path):
+    """int() of the .inf of YAML is neither a ValueError nor a TypeError."""
+    path = write(tmp_path / "bag", 3) / "metadata.yaml"
+    path.write_text(re.sub(r"message_count: \d+", "message_count: .inf", path.read_text()))
+    stream = read_bag(tmp_path / "bag")
+    assert numbers(stream) == [0, 1, 2]
+    assert any("metadata.yaml is damaged" in text for text in stream.report.warnings)
+
+
 def test_every_cut_of_a_small_mcap_is_readable_or_refused(tmp_path):
     data = (write(tmp_path / "bag", 3) / "bag.mcap").read_bytes()
     file = tmp_path / "cut.mcap"

@@ -265,7 +265,7 @@ def test_a_table_that_has_changed_is_noticed(tmp_path, clip):
 def test_pictures_among_other_things_are_no_recording(tmp_path):
     write_pictures(tmp_path / "notes", {"a.png": picture(0), "b.png": picture(1)})
     (tmp_path / "notes" / "more").mkdir()
-    with pytest.raises(UserError, match=r"there is no bag or .* in"):
+    with pytest.raises(UserError, match=r"there is no bag or .* of what is there \(2 .png\) nothing"):
         ingest([tmp_path / "notes"], contract(), tmp_path / "out")
 
 

@@ -1,6 +1,7 @@
 """LeRobotDatasets as recordings: row by row at equal rate, by the rules of bags at a lower, ours copied."""
 
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from d4_datasets import sources
 from d4_datasets.contract import Contract
-from d4_datasets.errors import UserError
+from d4_datasets.errors import UserError, sentence
 from d4_datasets.ingest import ingest
 from d4_datasets.latents import Origin
 from d4_datasets.lerobot import Dataset, Episode, LeRobotWriter
@@ -335,6 +336,36 @@ def test_a_damaged_folder_is_one_sentence_and_leaves_nothing(tmp_path, fault):
     with pytest.raises(UserError, match=message):
         ingest([root], arm(), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["arms"]
+
+
+@pytest.mark.parametrize("number", ["Infinity", "1e999", "9" * 400, "-1"])
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [("tasks.jsonl", "task_index"), ("episodes.jsonl", "episode_index"), ("episodes.jsonl", "length"),
+     ("info.json", "chunks_size"), ("info.json", "fps")],
+)  # fmt: skip
+def test_numbers_beyond_all_numbers_are_one_sentence(tmp_path, file, key, number):
+    """The fuzzer's finding: JSON knows Infinity, and int() of it is neither a ValueError nor a TypeError."""
+    root = foreign.write(tmp_path / "arms", [foreign.episode(4)], "v2.1", names=JOINTS)
+    path = root / "meta" / file
+    text, count = re.subn(rf'("{key}": *)[\d.]+', rf"\g<1>{number}", path.read_text(), count=1)
+    assert count == 1
+    path.write_text(text)
+    told = ""
+    try:
+        ingest([root], arm(), tmp_path / "out")
+    except Exception as error:
+        told = sentence(error)
+    assert told is not None  # a traceback
+    assert len(told) < 1500
+    assert (told == "") == (tmp_path / "out").exists()
+
+
+def test_no_chunks_at_all_are_one_sentence(tmp_path):
+    root = foreign.write(tmp_path / "arms", [foreign.episode(4)], "v2.1", names=JOINTS)
+    edit_info(root, chunks_size=0)
+    with pytest.raises(UserError, match=r"episodes.jsonl is damaged: .*ZeroDivision"):
+        ingest([root], arm(), tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["data/chunk-000/file-000.parquet", f"videos/{TOP}/chunk-000/file-000.mp4",
