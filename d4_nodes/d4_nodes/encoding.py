@@ -27,6 +27,7 @@ from d4_nodes.health import ERROR, OK, WARN, Finding
 from d4_nodes.inbox import Sample, inbox_of
 from d4_nodes.link import Encoded, TokenizerLink
 from d4_nodes.report import Histogram
+from d4_nodes.ticks import oldest
 from d4_nodes.wire import WireError
 
 _SOON = 0.75  # of a period: a picture that follows sooner is left out, training saw the contract's rate
@@ -81,7 +82,7 @@ class Encoding:
         self.answer, self.age = Histogram(), Histogram()
         self._publish, self._connect, self._clock = publish, connect, clock
         self._complain, self._decode = complain, decode
-        self._tolerance_ns = self._camera.align.tolerance_ns or contract.period_ns
+        self._oldest_ns = oldest(self._camera.align, contract.period_ns) or contract.period_ns
         self._link: TokenizerLink | None = None
         self._lost = "not connected yet"
         self._knocked = -1e9
@@ -92,6 +93,7 @@ class Encoding:
         self._newest: Sample | None = None  # came last, whether it is used or not
         self._begin_ns: int | None = None  # an episode has begun there, which is news
         self._start_ns = -1  # when the episode at hand began; what was captured until then has no past
+        self._tick_ns: int | None = None  # time of a tick, from which all others follow
         self._is_new = True  # the next picture begins a stream
         self._stop = threading.Event()
 
@@ -168,8 +170,9 @@ class Encoding:
         start, self._begin_ns = self._begin_ns, None
         if start is None:
             return
-        self._start_ns, newest = start, self._newest
-        if newest is not None and newest.stamp_ns >= start - self._tolerance_ns:
+        self._start_ns = self._tick_ns = start
+        newest = self._newest
+        if newest is not None and newest.stamp_ns >= start - self._oldest_ns:
             self._waits = (
                 newest  # if it was encoded already, then in the light of the past; the later one counts
             )
@@ -177,14 +180,23 @@ class Encoding:
     def _follows(self, sample: Sample) -> bool:
         """Whether a picture is the next of its stream or begins another; not if it is too soon or too old."""
         for before, least in ((self._last, _SOON * self.contract.period_ns), (self._waits, 1)):
-            if before is not None and -self._forget_ns < sample.stamp_ns - before.stamp_ns < least:
+            if before is not None and -self._long_ago_ns < sample.stamp_ns - before.stamp_ns < least:
                 return False
         return True
 
     @property
-    def _forget_ns(self) -> int:
-        """A gap after which the importer finds a tick without a valid frame, and splits the episode."""
-        return self._tolerance_ns + self.contract.period_ns
+    def _long_ago_ns(self) -> int:
+        """A picture that was captured so long before the last one is of a clock that was set back."""
+        return self._oldest_ns + self.contract.period_ns
+
+    def _is_split(self, before_ns: int, stamp_ns: int) -> bool:
+        """Whether between two pictures there is a tick for which the first is too old: the importer ends an
+        episode there. Without start events its ticks follow from the first picture of the recording; that
+        is taken to be captured at the moment in the camera's period at which ours was.
+        """
+        assert self._tick_ns is not None
+        last_ns = stamp_ns - 1 - (stamp_ns - 1 - self._tick_ns) % self.contract.period_ns
+        return stamp_ns < before_ns or last_ns - before_ns > self._oldest_ns
 
     def _ask(self, link: TokenizerLink, sample: Sample) -> None:
         """Hand a picture to the server, which is free."""
@@ -198,8 +210,10 @@ class Encoding:
             self.counts["dropped"] += 1
             self._complain(f"{self._camera.topic}: {error}: dropped")
             return
-        gap = 0 if self._last is None else sample.stamp_ns - self._last.stamp_ns
-        is_new = self._is_new or sample.stamp_ns <= self._start_ns or not -1 < gap <= self._forget_ns
+        if self._tick_ns is None:
+            self._tick_ns = sample.stamp_ns + self.contract.period_ns // 2
+        is_split = self._last is None or self._is_split(self._last.stamp_ns, sample.stamp_ns)
+        is_new = self._is_new or sample.stamp_ns <= self._start_ns or is_split
         link.submit(is_new)
         self._is_new = False
         self.counts["streams"] += is_new

@@ -17,6 +17,8 @@ _KEPT_PICTURES = 8  # of a camera: they are large
 
 _TRUST = 5  # intervals between samples until a stream's rate counts as known
 _ASLEEP_NS = 10**9  # who has been silent for so long is not waited for
+_EARLY = 10  # a sample may be early by one part of so many of the shortest interval, but ...
+_EARLIEST_NS = 2_000_000  # ... by no more than this: whoever waits for it waits as much longer
 
 
 class Sample(NamedTuple):
@@ -33,10 +35,12 @@ class Inbox:
     Args:
         names: of the streams.
         cameras: those of them that are cameras, of which fewer samples are kept.
+        reorder_ns: samples that were captured at most so long before the newest one are put in order; what
+            goes back further is of a clock that was set, and follows it.
     """
 
-    def __init__(self, names: tuple[str, ...], cameras: tuple[str, ...] = ()) -> None:
-        self.names = names
+    def __init__(self, names: tuple[str, ...], cameras: tuple[str, ...] = (), reorder_ns: int = 0) -> None:
+        self.names, self._reorder_ns = names, reorder_ns
         self.accepted: Counter[str] = Counter()  # samples per stream
         self._samples: dict[str, deque[Sample]] = {
             name: deque(maxlen=_KEPT_PICTURES if name in cameras else _KEPT) for name in names
@@ -70,8 +74,22 @@ class Inbox:
 
     def keep(self, name: str, sample: Sample) -> None:
         """Accept a drained sample as part of the stream."""
-        self._samples[name].append(sample)
+        samples, place = self._samples[name], len(self._samples[name])
+        if self.is_overtaken(name, sample):
+            while place and 0 < samples[place - 1].stamp_ns - sample.stamp_ns <= self._reorder_ns:
+                place -= 1
+            if len(samples) == samples.maxlen:
+                samples.popleft()
+                place = max(0, place - 1)
+            samples.insert(place, sample)
+        else:
+            samples.append(sample)
         self.accepted[name] += 1
+
+    def is_overtaken(self, name: str, sample: Sample) -> bool:
+        """Whether a sample comes after one that was captured a little later."""
+        newest = self.newest(name)
+        return newest is not None and 0 < newest.stamp_ns - sample.stamp_ns <= self._reorder_ns
 
     def newest(self, name: str) -> Sample | None:
         """The last accepted sample; from any thread."""
@@ -84,7 +102,8 @@ class Inbox:
 
     def is_on_its_way(self, name: str, time_ns: int) -> bool:
         """Whether a sample captured at or before a time, but after the newest one, is still to be expected:
-        topics overtake each other. Judged by the shortest interval between the last samples of the stream.
+        topics overtake each other. Judged by the shortest interval between the last samples of the stream,
+        less a little for jitter.
         """
         stamps = [s.stamp_ns for s in list(self._samples[name])[-_TRUST - 1 :]]
         if not stamps:
@@ -92,7 +111,10 @@ class Inbox:
         if not 0 < time_ns - stamps[-1] < _ASLEEP_NS:
             return False
         intervals = [b - a for a, b in itertools.pairwise(stamps) if b > a]
-        return len(intervals) < _TRUST or stamps[-1] + min(intervals) <= time_ns
+        if len(intervals) < _TRUST:
+            return True
+        shortest = min(intervals)
+        return stamps[-1] + shortest - min(shortest // _EARLY, _EARLIEST_NS) <= time_ns
 
     def since(self, name: str, time_ns: int) -> list[int]:
         """Capture times of the accepted samples from a time on, in order."""
@@ -117,4 +139,5 @@ class Inbox:
 def inbox_of(contract: Contract) -> Inbox:
     """An inbox for what a policy sees of a robot."""
     inputs = [s for s in contract.observations if s.role == "input"]
-    return Inbox(tuple(s.name for s in inputs), tuple(s.name for s in inputs if s.is_image))
+    cameras = tuple(s.name for s in inputs if s.is_image)
+    return Inbox(tuple(s.name for s in inputs), cameras, contract.period_ns)

@@ -22,14 +22,14 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
-from d4_datasets.contract import Align, Contract
+from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_datasets.messages import decode, look
 from d4_nodes.guard import Guard, Verdict
 from d4_nodes.inbox import Inbox, Sample
 from d4_nodes.link import Link, Reply
 from d4_nodes.report import Report
-from d4_nodes.ticks import Tick, Ticker
+from d4_nodes.ticks import Tick, Ticker, oldest
 from d4_nodes.wire import WireError
 
 _JUMP_NS = 100_000_000  # clock against monotonic time: more in one look is a jump
@@ -124,12 +124,13 @@ class Loop:
         self._camera = contract.images[0].name
         self._depth_m = {camera.name: camera.depth_m for camera in contract.images}
         self._held = tuple(s.name for s in contract.observations if s.holds_for_ever)
-        self._longest = {s.name: _longest(s.align, contract.period_ns) for s in contract.observations}
+        self._longest = {s.name: oldest(s.align, contract.period_ns) for s in contract.observations}
         left = contract.latency_ns // 2
         if config.decision_ms is not None:
             left = max(0, contract.latency_ns - round(1e6 * config.decision_ms))
         self._ticker = Ticker(contract.period_ns, left)
-        self._grace_ns = min(left, contract.period_ns // 4)  # for vectors that were captured with a picture
+        self._left_ns = left
+        self._grace_ns = min(left, contract.period_ns // 4)  # for what was captured with a picture
         self._patience_ns = 0  # ... until then
         self._blend = np.repeat(
             [c.kind == "continuous" for c in contract.actions], [c.dim for c in contract.actions]
@@ -147,7 +148,7 @@ class Loop:
         """Back to the beginning of an episode."""
         self._due.clear()
         self._asked: tuple[Tick, int] | None = None  # at the server, and when it was handed over (monotonic)
-        self._waits: Tick | None = None  # to be handed over once server and vectors are there, or ...
+        self._waits: Tick | None = None  # to be handed over once all that belongs to it is there, or ...
         self._good: tuple[Tick, np.ndarray] | None = None  # last answer: its tick and plan
         self._last_asked = _NEVER
         self._command: np.ndarray | None = None  # in force; None: unknown
@@ -311,8 +312,11 @@ class Loop:
     def _receive(self) -> None:
         for name, sample in self.inbox.drain():
             with self.lock:
-                if not self.guard.see(name, sample.stamp_ns, sample.arrival_ns):
-                    self.report.counts["wrong stamps"] += 1
+                is_newest = self.guard.see(name, sample.stamp_ns, sample.arrival_ns)
+            if not is_newest:  # nor is its stream any fresher for it, but its place may be before the newest
+                is_overtaken = name != self._camera and self.inbox.is_overtaken(name, sample)
+                self.report.counts["overtaken samples" if is_overtaken else "wrong stamps"] += 1
+                if not is_overtaken:
                     continue
             self.inbox.keep(name, sample)
             if name == self._camera:
@@ -384,7 +388,9 @@ class Loop:
             self.report.counts["ticks without a frame of their own"] += 1
         self._due.append(_Due(tick.anchor_ns + self.contract.latency_ns, tick))
         if self._link is not None and (self._ignore or not self._link.is_busy):
-            self._waits, self._patience_ns = tick, self._clock() + self._grace_ns
+            # not beyond the moment that leaves time for a decision
+            self._waits = tick
+            self._patience_ns = min(self._clock() + self._grace_ns, tick.anchor_ns + self._left_ns)
             self._hand_over()
         else:
             self.report.counts["ticks the server was not free for"] += self._link is not None
@@ -394,7 +400,8 @@ class Loop:
         tick, link, now = self._waits, self._link, self._clock()
         if tick is None or link is None or link.is_busy:
             return
-        is_awaited = any(self.inbox.is_on_its_way(name, tick.anchor_ns) for name in link.vectors)
+        others = (link.cameras.keys() | link.vectors.keys()) - {self._camera}
+        is_awaited = any(self.inbox.is_on_its_way(name, tick.anchor_ns) for name in others)
         if is_awaited and now < self._patience_ns:
             return
         self._waits = None
@@ -572,10 +579,3 @@ class Loop:
             self._rest()
         except Exception as error:
             self._log(f"the safety action could not be sent: {error!r}")
-
-
-def _longest(align: Align, period_ns: int) -> int | None:
-    """How old a sample may be at its tick, ns; None: it holds for ever."""
-    if align.strategy == "drop":
-        return min(period_ns - 1, align.tolerance_ns or period_ns)
-    return align.tolerance_ns

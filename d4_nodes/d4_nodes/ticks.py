@@ -12,7 +12,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from d4_datasets.contract import Align
+
 _TRUST = 5  # intervals between frames until the camera's period counts as known
+
+
+def oldest(align: Align, period_ns: int) -> int | None:
+    """How old a sample may be at its tick, ns; None: it holds for ever."""
+    if align.strategy == "drop":
+        return min(period_ns - 1, align.tolerance_ns or period_ns)
+    return align.tolerance_ns
 
 
 class Tick(NamedTuple):
@@ -95,10 +104,14 @@ class Ticker:
     def _patience(self) -> int:
         """Until when the next tick waits: for a better frame than its own until its time; for one at all
         until its time or, if that is sooner, one period after the frame before; and a little longer.
+        Of a camera so fast that the better frame must come before it is too late to decide on the one at
+        hand, it waits no longer than that.
         """
         due = self.time_of(self._next)
         has_own = self._frame is not None and self._index(self._frame) >= self._next
-        if not has_own and self._own is not None:
+        if has_own and self._frame is not None and self._interval() <= self.grace_ns:
+            due = min(due, self._frame)
+        elif not has_own and self._own is not None:
             number, stamp = self._own
             due = min(due, stamp + (self._next - number) * self.period_ns)
         return due + self.grace_ns
@@ -117,7 +130,9 @@ class Ticker:
         return max(0, -((self._zero - stamp_ns) // self.period_ns))
 
     def _interval(self) -> int:
-        """Time between frames, ns: the shortest of the last ones; one period until enough have been seen."""
+        """Time between frames, ns: the median of the last ones, since a single short one of a camera that
+        jitters tells nothing of the next; one period until enough have been seen.
+        """
         if len(self._stamps) <= _TRUST:
             return self.period_ns
-        return min(b - a for a, b in zip(self._stamps, self._stamps[1:], strict=False))
+        return sorted(b - a for a, b in zip(self._stamps, self._stamps[1:], strict=False))[_TRUST // 2]

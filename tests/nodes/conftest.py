@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from d4_datasets.contract import Contract
 from d4_nodes.activation import wait
@@ -18,6 +19,10 @@ from d4_nodes.link import Link
 from d4_nodes.loop import Loop, LoopConfig
 from d4_nodes.report import Report
 from d4_nodes.watchdog import Watchdog
+
+# no deadlines: on a busy machine any example may take a second
+settings.register_profile("nodes", settings(), deadline=None)
+settings.load_profile("nodes")
 
 ROBOT = Path(__file__).with_name("robot.yaml")
 

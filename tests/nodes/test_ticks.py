@@ -75,6 +75,16 @@ def test_a_faster_camera_serves_each_tick_with_its_newest_frame() -> None:
     assert all(tick.stamp_ns == stamps[index[tick.number]] for tick in later)
 
 
+def test_a_fast_camera_that_stops_costs_no_tick() -> None:
+    """The better frame that does not come is waited for no longer than leaves time to decide on the last."""
+    stamps = [PERIOD + k * 10 * MS for k in range(102)]  # the last one 40 ms before its tick
+    _, live = play(stamps, [2 * MS] * len(stamps), until=stamps[-1] + 60 * MS)
+    now, tick = live[-1]
+    assert tick.is_fresh
+    assert tick.stamp_ns == stamps[-1]
+    assert tick.stamp_ns + 20 * MS < now <= tick.stamp_ns + 21 * MS + MS  # 20 ms: what `play` grants
+
+
 def test_a_missing_frame_makes_a_tick_with_the_last_one() -> None:
     stamps = [k * PERIOD for k in range(1, 10) if k != 5]
     ticker, live = play(stamps, [MS] * len(stamps))
