@@ -118,7 +118,8 @@ class Folder:
         return list(walk(self.features[feature].get("names")))
 
     def _damaged(self, file: str, what: object) -> UserError:
-        return UserError(f"{self.root}/meta/{file} is damaged: {what}; copy the dataset again")
+        # An error may quote all of the file.
+        return UserError(f"{self.root}/meta/{file} is damaged: {str(what)[:300]}; copy the dataset again")
 
     # -- metadata --
 
@@ -170,7 +171,8 @@ class Folder:
                 strings = next(name for name in table.column_names if _is_text(table.schema.field(name).type))
                 pairs = zip(table["task_index"].to_pylist(), table[strings].to_pylist(), strict=True)
                 return {int(index): str(task) for index, task in pairs}
-            rows = _json_lines(path.with_suffix(".jsonl"))
+            path = path.with_suffix(".jsonl")
+            rows = _json_lines(path)
             return {int(row["task_index"]): str(row["task"]) for row in rows}
         except (KeyError, TypeError, ValueError, StopIteration, ArithmeticError) as error:
             raise self._damaged(path.name, f"what it says of a task does not fit ({error!r})") from None

@@ -361,6 +361,15 @@ def test_numbers_beyond_all_numbers_are_one_sentence(tmp_path, file, key, number
     assert (told == "") == (tmp_path / "out").exists()
 
 
+def test_a_file_that_is_no_text_is_named_and_not_quoted(tmp_path):
+    """UnicodeDecodeError quotes all that it was given."""
+    root = foreign.write(tmp_path / "arms", [foreign.episode(4)], "v2.1", names=JOINTS)
+    (root / "meta/tasks.jsonl").write_bytes(b"[" * 3000 + b"\xff")
+    with pytest.raises(UserError, match=r"tasks\.jsonl is damaged") as caught:
+        ingest([root], arm(), tmp_path / "out")
+    assert len(str(caught.value)) < 700
+
+
 def test_no_chunks_at_all_are_one_sentence(tmp_path):
     root = foreign.write(tmp_path / "arms", [foreign.episode(4)], "v2.1", names=JOINTS)
     edit_info(root, chunks_size=0)
