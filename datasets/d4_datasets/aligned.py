@@ -8,6 +8,7 @@ of them ticks use is known before the second reading, in which `FrameWriter` tak
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from d4_datasets import align, messages, signals
+from d4_datasets import align, messages, progress, signals
 from d4_datasets.contract import Action, Align, Contract, Observation
 from d4_datasets.errors import UserError
 from d4_datasets.latents import Origin
@@ -345,6 +346,7 @@ class FrameWriter:
         self.place = 0
         self.encoder: VideoEncoder | None = None
         self.videos: list[Video] = []
+        self.cameras, self.noted = len(recording.contract.images), time.monotonic()
 
     def uses(self, ordinal: int) -> bool:
         """Whether any tick uses picture number `ordinal` of the track."""
@@ -370,6 +372,9 @@ class FrameWriter:
             if self.place in self.ends:
                 self.videos.append(self.encoder.close())
                 self.encoder = None
+        if time.monotonic() - self.noted >= progress.NOTE_EVERY_S:
+            self.noted = time.monotonic()
+            progress.note(self.folder, self.camera.name, self.place / len(self.wanted) / self.cameras)
 
     @property
     def missing(self) -> int:

@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -28,8 +28,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from d4_datasets import sources
 from d4_datasets.contract import Contract
@@ -37,6 +35,7 @@ from d4_datasets.errors import UserError, run_cli
 from d4_datasets.latents import Origin
 from d4_datasets.lerobot import Dataset, Episode, LeRobotWriter
 from d4_datasets.msgtypes import read_definitions
+from d4_datasets.progress import Shown
 from d4_datasets.video import Stats, Video
 
 _PART_FORMAT = 3  # raise it when what a worker leaves behind changes, so that old parts are not taken up
@@ -58,7 +57,7 @@ def ingest_one(
     """Turn one recording into the folder `part`, written aside and renamed; nothing to do if it is there."""
     if part.exists():
         return
-    aside = part.with_name(f".tmp-{part.name}")
+    aside = _aside(part)
     shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
     aside.mkdir(parents=True)
     try:
@@ -68,6 +67,11 @@ def ingest_one(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     aside.rename(part)
+
+
+def _aside(part: Path) -> Path:
+    """Where a part is made."""
+    return part.with_name(f".tmp-{part.name}")
 
 
 def _fill_part(
@@ -172,10 +176,11 @@ def ingest(
             (bag, contract, part, clip, readers[bag].KIND, given)
             for bag, part in zip(fresh, places, strict=True)
         ]
-        with _progress(sum(entries[bag]["size"] for bag in fresh)) as advance:
+        sizes = {_aside(part): entries[bag]["size"] for bag, part in zip(fresh, places, strict=True)}
+        with Shown(sizes) as shown:
             for bag, part, _ in zip(fresh, places, _run(work, jobs), strict=True):
                 _add_part(writer, part, entries[bag], summary)
-                advance(entries[bag]["size"], summary.frames)
+                shown.finish(_aside(part), summary.frames)
         if fresh and not writer.episodes:
             shutil.rmtree(parts, ignore_errors=True)
             raise UserError(
@@ -289,37 +294,6 @@ def _worker() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
-    """Show progress in bytes of bags and time left on stderr: a bar on a terminal, else a line every few
-    seconds.
-    """
-    if sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:.0f}%"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("reading bags", total=total)
-            yield lambda size, frames: bar.update(task, advance=size, description=f"{frames} frames")
-        return
-    began = said = time.monotonic()
-    done = 0
-
-    def advance(size: int, frames: int) -> None:
-        nonlocal done, said
-        done += size
-        now = time.monotonic()
-        if now - said >= 5 and done < total:
-            left = (now - began) * (total - done) / done
-            print(f"{100 * done // total}%, {frames} frames, {left:.0f} s left", file=sys.stderr, flush=True)
-            said = now
-
-    yield advance
 
 
 @dataclass(frozen=True)

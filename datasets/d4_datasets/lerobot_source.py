@@ -18,6 +18,7 @@ project wrote with the same contract is copied as it is.
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -360,7 +361,7 @@ class _Converter:
                 replace(v, path=v.path.rename(self.out / f"{listed.number:06d}-{v.path.name}"))
                 for v in writer.videos
             ]
-        aside.rmdir()
+        shutil.rmtree(aside)
         return videos
 
 
