@@ -177,7 +177,7 @@ def ingest(
             for bag, part in zip(fresh, places, strict=True)
         ]
         sizes = {_aside(part): entries[bag]["size"] for bag, part in zip(fresh, places, strict=True)}
-        with Shown(sizes) as shown:
+        with Shown(sizes) as shown, _told_how_to_go_on(len(fresh)):
             for bag, part, _ in zip(fresh, places, _run(work, jobs), strict=True):
                 _add_part(writer, part, entries[bag], summary)
                 shown.finish(_aside(part), summary.frames)
@@ -190,6 +190,20 @@ def ingest(
     shutil.rmtree(parts, ignore_errors=True)
     summary.seconds = time.monotonic() - began
     return summary
+
+
+@contextmanager
+def _told_how_to_go_on(count: int) -> Iterator[None]:
+    """One bad recording among many must not look like the end of all."""
+    try:
+        yield
+    except UserError as error:
+        if count == 1:
+            raise
+        raise UserError(
+            f"{error} (what is finished is kept, and the same command goes on; --skip FILE leaves out the "
+            "recordings that FILE names)"
+        ) from None
 
 
 def _readers(

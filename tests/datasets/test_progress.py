@@ -12,6 +12,7 @@ import planted
 import pytest
 
 from d4_datasets import progress
+from d4_datasets.errors import UserError
 from d4_datasets.ingest import ingest
 from d4_datasets.progress import Shown, note, noted
 
@@ -62,3 +63,22 @@ with Shown({{Path({str(tmp_path)!r}): 1}}):
     raise SystemExit(3)
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 3
+
+
+def test_one_bad_recording_among_several_says_how_to_go_on_without_it(tmp_path: Path) -> None:
+    """What was finished is taken up by the command that leaves the bad one out."""
+    for name in ("a", "b", "c"):
+        planted.Bag(frames=30).write(tmp_path / "bags" / name)
+    file = tmp_path / "bags/b/b.mcap"
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(
+        UserError, match=r"bags/b.*is empty or no MCAP file.* the same command goes on; --skip"
+    ):
+        ingest([tmp_path / "bags"], planted.contract(), tmp_path / "data")
+    assert len([path for path in (tmp_path / ".tmp-data-parts").iterdir() if path.is_dir()]) == 1
+    (tmp_path / "bad.txt").write_text("b\n")
+    summary = ingest([tmp_path / "bags"], planted.contract(), tmp_path / "data", skip=tmp_path / "bad.txt")
+    assert (summary.bags, summary.frames) == (2, 60)
+    with pytest.raises(UserError) as alone:
+        ingest([tmp_path / "bags/b"], planted.contract(), tmp_path / "other")
+    assert "--skip" not in str(alone.value)
