@@ -30,6 +30,7 @@ _LIMIT_SLACK = 1e-3  # of the range: rounding in a driver is no violation
 _UNSTAMPED_AFTER_NS = 60_000_000_000  # a zero stamp is genuine only near the start of simulated time
 _MOST_TICKS = 1 << 24  # of one recording: 19 days at 10 Hz, with which memory stays below 2 GB
 _MOST_WARNINGS = 100
+TOO_SHORT = "and an episode takes at least"
 _BATCH, _BATCH_BYTES = 16, 1 << 23  # items that one thread hands to another together, and their bytes
 _MOST_PENDING = 1 << 30  # bytes of pictures that wait for earlier ones
 
@@ -173,8 +174,20 @@ class Aligned:
             stamps = track.stamps[np.array(track.values, bool)]
             self.terminal = align.terminals(stamps, self.ticks, period, after_start=starts is not None)
         self.episodes = align.segments(valid, self.terminal, self.ticks, contract.max_ticks)
+        if not len(self.episodes) and len(self.warnings) <= _MOST_WARNINGS:
+            self.warnings.append(self._why_empty(int(valid.sum())))
         self._label()
         self._reward_and_task(starts is not None)
+
+    def _why_empty(self, valid: int) -> str:
+        """Why there is no episode."""
+        counts = [
+            f"{int((self.samples[stream.name] >= 0).sum())} with {stream.topic}"
+            for stream in self.contract.observations
+        ]
+        every = f", {valid} with all" if len(counts) > 1 else ""
+        held = f"{len(self.ticks.time)} ticks ({', '.join(counts)}{every})"
+        return f"{self.name} has {held}, {TOO_SHORT} {align.MIN_TICKS} in a row"
 
     def _check_span(self, frames: np.ndarray) -> None:
         """Refuse stamps that would take no end of ticks, and tell those that show a clock that jumped."""

@@ -29,12 +29,14 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from d4_datasets import sources
+from d4_datasets import recording, sources
+from d4_datasets.aligned import TOO_SHORT
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
 from d4_datasets.latents import Origin
 from d4_datasets.lerobot import Dataset, Episode, LeRobotWriter
 from d4_datasets.msgtypes import read_definitions
+from d4_datasets.namespaces import within
 from d4_datasets.progress import Shown
 from d4_datasets.video import Stats, Video
 
@@ -141,12 +143,14 @@ def ingest(
     kind: str | None = None,
     skip: Path | None = None,
     msg_path: Sequence[Path] = (),
+    namespace: str = "",
 ) -> Summary:
     """Ingest all recordings under `paths` (only those of `kind`) into the dataset `out`, adding to what is
     there.
 
     Recordings already in the dataset (by name, size and time) are skipped, and so are those that `skip`
     names, see `read_names`. `msg_path` are files and folders that define message types, see `msgtypes`.
+    `namespace` is where the contract's topics are in bags.
     Raises UserError for anything wrong with the recordings, the contract or `out`, in which case `out` is as
     it was.
     """
@@ -171,10 +175,12 @@ def ingest(
             for bag in fresh
             if entries[bag]["name"] in names
         ]
-        places = [parts / _key(entries[bag], contract, clip, digest) for bag in fresh]
+        inside = {True: within(contract, namespace), False: contract}
+        own = [inside[readers[bag].KIND == recording.KIND] for bag in fresh]
+        places = [parts / _key(entries[bag], one, clip, digest) for bag, one in zip(fresh, own, strict=True)]
         work = [
-            (bag, contract, part, clip, readers[bag].KIND, given)
-            for bag, part in zip(fresh, places, strict=True)
+            (bag, one, part, clip, readers[bag].KIND, given)
+            for bag, one, part in zip(fresh, own, places, strict=True)
         ]
         sizes = {_aside(part): entries[bag]["size"] for bag, part in zip(fresh, places, strict=True)}
         with Shown(sizes) as shown, _told_how_to_go_on(len(fresh)):
@@ -183,8 +189,10 @@ def ingest(
                 shown.finish(_aside(part), summary.frames)
         if fresh and not writer.episodes:
             shutil.rmtree(parts, ignore_errors=True)
+            told = summary.warnings
+            why = next((text for text in told if TOO_SHORT in text), told[0])
             raise UserError(
-                f"no episode came out of {len(fresh)} bags (first warning: {summary.warnings[0]}); check the "
+                f"no episode came out of {len(fresh)} bags ({why}); check the "
                 "tolerances and episode signals in the contract"
             )
     shutil.rmtree(parts, ignore_errors=True)
@@ -339,6 +347,9 @@ class Options:
     msg_path: tuple[Path, ...] = ()
     """Folders with the .msg files of message types that the bags themselves do not define."""
 
+    namespace: str = ""
+    """Namespace that the robot ran in, such as /robot1: in bags the contract's topics are inside it."""
+
     clip_actions: tuple[str, ...] = ()
     """Action channels whose commands outside the contract's limits are clipped instead of refused."""
 
@@ -363,6 +374,7 @@ def _main(options: Options) -> None:
         options.kind,
         options.skip,
         options.msg_path,
+        options.namespace,
     )
     for warning in summary.warnings[:20]:
         print(f"warning: {warning}", file=sys.stderr)

@@ -12,6 +12,7 @@ import planted
 import pytest
 
 from d4_datasets import progress
+from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_datasets.ingest import ingest
 from d4_datasets.progress import Shown, note, noted
@@ -82,3 +83,15 @@ def test_one_bad_recording_among_several_says_how_to_go_on_without_it(tmp_path: 
     with pytest.raises(UserError) as alone:
         ingest([tmp_path / "bags/b"], planted.contract(), tmp_path / "other")
     assert "--skip" not in str(alone.value)
+
+
+@pytest.mark.parametrize(("frames", "held"), [(1, "1 ticks (1 with /cam)"), (3, "81 ticks (3 with /cam)")])
+def test_why_nothing_comes_of_a_recording_is_said(tmp_path: Path, frames: int, held: str) -> None:
+    """The first warning was quoted, whatever it was about, for example a missing metadata.yaml."""
+    bag = planted.Bag(frames=81)
+    bag.keep[:] = np.isin(np.arange(81), (0, 40, 80)[:frames])
+    (bag.write(tmp_path / "bag") / "metadata.yaml").unlink()
+    spec = planted.contract().to_dict()
+    spec["observations"][0]["align"] = {"strategy": "drop", "timeline": "header", "tolerance_ms": 90}
+    with pytest.raises(UserError, match=re.escape(held) + ", and an episode takes at least 2 in a row"):
+        ingest([tmp_path / "bag"], Contract.from_dict(spec), tmp_path / "data")
