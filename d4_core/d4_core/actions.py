@@ -12,7 +12,7 @@ log-likelihood is bounded, where a squashed Gaussian diverges on mixed-quality d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,9 +128,36 @@ class ActionSpace(nn.Module):
                 total = total + (kl.sum(-1) if part.kind == "continuous" else kl)
         return total
 
-    def sample(self, params: Tensor, gen: torch.Generator | None = None) -> Tensor:
-        """Draw actions (.., A) in contract units; a constant as far as gradients are concerned."""
-        return self._decide(params, lambda logits: _gumbel_argmax(logits, gen), lambda p: _bernoulli(p, gen))
+    def sample(
+        self, params: Tensor, gen: torch.Generator | None = None, uniform: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Draw actions (.., A) in contract units; a constant as far as gradients are concerned.
+
+        `uniform` are the random numbers to use, of `chances`; they are drawn from `gen` otherwise.
+        """
+        given = None if uniform is None else iter(uniform)
+
+        def chance(like: Tensor) -> Tensor:
+            if given is not None:
+                return next(given)
+            return torch.rand(like.shape, generator=gen, device=like.device)
+
+        return self._decide(
+            params,
+            lambda logits: _gumbel_argmax(logits, chance(logits)),
+            lambda p: (chance(p) < p).float(),
+        )
+
+    def chances(self) -> list[tuple[int, ...]]:
+        """Shapes of the uniform random numbers that `sample` takes for one action, in the order in which it
+        takes them.
+        """
+        shapes = {
+            "continuous": lambda part: (part.size, self.bins),
+            "binary": lambda part: (part.size,),
+            "categorical": lambda part: (part.classes,),
+        }
+        return [shapes[part.kind](part) for part in self.parts]
 
     def mode(self, params: Tensor) -> Tensor:
         """Most likely action (.., A). Deploying it instead of samples is known to freeze policies."""
@@ -201,11 +228,7 @@ def two_hot(value: Tensor, centres: Tensor) -> Tensor:
     return out.scatter_(-1, upper[..., None], weight[..., None])
 
 
-def _gumbel_argmax(logits: Tensor, gen: torch.Generator | None) -> Tensor:
+def _gumbel_argmax(logits: Tensor, uniform: Tensor) -> Tensor:
     """Categorical samples without a host sync (multinomial would check its input)."""
-    uniform = torch.rand(logits.shape, generator=gen, device=logits.device).clamp_(1e-20, 1 - 1e-7)
+    uniform = uniform.clamp(1e-20, 1 - 1e-7)
     return (logits - torch.log(-torch.log(uniform))).argmax(-1)
-
-
-def _bernoulli(p: Tensor, gen: torch.Generator | None) -> Tensor:
-    return (torch.rand(p.shape, generator=gen, device=p.device) < p).float()

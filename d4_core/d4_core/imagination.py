@@ -87,10 +87,19 @@ class Dream:
 
     @torch.no_grad()
     def observe(
-        self, clean_BNL: Tensor, prev_action: Tensor, labelled: Tensor, task: Tensor | None = None
+        self,
+        clean_BNL: Tensor,
+        prev_action: Tensor,
+        labelled: Tensor,
+        task: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
-        """Commit a frame of clean tokens at the context level; returns h (B, F); (B, 0) without an agent."""
-        noisy = corrupt(clean_BNL[:, None], self._noise(clean_BNL)[:, None], self._tau)[:, 0]
+        """Commit a frame of clean tokens at the context level; returns h (B, F); (B, 0) without an agent.
+
+        The context noise (B, N, L) is drawn unless it is given.
+        """
+        noise = self._noise(clean_BNL) if noise is None else noise
+        noisy = corrupt(clean_BNL[:, None], noise[:, None], self._tau)[:, 0]
         frame = self.dynamics.begin(self.cache)
         tokens = None if self.agent is None or task is None else self.agent.tokens(task)
         args = (noisy, self._context, self._finest, prev_action, labelled)

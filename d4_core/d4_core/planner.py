@@ -75,6 +75,7 @@ class PlannerSession(PolicySession):
         if kinds:
             raise UserError(f"the planner handles continuous actions only, and the contract has {min(kinds)}")
         self.cfg, self.space = cfg, models.dynamics.space
+        self._uniform = []  # of the actions that no head chooses
         self._finest_label = not models.preset.dynamics_training.bootstrap_rows
         # chunks of equal size, so that the last one is not padded by more than a few worlds
         chunks = math.ceil(batch * cfg.candidates / cfg.streams)

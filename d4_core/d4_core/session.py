@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 from d4_core.agent import Head
 from d4_core.baselines import ScratchPolicy, join_vectors
+from d4_core.captured import Port, capture
 from d4_core.imagination import Dream
 from d4_core.models import Models
 from d4_core.tokenizer import Tokenizer
 from d4_datasets.contract import Contract
+
+_TRIAL = 6  # frames by which captured and plain steps are compared; half of them with every task
+_CLOSE = 1e-3  # of features and rewards, which are of the order of 1; actions are the same or another bin
 
 
 def observe(
@@ -28,11 +34,29 @@ def observe(
     return obs
 
 
+class Trial(NamedTuple):
+    """What a session said frame by frame: actions and plans in contract units, features, rewards."""
+
+    actions: list[np.ndarray]
+    plans: list[np.ndarray]
+    features: list[np.ndarray]
+    rewards: list[np.ndarray]
+
+    def differs(self, other: Trial) -> str:
+        """Where another session says something else, in words; empty if nowhere."""
+        for what, mine, theirs in zip(self._fields, self, other, strict=True):
+            most = max(float(np.abs(a - b).max()) for a, b in zip(mine, theirs, strict=True))
+            if not most <= (0 if what in ("actions", "plans") else _CLOSE):  # NaN is not
+                return f"its {what} were off by up to {most:.3g}"
+        return ""
+
+
 class PolicySession:
     """The world-model policy: tokenizer, one dynamics pass and the policy head per frame.
 
     All shapes are fixed by the batch size; caches are allocated once and a reset only forgets. A frame's cost
-    does not depend on how many came before.
+    does not depend on how many came before. What comes from outside and all random numbers lie in buffers
+    that stay where they are before the networks begin, so that a GPU can run them as a graph (`accelerate`).
 
     Args:
         models: loaded networks of an agent or imagination checkpoint.
@@ -57,11 +81,21 @@ class PolicySession:
         self.gen = torch.Generator(self.device)
         self.dream = Dream(models.dynamics, models.agent, batch, self.gen)
         self.cache = models.tokenizer.new_cache(batch)
+        cfg, space = models.tokenizer.cfg, models.dynamics.space
         self.features = torch.zeros(batch, models.agent.policy.inputs, device=self.device)  # h of the frame
         self.predicted_reward = torch.zeros(batch, device=self.device)
-        self._action = torch.zeros(batch, models.dynamics.space.size, device=self.device)
+        self._action = torch.zeros(batch, space.size, device=self.device)
         self._known = torch.zeros(batch, dtype=torch.bool, device=self.device)
         self._task = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self._ports = {
+            camera.name: Port((batch, camera.height, camera.width, 3), torch.uint8, self.device)
+            for camera in cfg.cameras
+        } | {vector.name: Port((batch, vector.size), torch.float32, self.device) for vector in cfg.vectors}
+        self._context_noise = torch.zeros(batch, cfg.num_tokens, cfg.token_dim, device=self.device)
+        shapes = [] if argmax else space.chances()
+        self._uniform = [torch.zeros(batch, *shape, device=self.device) for shape in shapes]
+        self._alive = np.ones(batch, bool)
+        self._step, self._look_ahead = self._compute, self._foresee
 
     def reset(self, n: int, tasks: np.ndarray) -> None:
         """Start new episodes of these tasks in all n = batch worlds."""
@@ -88,14 +122,91 @@ class PolicySession:
             vectors: proprioception (n, k) by name.
             alive: (n,) worlds that still run; the others are computed and ignored.
         """
+        self._put(images, vectors)
+        self._alive = alive
+        self._draw()
+        return self._step().cpu().numpy().copy()  # the next frame overwrites the buffer
+
+    def _put(self, images: np.ndarray | dict[str, np.ndarray], vectors: dict[str, np.ndarray]) -> None:
+        """What is seen of the frame, to where `_compute` expects it."""
+        cfg = self.models.tokenizer.cfg
+        if not isinstance(images, dict):
+            images = {cfg.cameras[0].name: images}
+        for camera in cfg.cameras:
+            self._ports[camera.name].put(images[camera.name])
+        for vector in cfg.vectors:
+            self._ports[vector.name].put(np.asarray(vectors[vector.name], np.float32))
+
+    def _draw(self) -> None:
+        """The random numbers of the frame."""
+        self._context_noise.normal_(generator=self.gen)
+        for numbers in self._uniform:
+            numbers.uniform_(generator=self.gen)
+
+    @torch.no_grad()
+    def _compute(self) -> torch.Tensor:
+        """The frame through the networks, from buffers to buffers: nothing here looks at a value, draws a
+        number or waits for the device. Returns the action (n, A).
+        """
         tokenizer = self.models.tokenizer
-        obs = observe(tokenizer, images, vectors, self.device)
+        obs = {name: port.tensor for name, port in self._ports.items()}
         tokens = tokenizer.pack(tokenizer.encode_step(obs, self.cache))
-        self.features = self.dream.observe(tokens, self._action, self._known, self._task)
-        self._action.copy_(self._choose(self.features, alive))
+        h = self.dream.observe(tokens, self._action, self._known, self._task, self._context_noise)
+        self.features.copy_(h)
+        self._action.copy_(self._choose(h, self._alive))
         self._known.fill_(True)
-        self.predicted_reward.copy_(self.models.agent.predict_reward(self.features))
-        return self._action.cpu().numpy().copy()  # the next frame overwrites the buffer
+        self.predicted_reward.copy_(self.models.agent.predict_reward(h))
+        return self._action
+
+    def _choose(self, h: torch.Tensor, alive: np.ndarray) -> torch.Tensor:
+        """Actions (n, A) at features h (n, F)."""
+        params, space = self.head.first(h), self.models.dynamics.space
+        return space.mode(params) if self.argmax else space.sample(params, uniform=self._uniform)
+
+    @torch.no_grad()
+    def _foresee(self) -> torch.Tensor:
+        """The plan (n, L, A) of the frame, under the same rules."""
+        plan = self.models.dynamics.space.mode(self.head(self.features))
+        plan[:, 0] = self._action
+        return plan
+
+    def accelerate(self) -> str:
+        """Capture the step as CUDA graphs if it runs on a GPU; forgets all frames.
+
+        The graphs must do what the plain step does with the same frames and seed; if they do not, or cannot
+        be captured, the plain step stays. Returns what it is in one sentence.
+        """
+        if self.device.type != "cuda":
+            return "plain, on a CPU"
+        plain = self._trial()
+        try:
+            self._step = capture(self._compute, self.device)
+            self._look_ahead = capture(self._foresee, self.device)
+            off = plain.differs(self._trial())
+        except Exception as error:  # whatever torch or the driver says: the plain step is there
+            off = f"it could not be captured ({(str(error).strip() or repr(error)).splitlines()[0]})"
+        if off:
+            self._step, self._look_ahead = self._compute, self._foresee
+        self.reset(self.batch, np.zeros(self.batch, np.int64))
+        return f"plain, without a CUDA graph: {off}" if off else "a CUDA graph"
+
+    def _trial(self) -> Trial:
+        """What the session says of made-up frames: two episodes, and two tasks where there are two."""
+        rng, shapes = np.random.default_rng(0), {k: tuple(p.tensor.shape) for k, p in self._ports.items()}
+        tasks, said = len(self.models.agent.task), Trial([], [], [], [])
+        for number in range(2 * _TRIAL):
+            task = np.full(self.batch, number // (_TRIAL // 2) % min(2, tasks))
+            self.reset(self.batch, task) if number % _TRIAL == 0 else self.ask(task)
+            images = {
+                c.name: rng.integers(0, 256, shapes[c.name], np.uint8)
+                for c in self.models.tokenizer.cfg.cameras
+            }
+            vectors = {v.name: rng.normal(size=shapes[v.name]) for v in self.models.tokenizer.cfg.vectors}
+            said.actions.append(self.act(images, vectors, np.ones(self.batch, bool)))
+            said.plans.append(self.plan())
+            said.features.append(self.features.cpu().numpy().copy())
+            said.rewards.append(self.predicted_reward.cpu().numpy().copy())
+        return said
 
     def correct(self, action: np.ndarray, known: np.ndarray) -> None:
         """Say what was really done since the last frame, where that is not what `act` chose.
@@ -110,14 +221,7 @@ class PolicySession:
     @torch.no_grad()
     def plan(self) -> np.ndarray:
         """float32 (n, L, A): the action that `act` chose, then the likeliest ones of the frames after it."""
-        plan = self.models.dynamics.space.mode(self.head(self.features))
-        plan[:, 0] = self._action
-        return plan.cpu().numpy()
-
-    def _choose(self, h: torch.Tensor, alive: np.ndarray) -> torch.Tensor:
-        """Actions (n, A) at features h (n, F)."""
-        params, space = self.head.first(h), self.models.dynamics.space
-        return space.mode(params) if self.argmax else space.sample(params, self.gen)
+        return self._look_ahead().cpu().numpy().copy()
 
 
 class ScratchSession:

@@ -242,6 +242,7 @@ def _measure(args: LatencyArgs, path: Path, server: ServerProcess) -> dict[str, 
         pictures = {camera.name: functools.partial(decode, noise) for camera in contract.images}
         measured = activation.measure(link, contract, pictures, args.transport_ms)
         print(activation.require(measured, contract, args.allow_slow))
+        print(f"step: {server.ready.get('step', 'unknown')}")
     finally:
         link.close()
     report = Report(contract.rate_hz, contract.latency_ms, server.ready)

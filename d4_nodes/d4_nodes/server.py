@@ -80,6 +80,8 @@ class PolicyBrain:
 
     Attributes:
         leads: number of frames L that a plan covers.
+
+    The card's `step` says whether frames run as a CUDA graph, and if not, why.
     """
 
     kind = "policy"
@@ -100,6 +102,7 @@ class PolicyBrain:
         self.card = {
             "checkpoint": str(folder.resolve()), "weights": weights_hash(folder), "origin": origin,
             "seed": seed, "argmax": argmax, "device": str(self.session.device), "leads": self.leads,
+            "step": self.session.accelerate(),
         }  # fmt: skip
         self._begin(0)
 
@@ -340,6 +343,8 @@ def serve(brain: Brain, path: Path) -> None:
     ready = {"ready": str(path), "median_ms": round(1e3 * seconds[len(seconds) // 2], 2),
              "slowest_ms": round(1e3 * seconds[-1], 2), **brain.card}  # fmt: skip
     print(json.dumps(ready), flush=True)
+    if "step" in brain.card:
+        print(f"d4-serve: step: {brain.card['step']}", file=sys.stderr, flush=True)
     server.run()
 
 

@@ -124,7 +124,12 @@ class ExactDream(Dream):
         """Nothing to forget: a state is complete."""
 
     def observe(
-        self, clean_BNL: Tensor, prev_action: Tensor, labelled: Tensor, task: Tensor | None = None
+        self,
+        clean_BNL: Tensor,
+        prev_action: Tensor,
+        labelled: Tensor,
+        task: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Take over a state; returns h (B, F)."""
         self._state = clean_BNL[:, 0]

@@ -90,6 +90,7 @@ def test_the_command_serves_until_it_is_told_to_stop(folder, tmp_path) -> None:
         link = Link(path, contract)
         assert link.card["leads"] == 3
         assert link.card["weights"] == server.ready["weights"]
+        assert link.card["step"] == server.ready["step"] == "plain, on a CPU"
         taken = []
         pictures = {"eye": lambda: taken.append(1) or np.zeros((90, 160, 3), np.uint8)}
         measured = activation.measure(link, contract, pictures, transport_ms=2.0, count=10)

@@ -64,7 +64,7 @@ class PolicyNode(CommandingNode[Loop]):
         self._command(contract)
         return (
             f"{contract.rate_hz:g} Hz, {contract.latency_ms:g} ms from capture to command, pictures decoded "
-            f"by {which}, policy {self._card['checkpoint']}"
+            f"by {which}, policy {self._card['checkpoint']}, step: {self._card.get('step', 'unknown')}"
         )
 
     def _prepare(self, contract: Contract) -> None:
