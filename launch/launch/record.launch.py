@@ -11,6 +11,7 @@ import time
 from launch.actions import ExecuteProcess
 
 from d4_datasets.contract import Contract
+from d4_datasets.namespaces import within
 from d4_nodes.launching import switch
 from d4_nodes.ros import launching
 
@@ -20,6 +21,7 @@ ARGUMENTS = [
     ("out", "bags", "folder for the bags"),
     ("storage", "mcap", "storage of rosbag2: mcap or sqlite3"),
     ("preset", "", "storage preset of rosbag2, such as zstd_fast for raw pictures"),
+    ("namespace", "", "namespace that the robot runs in; give it to d4-ingest as well: --namespace"),
     ("extra", "", "further topics, separated by spaces"),
     ("use_sim_time", "false", "date messages by /clock, as a simulation with publish_clock needs"),
 ]
@@ -30,6 +32,7 @@ def _up(get):
         raise RuntimeError("what is to be recorded? give contract:=robot.yaml, or checkpoint:=RUN")
     phases = ("imagination", "agent", "dynamics", "tokenizer")
     contract = Contract.load(get["contract"] or launching.contract_of(get["checkpoint"], *phases))
+    contract = within(contract, get["namespace"])
     episode = contract.episode
     single = (contract.tasks, contract.reward, episode.start, episode.terminal)
     entries = [*contract.observations, *contract.actions, *single]
