@@ -175,13 +175,11 @@ def ingest(
             for bag in fresh
             if entries[bag]["name"] in names
         ]
-        inside = {True: within(contract, namespace), False: contract}
-        own = [inside[readers[bag].KIND == recording.KIND] for bag in fresh]
-        places = [parts / _key(entries[bag], one, clip, digest) for bag, one in zip(fresh, own, strict=True)]
         work = [
-            (bag, one, part, clip, readers[bag].KIND, given)
-            for bag, one, part in zip(fresh, own, places, strict=True)
+            (bag, *_place(entries[bag], readers[bag], contract, namespace, parts, clip, digest), given)
+            for bag in fresh
         ]
+        places = [task[2] for task in work]
         sizes = {_aside(part): entries[bag]["size"] for bag, part in zip(fresh, places, strict=True)}
         with Shown(sizes) as shown, _told_how_to_go_on(len(fresh)):
             for bag, part, _ in zip(fresh, places, _run(work, jobs), strict=True):
@@ -189,15 +187,19 @@ def ingest(
                 shown.finish(_aside(part), summary.frames)
         if fresh and not writer.episodes:
             shutil.rmtree(parts, ignore_errors=True)
-            told = summary.warnings
-            why = next((text for text in told if TOO_SHORT in text), told[0])
-            raise UserError(
-                f"no episode came out of {len(fresh)} bags ({why}); check the "
-                "tolerances and episode signals in the contract"
-            )
+            raise _nothing_came(len(fresh), summary.warnings)
     shutil.rmtree(parts, ignore_errors=True)
     summary.seconds = time.monotonic() - began
     return summary
+
+
+def _nothing_came(count: int, told: Sequence[str]) -> UserError:
+    """With the warning that says why."""
+    why = next((text for text in told if TOO_SHORT in text), told[0])
+    return UserError(
+        f"no episode came out of {count} bags ({why}); check the tolerances and episode signals in the "
+        "contract"
+    )
 
 
 @contextmanager
@@ -258,6 +260,20 @@ def _identity(bag: Path, reader: sources.Reader) -> dict[str, Any]:
         "size": sum(stat.st_size for stat in stats),
         "mtime_ns": max(stat.st_mtime_ns for stat in stats),
     }
+
+
+def _place(
+    entry: dict[str, Any],
+    reader: sources.Reader,
+    contract: Contract,
+    namespace: str,
+    parts: Path,
+    clip: Sequence[str],
+    types: str,
+) -> tuple[Contract, Path, Sequence[str], str]:
+    """How a recording is read and where its part goes: contract, part, clip, kind, as `ingest_one` wants."""
+    own = within(contract, namespace) if reader.KIND == recording.KIND else contract
+    return own, parts / _key(entry, own, clip, types), clip, reader.KIND
 
 
 def _key(entry: dict[str, Any], contract: Contract, clip: Sequence[str], types: str) -> str:
