@@ -119,6 +119,30 @@ def test_what_is_written_is_read_back_bit_for_bit(tmp_path, rate_hz, dim):
     assert os.listdir(tmp_path) == ["data"]
 
 
+def test_pyarrow_and_av_alone_read_what_is_written(tmp_path):
+    """By the rules of LeRobotDataset v3.0, with nothing of this project."""
+    root, episodes = tmp_path / "data", write(tmp_path / "data", contract(), range(4))
+    info = json.loads((root / "meta/info.json").read_text())
+    table = pq.read_table(root / "meta/episodes").to_pylist()
+    assert (info["codebase_version"], len(table)) == ("v3.0", 4)
+    for number, (row, item) in enumerate(zip(table, episodes, strict=True)):
+        place = {name: row[f"data/{name}"] for name in ("chunk_index", "file_index")}
+        columns = pq.read_table(root / info["data_path"].format(**place)).to_pydict()
+        mine = [k for k, e in enumerate(columns["episode_index"]) if e == number]
+        assert len(mine) == row["length"] == row["dataset_to_index"] - row["dataset_from_index"]
+        known = np.where(item.action_mask[:, None], item.action, 0)
+        np.testing.assert_array_equal([columns["action"][k] for k in mine], known)
+        for camera, images in item.images.items():
+            key = f"observation.images.{camera}"
+            place = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
+            begin, end = (row[f"videos/{key}/{name}_timestamp"] for name in ("from", "to"))
+            with av.open(str(root / info["video_path"].format(video_key=key, **place))) as container:
+                seen = [(f.time, f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
+            half = 0.5 / info["fps"]
+            inside = [picture for time, picture in seen if begin - half <= time < end - half]
+            np.testing.assert_array_equal(np.stack(inside), images)
+
+
 def test_appending_keeps_old_files_and_adds_new_ones(tmp_path):
     spec, root = contract(), tmp_path / "data"
     episodes = write(root, spec, range(3))
