@@ -177,9 +177,10 @@ class Plan(Chains):
         }
         for name, options in arms.items():
             measure = world_model(bags=f"{looks[1]}-*", unknown=name == "none")
-            # drawn as they come, so that the second look is half of the clips whoever has commands
+            # drawn as they come, so that the second look is half of the clips whoever has commands; trained in
+            # full, because two looks are learned more slowly than one
             self.variant(f"looks-{name}", "looks", "tokenizer", ("dynamics",), measure,
-                         scale=ABLATION_SCALE, set=_AS_THEY_COME, **options)  # fmt: skip
+                         set=_AS_THEY_COME, **options)  # fmt: skip
 
     def ablations(self) -> None:
         """One thing changed at a time, on the networks of the first chain."""
