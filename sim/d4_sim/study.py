@@ -177,7 +177,7 @@ class Plan(Chains):
         }
         for name, options in arms.items():
             measure = world_model(bags=f"{looks[1]}-*", unknown=name == "none")
-            # drawn as they come, so that the second look is half of the clips whoever has commands; trained in
+            # drawn as they come, so that the second look is half of the clips whoever has commands; and in
             # full, because two looks are learned more slowly than one
             self.variant(f"looks-{name}", "looks", "tokenizer", ("dynamics",), measure,
                          set=_AS_THEY_COME, **options)  # fmt: skip
