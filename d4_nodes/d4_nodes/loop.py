@@ -129,7 +129,6 @@ class Loop:
         if config.decision_ms is not None:
             left = max(0, contract.latency_ns - round(1e6 * config.decision_ms))
         self._ticker = Ticker(contract.period_ns, left)
-        self._left_ns = left
         self._grace_ns = min(left, contract.period_ns // 4)  # for what was captured with a picture
         self._patience_ns = 0  # ... until then
         self._blend = np.repeat(
@@ -388,9 +387,7 @@ class Loop:
             self.report.counts["ticks without a frame of their own"] += 1
         self._due.append(_Due(tick.anchor_ns + self.contract.latency_ns, tick))
         if self._link is not None and (self._ignore or not self._link.is_busy):
-            # not beyond the moment that leaves time for a decision
-            self._waits = tick
-            self._patience_ns = min(self._clock() + self._grace_ns, tick.anchor_ns + self._left_ns)
+            self._waits, self._patience_ns = tick, self._clock() + self._grace_ns
             self._hand_over()
         else:
             self.report.counts["ticks the server was not free for"] += self._link is not None

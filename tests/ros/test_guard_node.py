@@ -220,6 +220,28 @@ def test_namespace_prefix_and_who_goes_past_it(make):
     world.until(lambda: "past the guard" in process.said())
 
 
+def test_two_that_command_one_robot_are_refused_unless_allowed(driving, tmp_path):
+    """They were warned of. One that waits, or only looks, is no rival, and the first is not disturbed."""
+    _, world, _ = driving
+    other = GuardProcess(tmp_path, "-r", "__node:=second", "-p", "input_prefix:=raw")
+    try:
+        world.target = "second"
+        assert world.configure()
+        assert not world.activate()
+        assert "/guard commands /cmd_vel already" in other.said()
+        assert world.status[-1].state == "driving"
+        assert world.set("allow_rivals", True)[0]
+        assert world.activate()
+        assert world.deactivate()
+        assert world.set("allow_rivals", False)[0]
+        world.target = "guard"
+        assert world.deactivate()
+        world.target = "second"
+        assert world.activate()  # the first is there, and waits
+    finally:
+        other.end(signal.SIGKILL)
+
+
 def test_diagnostics(driving):
     _, world, policy = driving
     names = {f"guard: {name}" for name in ("commands", "eye", "joints", "guard")}

@@ -15,11 +15,13 @@ from typing import Any, Generic, TypeVar
 
 from d4_interfaces.msg import PolicyStatus
 from rclpy.duration import Duration
+from rclpy.wait_for_message import wait_for_message
 from sensor_msgs.msg import Joy
 from std_msgs.msg import Bool
 from std_srvs.srv import Trigger
 
 from d4_datasets.contract import Contract
+from d4_datasets.errors import UserError
 from d4_nodes.codec import Codec
 from d4_nodes.guard import RULES, Guard, GuardConfig, Verdict
 from d4_nodes.health import Thresholds
@@ -32,6 +34,7 @@ from d4_nodes.watchdog import Driver
 
 _Driver = TypeVar("_Driver", bound=Driver)
 _DELIVERY_S = 0.2
+_STATUS_S = 1.0  # a status is said twice a second
 
 
 class CommandingNode(ManagedNode, Generic[_Driver]):
@@ -122,6 +125,37 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
             return
         for topic, message in self._codec.messages(verdict.values, verdict.send, now_ns):
             self._publishers_of[topic].publish(message)
+
+    def _refuse_rivals(self) -> None:
+        """Refuse to command what another node of this kind commands now; it may be there, and wait.
+
+        Raises:
+            UserError: one does. Others, such as a joystick's, are only complained of.
+        """
+        if self._get("allow_rivals") or self._get("shadow"):
+            return
+        for topic, publisher in self._publishers_of.items():
+            infos = self.get_publishers_info_by_topic(publisher.topic_name)
+            names = {f"{info.node_namespace.rstrip('/')}/{info.node_name}" for info in infos}
+            for name in sorted(names - {self.get_fully_qualified_name()}):
+                if self._commands_now(name):
+                    raise UserError(
+                        f"{name} commands {topic} already: deactivate it first, let one command through the "
+                        "other (guard node), or set allow_rivals"
+                    )
+
+    def _commands_now(self, node: str) -> bool:
+        """Whether a node is one of this kind that sends commands, as its status says."""
+        topic = f"{node}/status"
+        kinds = dict(self.get_topic_names_and_types()).get(topic, [])
+        if "d4_interfaces/msg/PolicyStatus" not in kinds:
+            return False
+        try:
+            is_heard, status = wait_for_message(PolicyStatus, self, topic, time_to_wait=_STATUS_S)
+        except Exception as error:  # access control may forbid to listen
+            self.get_logger().warning(f"{topic} cannot be heard: {error}")
+            return False
+        return bool(is_heard) and status.state != "inactive" and not status.shadow
 
     def _look_for_rivals(self) -> None:
         """Who else commands the robot goes past the guard."""

@@ -53,6 +53,7 @@ class GuardNode(CommandingNode[Relay]):
 
     def _prepare(self, contract: Contract) -> None:
         assert self.guard is not None
+        self._refuse_rivals()
         self._look_for_rivals()
         self.guard.config = self._guard_config()
         report = Report(contract.rate_hz, contract.latency_ms, {"node": self.get_name()})

@@ -10,6 +10,7 @@ PARAMETERS = (
     Parameter("input_prefix", "policy", "what the policy wants is received on this, then the command topic",
               fixed="configured"),
     Parameter("shadow", False, "check and report everything, send nothing"),
+    Parameter("allow_rivals", False, "activate although another policy or guard node commands the robot"),
     Parameter("guard", True, "check every command; without it only the emergency stop works, and silence "
               "ends in the safety action"),
     Parameter("frozen_frames", 2, "a camera that repeats a picture so often is frozen; 0: never", (0, 1000)),

@@ -69,6 +69,7 @@ class PolicyNode(CommandingNode[Loop]):
 
     def _prepare(self, contract: Contract) -> None:
         assert self.guard is not None
+        self._refuse_rivals()
         measured = self._measured = self._measure(contract)
         self.guard.config = self._guard_config(watchdog_ms=self._get("watchdog_ms"))
         report = Report(contract.rate_hz, contract.latency_ms, {**self._card, "node": self.get_name()})

@@ -13,6 +13,7 @@ PARAMETERS = (
     Parameter("task", "", "a task of the contract; empty: its first", fixed="never"),
     Parameter("shadow", False, "compute and report everything, send nothing"),
     Parameter("allow_slow", False, "activate although decisions take longer than the contract's latency_ms"),
+    Parameter("allow_rivals", False, "activate although another policy or guard node commands the robot"),
     Parameter("guard", True, "check every command; without it only the emergency stop works"),
     Parameter("max_misses", 2, "so many late answers in a row end in the safety action", (1, 100)),
     Parameter("recover_after", 5, "answers in a row in time until commands flow again", (1, 1000)),
