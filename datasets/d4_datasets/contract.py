@@ -8,12 +8,8 @@ keys are refused by name: a contract that is half understood would train a polic
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +22,7 @@ from d4_datasets import files
 from d4_datasets.errors import UserError
 from d4_datasets.files import Files
 from d4_datasets.latents import TYPE as LATENTS_TYPE
+from d4_datasets.section import MISSING, Section
 
 PICTURE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 IMAGE_TYPES = (*PICTURE_TYPES, LATENTS_TYPE)  # latents stand for the picture that they were made of
@@ -37,12 +34,8 @@ SAFETY = ("none", "hold", "zeros")
 REDUCE = ("last", "sum")
 _NOT_OF_ROBOT = ("files", "lerobot")
 
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-_TYPE = re.compile(r"[a-zA-Z]\w*/msg/[A-Za-z]\w*")
-_MISSING: Any = object()
 _LONGEST = 1 << 20  # bytes of a file
 _MOST_ENTRIES = 10_000
-_LONGEST_ERROR = 500  # characters
 
 
 @dataclass(frozen=True)
@@ -215,7 +208,7 @@ class Contract:
     @classmethod
     def from_dict(cls, raw: Any, source: str = "contract") -> Contract:
         """Build a contract from plain data; `source` is the file that error messages name."""
-        node = _Node(raw, source, "")
+        node = Section(raw, source, "")
         contract = cls(
             name=node.word("name"),
             rate_hz=node.number("rate_hz", above=0.0),
@@ -341,125 +334,7 @@ def _is_small(raw: Any) -> bool:
     return not waiting
 
 
-class _Node:
-    """One mapping of the file being read: hands out checked values and knows where it stands, for error
-    messages.
-    """
-
-    def __init__(self, raw: Any, source: str, where: str) -> None:
-        self.source, self.where = source, where
-        if not isinstance(raw, Mapping):
-            raise UserError(f"{source}: {where or 'the file'} must be a mapping of keys to values")
-        self.raw = dict(raw)
-        self.known: list[str] = []
-
-    def error(self, key: str, what: str) -> UserError:
-        what = what if len(what) <= _LONGEST_ERROR else f"{what[:_LONGEST_ERROR]}..."
-        return UserError(f"{self.source}: `{self.where}{key[:80]}`: {what}")
-
-    def take(self, key: str, default: Any = _MISSING) -> Any:
-        self.known.append(key)
-        value = self.raw.get(key)
-        if value is None:
-            if default is _MISSING:
-                raise self.error(key, "this key is missing")
-            return default
-        return value
-
-    def finish(self) -> None:
-        for key in self.raw:
-            if key not in self.known:
-                close = difflib.get_close_matches(str(key), self.known, n=1)
-                hint = f"did you mean `{close[0]}`?" if close else f"known keys are {', '.join(self.known)}"
-                raise self.error(str(key), f"unknown key; {hint}")
-
-    def child(self, key: str) -> _Node | None:
-        raw = self.take(key, None)
-        return None if raw is None else _Node(raw, self.source, f"{self.where}{key}.")
-
-    def children(self, key: str) -> list[_Node]:
-        raw = self.take(key)
-        if not isinstance(raw, list) or not raw:
-            raise self.error(key, "must be a list with at least one entry")
-        return [_Node(item, self.source, f"{self.where}{key}[{i}].") for i, item in enumerate(raw)]
-
-    def text(self, key: str, default: Any = _MISSING) -> str:
-        value = self.take(key, default)
-        if not isinstance(value, str) or not value:
-            raise self.error(key, f"must be text, not {value!r}")
-        return value
-
-    def word(self, key: str) -> str:
-        value = self.text(key)
-        if not _NAME.fullmatch(value):
-            raise self.error(
-                key, f"{value!r} must be letters, digits and underscores, starting with a letter"
-            )
-        return value
-
-    def topic(self) -> str:
-        value = self.text("topic")
-        if not value.startswith("/"):
-            raise self.error("topic", f"{value!r} must be a full topic name that starts with /")
-        return value
-
-    def type(self) -> str:
-        value = self.text("type")
-        if not _TYPE.fullmatch(value):
-            raise self.error("type", f"{value!r} must look like geometry_msgs/msg/Twist")
-        return value
-
-    def choice(self, key: str, options: tuple[str, ...], default: Any = _MISSING) -> str:
-        value = self.take(key, default)
-        if value not in options:
-            raise self.error(key, f"{value!r} must be one of {', '.join(options)}")
-        return str(value)
-
-    def number(
-        self, key: str, default: Any = _MISSING, *, least: float = -math.inf, above: float = -math.inf
-    ) -> float:
-        return self._number(key, self.take(key, default), least, above)
-
-    def _number(self, key: str, value: Any, least: float = -math.inf, above: float = -math.inf) -> float:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not good or value < least or value <= above:
-            bound = f" above {above:g}" if above > -math.inf else f" of at least {least:g}"
-            raise self.error(
-                key, f"must be a number{bound if max(least, above) > -math.inf else ''}, not {value!r}"
-            )
-        return float(value)
-
-    def numbers(self, key: str, length: int) -> tuple[float, ...]:
-        return tuple(self._number(key, value) for value in self._list(key, self.take(key), length))
-
-    def texts(self, key: str, length: int | None = None, default: Any = _MISSING) -> tuple[str, ...]:
-        values = self._list(key, self.take(key, default), length)
-        for value in values:
-            if not isinstance(value, str) or not value:
-                raise self.error(key, f"must be a list of texts, and {value!r} is none")
-        if len(set(values)) < len(values) and key != "units":
-            raise self.error(key, f"an entry stands twice in {values}")
-        return tuple(values)
-
-    def features(self, count: int) -> tuple[str, ...]:
-        """`lerobot`: one text, which stands for the whole feature, or `count` texts; empty if absent."""
-        value = self.take("lerobot", None)
-        if value is None:
-            return ()
-        entries = self.texts("lerobot") if not isinstance(value, str) else (self.text("lerobot"),)
-        if len(entries) not in (1, count):
-            raise self.error("lerobot", f"has {len(entries)} entries; write one feature, or {count} elements")
-        return entries
-
-    def _list(self, key: str, value: Any, length: int | None) -> list[Any]:
-        if not isinstance(value, list) or not value:
-            raise self.error(key, "must be a list with at least one entry")
-        if length is not None and len(value) != length:
-            raise self.error(key, f"has {len(value)} entries but `select` has {length}")
-        return value
-
-
-def _align(node: _Node, *, camera: bool) -> Align:
+def _align(node: Section, *, camera: bool) -> Align:
     child = node.child("align")
     if child is None:
         raise node.error(
@@ -467,7 +342,7 @@ def _align(node: _Node, *, camera: bool) -> Align:
         )
     strategy = child.choice("strategy", STRATEGIES)
     unbounded = strategy == "hold" and not camera
-    tolerance = child.take("tolerance_ms", None if unbounded else _MISSING)
+    tolerance = child.take("tolerance_ms", None if unbounded else MISSING)
     if tolerance is not None:
         tolerance = child.number("tolerance_ms", above=0.0)
     align = Align(strategy, child.choice("timeline", TIMELINES), tolerance)
@@ -475,7 +350,7 @@ def _align(node: _Node, *, camera: bool) -> Align:
     return align
 
 
-def _size(node: _Node) -> tuple[int, int]:
+def _size(node: Section) -> tuple[int, int]:
     size = node.take("size")
     good = isinstance(size, list) and len(size) == 2 and all(type(v) is int and v > 0 for v in size)
     if not good:
@@ -483,7 +358,7 @@ def _size(node: _Node) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def _depth(node: _Node) -> tuple[float, float] | None:
+def _depth(node: Section) -> tuple[float, float] | None:
     if (given := node.take("depth_m", None)) is None:
         return None
     values = [node._number("depth_m", value) for value in given] if isinstance(given, list) else []
@@ -492,7 +367,7 @@ def _depth(node: _Node) -> tuple[float, float] | None:
     return values[0], values[1]
 
 
-def _observation(node: _Node) -> Observation:
+def _observation(node: Section) -> Observation:
     name, topic, kind = node.word("name"), node.topic(), node.type()
     camera = kind in IMAGE_TYPES
     size = _size(node) if camera else None
@@ -509,7 +384,7 @@ def _observation(node: _Node) -> Observation:
     return stream
 
 
-def _action(node: _Node) -> Action:
+def _action(node: Section) -> Action:
     name, topic, type_ = node.word("name"), node.topic(), node.type()
     select, kind = node.texts("select"), node.choice("kind", KINDS, "continuous")
     dim = len(select)
@@ -537,7 +412,7 @@ def _action(node: _Node) -> Action:
     )
 
 
-def _signal(node: _Node | None, is_start: bool = False) -> Signal | None:
+def _signal(node: Section | None, is_start: bool = False) -> Signal | None:
     if node is None:
         return None
     topic, type_, select = node.topic(), node.type(), node.text("select", "data")
@@ -546,7 +421,7 @@ def _signal(node: _Node | None, is_start: bool = False) -> Signal | None:
     return signal
 
 
-def _tasks(node: _Node | None) -> Tasks | None:
+def _tasks(node: Section | None) -> Tasks | None:
     if node is None:
         return None
     topic, type_, select, names = node.topic(), node.type(), node.text("select", "data"), node.texts("names")
@@ -558,7 +433,7 @@ def _tasks(node: _Node | None) -> Tasks | None:
     return tasks
 
 
-def _reward(node: _Node | None) -> Reward | None:
+def _reward(node: Section | None) -> Reward | None:
     if node is None:
         return None
     reduce = node.choice("reduce", REDUCE, "last")
@@ -567,7 +442,7 @@ def _reward(node: _Node | None) -> Reward | None:
     return reward
 
 
-def _episode(node: _Node | None) -> Episode:
+def _episode(node: Section | None) -> Episode:
     if node is None:
         return Episode()
     max_s = node.take("max_s", None)
@@ -578,7 +453,7 @@ def _episode(node: _Node | None) -> Episode:
     return episode
 
 
-def _files(node: _Node | None, contract: Contract) -> Files | None:
+def _files(node: Section | None, contract: Contract) -> Files | None:
     columns = [f"observation.{vector.name}.{path}" for vector in contract.vectors() for path in vector.select]
     rewards = [f"reward.{name}" for name in contract.task_names]
     names = (*files.SIGNAL_COLUMNS, *contract.action_names, *columns, *rewards)

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from d4_datasets.contract import _Node
+from d4_datasets.section import Section
 
 STAMPS = ("rate", "name", "table")
 SIGNAL_COLUMNS = ("time", "image", "start", "reward", "task", "terminal")
@@ -69,7 +68,7 @@ def match(pattern: str, path: Path) -> Match | None:
     return Match(path.parents[len(parts) - 1], name)
 
 
-def parse(node: _Node | None, cameras: Collection[str], columns: Collection[str]) -> Files | None:
+def parse(node: Section | None, cameras: Collection[str], columns: Collection[str]) -> Files | None:
     """The section, checked: names of cameras and columns are those of the contract.
 
     Raises:
@@ -102,7 +101,7 @@ def parse(node: _Node | None, cameras: Collection[str], columns: Collection[str]
     return files
 
 
-def _texts(node: _Node, key: str, known: Collection[str]) -> dict[str, str]:
+def _texts(node: Section, key: str, known: Collection[str]) -> dict[str, str]:
     """A mapping of known names to texts; empty if the key is absent."""
     child = node.child(key)
     if child is None:
@@ -112,7 +111,7 @@ def _texts(node: _Node, key: str, known: Collection[str]) -> dict[str, str]:
     return found
 
 
-def _check_pattern(node: _Node, key: str, pattern: str) -> None:
+def _check_pattern(node: Section, key: str, pattern: str) -> None:
     parts = pattern.split("/")
     if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
         raise node.error(key, f"{pattern!r} must be a path below the folder of the recordings, without ..")

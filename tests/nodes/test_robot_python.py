@@ -132,7 +132,10 @@ def test_the_robots_process_needs_no_newer_python_or_numpy() -> None:
 
 def test_the_robots_process_needs_nothing_of_the_importer() -> None:
     ours = {name for name in robot_modules() if name.startswith("d4_datasets.")}
-    names = ("align", "contract", "errors", "fields", "files", "latents", "messages", "signals", "stills")
+    names = (
+        "align", "contract", "errors", "fields", "files", "latents", "messages", "section", "signals",
+        "stills",
+    )  # fmt: skip
     assert ours <= {f"d4_datasets.{name}" for name in names}
 
 
