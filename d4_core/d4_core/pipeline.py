@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from d4_core import checkpoint, distributed
+from d4_core.arguments import TrainArgs, scaled
 from d4_core.config import Preset, to_dict
 from d4_core.data import latent_statistics, pixel_statistics
 from d4_core.gates import (
@@ -32,7 +33,6 @@ from d4_core.models import CONTENTS, Models, build, load, weights_hash
 from d4_core.phase import Phase
 from d4_core.phases import AgentPhase, DynamicsPhase, ImaginationPhase, TokenizerPhase
 from d4_core.tokenizer import Tokenizer
-from d4_core.train import TrainArgs, scaled
 from d4_datasets import places
 from d4_datasets.course import Course
 from d4_datasets.errors import UserError

@@ -17,11 +17,12 @@ import yaml
 from safetensors.torch import load_file
 
 from d4_core import memory, pipeline, train
+from d4_core.arguments import TrainArgs, scaled
 from d4_core.gates import Gate
 from d4_core.models import CONTENTS, load, weights_hash
 from d4_core.phases import DynamicsPhase
 from d4_core.pipeline import Pipeline, pick_device
-from d4_core.train import TrainArgs, default_procs, scaled, unfinished_procs
+from d4_core.train import default_procs, unfinished_procs
 from d4_datasets.errors import UserError
 
 PHASES = ("tokenizer", "dynamics", "agent", "imagination")
