@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from d4_datasets import ingest
+from d4_datasets import progress
 from d4_datasets.errors import UserError
 from d4_nodes.training import Goal, Progress, Training, _read_ingest, newest_checkpoint
 
@@ -130,12 +130,13 @@ def test_bad_bags_are_said_by_d4_ingest(tmp_path: Path) -> None:
 
 
 def test_lines_of_the_real_ingest_are_understood(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = iter([0.0, 6.0])
-    monkeypatch.setattr(ingest.time, "monotonic", lambda: next(now))
-    with ingest._progress(400) as advance:
-        advance(100, 1234)
+    monkeypatch.setattr(progress, "_SAY_EVERY_S", 0.005)
+    with progress.Shown({tmp_path / "a": 100, tmp_path / "b": 300}) as shown:
+        shown._began -= 6
+        shown.finish(tmp_path / "a", 1234)
+        time.sleep(0.1)
     lines = capsys.readouterr().err.splitlines()
     assert _read_ingest(["reading", *lines]) == Progress("ingest", 25, 100, 18.0, {"frames": 1234.0})
     assert _read_ingest(["1 bags -> 6 episodes"]) is None
