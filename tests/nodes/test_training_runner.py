@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from d4_datasets import progress
+from d4_datasets import progress as of_ingest
 from d4_datasets.errors import UserError
 from d4_nodes.training import Goal, Progress, Training, _read_ingest, newest_checkpoint
 
@@ -132,8 +132,8 @@ def test_bad_bags_are_said_by_d4_ingest(tmp_path: Path) -> None:
 def test_lines_of_the_real_ingest_are_understood(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "_SAY_EVERY_S", 0.005)
-    with progress.Shown({tmp_path / "a": 100, tmp_path / "b": 300}) as shown:
+    monkeypatch.setattr(of_ingest, "_SAY_EVERY_S", 0.005)
+    with of_ingest.Shown({tmp_path / "a": 100, tmp_path / "b": 300}) as shown:
         shown._began -= 6
         shown.finish(tmp_path / "a", 1234)
         time.sleep(0.1)
