@@ -12,7 +12,7 @@ import torch
 import toy_run
 
 from d4_core import estimate
-from d4_core.config import PHASES
+from d4_core.config import PHASES, PRESETS
 from d4_core.memory import costs
 from d4_datasets.contract import Contract
 
@@ -53,6 +53,19 @@ def test_every_phase_takes_time() -> None:
     seconds = estimate.training_seconds(toy_run.PRESET, toy_run.contract(), torch.device("cpu"))
     assert list(seconds) == list(PHASES)
     assert all(value > 0 for value in seconds.values())
+
+
+def test_large_presets_are_not_measured_on_a_cpu(monkeypatch) -> None:
+    """An audit of a second took half a minute, most of it in layers of `paper`."""
+    measured = []
+    monkeypatch.setattr(estimate, "speed", lambda cfg, width, device: measured.append(cfg.dim) or 1e12)
+    spec = toy_run.contract().to_dict()
+    spec["observations"][0]["size"] = [64, 64]
+    contract = Contract.from_dict(spec)
+    for name in ("paper", "base", "nano"):
+        estimate.training_seconds(PRESETS[name], contract, torch.device("cpu"))
+    base, nano = PRESETS["base"], PRESETS["nano"]
+    assert measured == [base.tokenizer.dim, base.dynamics.dim] * 2 + [nano.tokenizer.dim, nano.dynamics.dim]
 
 
 def test_facts_of_a_preset_count_what_training_leaves_on_the_disk() -> None:
