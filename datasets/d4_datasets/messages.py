@@ -74,7 +74,10 @@ def decode(msg: Any, depth_m: Range | None = None) -> np.ndarray:
 
     Raises UserError if the encoding is not supported or the data is damaged or too short.
     """
-    return _decode_raw(msg, depth_m) if hasattr(msg, "encoding") else _decode_compressed(msg, depth_m)
+    try:
+        return _decode_raw(msg, depth_m) if hasattr(msg, "encoding") else _decode_compressed(msg, depth_m)
+    except AttributeError as error:  # a bag brings its own definitions, and they may be damaged
+        raise UserError(f"a message that is no picture: {error}") from None
 
 
 def look(

@@ -244,7 +244,10 @@ class _Damaged(Exception):
 
 def _record(stream: BinaryIO, place: int) -> _Record:
     """The record at `place`; its data may go beyond the end of the file."""
-    stream.seek(place)
+    try:
+        stream.seek(place)
+    except (OSError, OverflowError):  # beyond what a file can be
+        raise _Damaged from None
     header = stream.read(_length(stream.read(4), _LONGEST_HEADER))
     fields = _fields(header)
     size = _length(stream.read(4))

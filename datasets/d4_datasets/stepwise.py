@@ -151,7 +151,7 @@ def decode(path: Path) -> Iterator[av.VideoFrame]:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # recordings are worked on side by side
             yield from container.decode(stream)
-    except (av.FFmpegError, IndexError, ValueError) as error:
+    except (av.FFmpegError, AttributeError, IndexError, ValueError) as error:  # a stream of no known codec
         raise _damaged(path, error) from None
 
 

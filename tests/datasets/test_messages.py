@@ -214,3 +214,13 @@ def test_resize():
 def test_stamp():
     assert messages.stamp_ns(bags.image(picture(), 1_700_000_000_123_456_789)) == 1_700_000_000_123_456_789
     assert messages.stamp_ns(new("std_msgs/msg/Bool")) is None
+
+
+def test_a_message_whose_definition_is_damaged_is_one_sentence() -> None:
+    """A bag whose definition of Image had lost a field ended in a traceback."""
+
+    class Image:
+        encoding, width, height, step, is_bigendian = "rgb8", 2, 2, 6, 0
+
+    with pytest.raises(UserError, match=r"a message that is no picture: .*'data'"):
+        messages.decode(Image())
