@@ -26,7 +26,7 @@ from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
 
 _STEP = 3.0  # a step forward and backward, in forward passes
-# Optimiser, losses, data and waiting come on top of the layers: `nano` on two cores (docs/results/demo.md)
+# Optimiser, losses, data and waiting come on top of the layers: `nano` on two cores (the demo at 9802ba9)
 # took 1.9 (tokenizer), 1.9 (dynamics), 2.3 (agent) and 1.1 (imagination) times as long as its layers do.
 _REST = 2.0
 _PROBE_BYTES = 200e6  # of activations while measuring
