@@ -122,6 +122,7 @@ class Loop:
         self._send, self._connect, self._clock, self._log = send, connect, clock, log
         self._decode, self.reward = decode, 0.0
         self._camera = contract.images[0].name
+        self._others = tuple(name for name in self.inbox.names if name != self._camera)
         self._depth_m = {camera.name: camera.depth_m for camera in contract.images}
         self._held = tuple(s.name for s in contract.observations if s.holds_for_ever)
         self._longest = {s.name: oldest(s.align, contract.period_ns) for s in contract.observations}
@@ -397,8 +398,7 @@ class Loop:
         tick, link, now = self._waits, self._link, self._clock()
         if tick is None or link is None or link.is_busy:
             return
-        others = (link.cameras.keys() | link.vectors.keys()) - {self._camera}
-        is_awaited = any(self.inbox.is_on_its_way(name, tick.anchor_ns) for name in others)
+        is_awaited = any(self.inbox.is_on_its_way(name, tick.anchor_ns) for name in self._others)
         if is_awaited and now < self._patience_ns:
             return
         self._waits = None

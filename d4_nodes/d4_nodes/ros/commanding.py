@@ -134,15 +134,18 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
         """
         if self._get("allow_rivals") or self._get("shadow"):
             return
-        for topic, publisher in self._publishers_of.items():
-            infos = self.get_publishers_info_by_topic(publisher.topic_name)
-            names = {f"{info.node_namespace.rstrip('/')}/{info.node_name}" for info in infos}
-            for name in sorted(names - {self.get_fully_qualified_name()}):
-                if self._commands_now(name):
-                    raise UserError(
-                        f"{name} commands {topic} already: deactivate it first, let one command through the "
-                        "other (guard node), or set allow_rivals"
-                    )
+        rivals = {  # each is asked once, whatever it publishes
+            f"{info.node_namespace.rstrip('/')}/{info.node_name}": topic
+            for topic, publisher in self._publishers_of.items()
+            for info in self.get_publishers_info_by_topic(publisher.topic_name)
+        }
+        rivals.pop(self.get_fully_qualified_name(), None)
+        for name, topic in sorted(rivals.items()):
+            if self._commands_now(name):
+                raise UserError(
+                    f"{name} commands {topic} already: deactivate it first, let one command through the "
+                    "other (guard node), or set allow_rivals"
+                )
 
     def _commands_now(self, node: str) -> bool:
         """Whether a node is one of this kind that sends commands, as its status says."""
