@@ -47,4 +47,5 @@ def _up(get):
 
 
 def generate_launch_description():
+    """The nodes and arguments, as `ros2 launch` asks for them."""
     return launching.description(ARGUMENTS, _up)
