@@ -228,7 +228,7 @@ def test_two_that_command_one_robot_are_refused_unless_allowed(driving, tmp_path
         world.target = "second"
         assert world.configure()
         assert not world.activate()
-        assert "/guard commands /cmd_vel already" in other.said()
+        assert "/guard commands /cmd_vel, /arm already" in other.said()
         assert world.status[-1].state == "driving"
         assert world.set("allow_rivals", True)[0]
         assert world.activate()

@@ -134,17 +134,17 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
         """
         if self._get("allow_rivals") or self._get("shadow"):
             return
-        rivals = {  # each is asked once, whatever it publishes
-            f"{info.node_namespace.rstrip('/')}/{info.node_name}": topic
-            for topic, publisher in self._publishers_of.items()
-            for info in self.get_publishers_info_by_topic(publisher.topic_name)
-        }
+        rivals: dict[str, list[str]] = {}  # each is asked once, whatever it publishes
+        for topic, publisher in self._publishers_of.items():
+            infos = self.get_publishers_info_by_topic(publisher.topic_name)
+            for name in {f"{info.node_namespace.rstrip('/')}/{info.node_name}" for info in infos}:
+                rivals.setdefault(name, []).append(topic)
         rivals.pop(self.get_fully_qualified_name(), None)
-        for name, topic in sorted(rivals.items()):
+        for name, topics in sorted(rivals.items()):
             if self._commands_now(name):
                 raise UserError(
-                    f"{name} commands {topic} already: deactivate it first, let one command through the "
-                    "other (guard node), or set allow_rivals"
+                    f"{name} commands {', '.join(topics)} already: deactivate it first, let one command "
+                    "through the other (guard node), or set allow_rivals"
                 )
 
     def _commands_now(self, node: str) -> bool:
