@@ -8,6 +8,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+LONGEST = 1500
+"""Characters of a sentence: names that a damaged file brings have no end of their own."""
+
 
 class UserError(Exception):
     """Something the user can put right. The message is one sentence: what is wrong, where, what to do."""
@@ -16,7 +19,9 @@ class UserError(Exception):
 def sentence(error: BaseException) -> str | None:
     """The one-sentence form of `error`, or None if it is a bug that deserves its traceback."""
     if isinstance(error, UserError):
-        return " ".join(str(error).split())
+        text = " ".join(str(error).split())
+        # what to do stands at the end
+        return text if len(text) <= LONGEST else f"{text[: LONGEST - 503]}...{text[-500:]}"
     if type(error).__module__ == "pyarrow.lib":  # by name: what runs on the robot must not import pyarrow
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         return f"a Parquet file of the dataset is damaged ({first}): restore it or ingest again"

@@ -5,7 +5,7 @@ import errno
 import pyarrow
 import pytest
 
-from d4_datasets.errors import UserError, run_cli
+from d4_datasets.errors import LONGEST, UserError, run_cli, sentence
 
 
 def fail(error):
@@ -34,6 +34,14 @@ def test_failures_print_one_sentence_and_exit(error, code, text, capsys):
     stderr = capsys.readouterr().err
     assert stderr.startswith(text)
     assert "Traceback" not in stderr
+
+
+def test_a_sentence_with_the_endless_names_of_a_damaged_file_keeps_both_ends():
+    text = sentence(UserError(f"there is no feature {'[' * 5000}: write one of top, wrist"))
+    assert text is not None
+    assert len(text) == LONGEST
+    assert text.startswith("there is no feature [[")
+    assert text.endswith("[[: write one of top, wrist")
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), OSError("no errno")])
