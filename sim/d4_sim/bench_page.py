@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from d4_core.stats import nested_mean
 from d4_sim.stages import clock
+from d4_sim.study_figures import film
 from d4_sim.study_page import NAMES, costs, policies, spread, table
 from d4_sim.study_results import TABLE, Interval, differences, read_json, rows_of, run_results
 
@@ -131,15 +131,8 @@ def films(out: Path, world: str, seeds: list[str], folder: Path, link: str) -> I
     """Copies the films of a world's first chain and of its expert; yields Markdown that shows them."""
     found = [(policy, out / f"{world}-{s}" / "run" / "media") for s in seeds[:1] for policy in FILMED]
     for policy, media in [*found, ("expert", out / "reference" / world / "media")]:
-        names = {kind: f"{world}-{policy}.{kind}" for kind in ("png", "mp4")}
-        sources = {kind: media / f"real_{policy}.{kind}" for kind in names}
-        if not all(path.exists() for path in sources.values()):
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        for kind, name in names.items():
-            shutil.copyfile(sources[kind], folder / name)
-        yield f"{NAMES[policy].capitalize()}, best and worst episodes ([film]({link}/{names['mp4']})):\n"
-        yield f"![{world}: {NAMES[policy]}]({link}/{names['png']})\n"
+        title = f"{NAMES[policy].capitalize()}, best and worst episodes"
+        yield from film(media, f"real_{policy}", title, f"{world}-{policy}", folder, link)
 
 
 def page(out: Path, worlds: tuple[str, ...], size: Size) -> tuple[str, dict[str, Any]]:

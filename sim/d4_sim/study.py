@@ -116,6 +116,8 @@ class Plan(Chains):
         latest = self.add(f"{name}/policies", [latest], 330, drive(*POLICIES))
         self.add(f"{name}/argmax", [latest], 40, drive("wm_bc", "imagination", argmax=True))
         self.add(f"{name}/planner", [latest], 1200, drive("planner"))
+        if seed == SEEDS[0]:  # for the page
+            self.add(f"{name}/films", [latest], 90, command("d4-rollout", run, dataset=dataset, seed=seed))
 
     def variant(
         self,

@@ -21,7 +21,12 @@ _CURVES = {
     "value_mean": "value of imagined states",
     "kl": "KL to the clone, nats",
 }
-_FILMED = {"imagination": "after imagination training", "wm_bc": "cloned on the world model"}
+_SHOWN = {
+    "open_loop": "Held-out drives, dreamed from four real frames and the logged commands",
+    "real_imagination": "After imagination training, best and worst episodes (dark: over)",
+    "real_wm_bc": "Cloned on the world model, best and worst episodes (dark: over)",
+    "real_planner": "CEM planning in the world model, best and worst episodes (dark: over)",
+}
 
 
 def curve(run: Path, name: str) -> tuple[list[int], list[float]]:
@@ -50,18 +55,27 @@ def draw_curves(out: Path, world: str, path: Path) -> bool:
     return True
 
 
+def film(media: Path, name: str, title: str, stem: str, folder: Path, link: str) -> Iterator[str]:
+    """Copy <media>/<name>.png and .mp4 to <folder>/<stem>.*; yields Markdown, or nothing without them."""
+    kinds = ("png", "mp4")
+    if not all((media / f"{name}.{kind}").exists() for kind in kinds):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in kinds:
+        shutil.copyfile(media / f"{name}.{kind}", folder / f"{stem}.{kind}")
+    yield f"{title} ([film]({link}/{stem}.mp4)):\n"
+    yield f"![{title}]({link}/{stem}.png)\n"
+
+
 def figures(out: Path, folder: Path, link: str) -> Iterator[str]:
     """Write the pictures of a study into `folder`; yields Markdown that shows them, under the path `link`."""
     folder.mkdir(parents=True, exist_ok=True)
     for world in WORLDS:
         name = f"{world}-curves.png"
         if draw_curves(out, world, folder / name):
-            yield f"## {world}: pictures of imagination training\n"
+            yield f"## {world}: pictures\n"
+            yield f"Imagination training of all chains; episodes are those of chain {SEEDS[0]}.\n"
             yield f"![Imagined reward, value and KL over the steps]({link}/{name})\n"
-        for policy, title in _FILMED.items():
-            film = out / f"{world}-{SEEDS[0]}" / "run" / "media" / f"real_{policy}.png"
-            if film.exists():
-                copy = f"{world}-{policy}.png"
-                shutil.copyfile(film, folder / copy)
-                yield f"{title.capitalize()}, chain 0, best and worst of its episodes; dark: fallen.\n"
-                yield f"![Real episodes {title}]({link}/{copy})\n"
+        media = out / f"{world}-{SEEDS[0]}" / "run" / "media"
+        for name, title in _SHOWN.items():
+            yield from film(media, name, title, f"{world}-{name.removeprefix('real_')}", folder, link)

@@ -116,16 +116,19 @@ def test_pictures_come_with_the_page(out: Path, tmp_path: Path) -> None:
             for s in (1, 20)]  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    film = out / "yard-0" / "run" / "media" / "real_imagination.png"
-    film.parent.mkdir(parents=True, exist_ok=True)
-    film.write_bytes(b"png")
+    media = out / "yard-0" / "run" / "media"
+    media.mkdir(parents=True, exist_ok=True)
+    for kind in ("png", "mp4"):
+        (media / f"real_imagination.{kind}").write_bytes(kind.encode())
     lines = list(study_figures.figures(out, tmp_path / "page", "page"))
     assert [line for line in lines if line.startswith("!")] == [
         "![Imagined reward, value and KL over the steps](page/yard-curves.png)\n",
-        "![Real episodes after imagination training](page/yard-imagination.png)\n",
+        "![After imagination training, best and worst episodes (dark: over)](page/yard-imagination.png)\n",
     ]
     assert (tmp_path / "page" / "yard-curves.png").stat().st_size > 1000
-    assert (tmp_path / "page" / "yard-imagination.png").read_bytes() == b"png"
+    assert any("(page/yard-imagination.mp4)" in line for line in lines)
+    for kind in ("png", "mp4"):
+        assert (tmp_path / "page" / f"yard-imagination.{kind}").read_bytes() == kind.encode()
 
 
 def test_a_gain_that_is_not_there_is_not_claimed(out: Path) -> None:
