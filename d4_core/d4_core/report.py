@@ -435,7 +435,7 @@ def _media(run: _Run, pattern: str, kind: str) -> list[dict[str, str]]:
 
 def _charts(run: _Run) -> list[Markup]:
     """How far the world model holds: against the horizon, and its returns against the real ones."""
-    pairs = run.evaluation.get("imagined")
+    pairs = run.evaluation.get("policies", {}).get("imagination", {}).get("first_ticks")
     return _open_loop(run) + ([scatter_chart(pairs["real"], pairs["imagined"])] if pairs else [])
 
 

@@ -118,7 +118,6 @@ class Evaluation:
         num_tasks = max(1, len(self.logs.contract.task_names))
         self.tasks = np.arange(args.episodes) % num_tasks
         self._own: dict[str, dict[str, Any]] = {}  # rows measured by this process
-        self._imagined: dict[str, list[float]] | None = None
         self.result = self._open()
 
     @property
@@ -149,8 +148,6 @@ class Evaluation:
             return {**shared, "tasks": self.tasks.tolist(), "task_names": names, "policies": {}}
         rows = result["policies"].items()
         result["policies"] = {k: row for k, row in rows if row.get("weights") == self._weights(k)}
-        if "imagination" not in result["policies"]:
-            result.pop("imagined", None)
         return result
 
     def _weights(self, name: str) -> str | None:
@@ -216,7 +213,16 @@ class Evaluation:
         }
         if recorder.readings:
             row |= calibrate(session.models, recorder.readings, batch)
+        if name in ("wm_bc", "imagination") and not self.args.disturb:
+            row["first_ticks"] = self._first_ticks(session.models)
         return row
+
+    def _first_ticks(self, models: Models) -> dict[str, list[float]]:
+        """Returns of a policy over the ticks of one imagined rollout, in the model and in the simulator."""
+        from d4_sim.dream import imagined_and_real
+
+        imagined, real = imagined_and_real(models, self.world, self.seeds, self.tasks, self.args.seed)
+        return {"imagined": imagined.tolist(), "real": real.tolist()}
 
     def _count(self, name: str) -> int:
         """Episodes of a policy."""
@@ -304,22 +310,19 @@ class Evaluation:
     def _imagination_gates(self) -> list:
         from d4_core.checkpoint import load_config
         from d4_core.gates import Gate
-        from d4_sim.dream import imagined_and_real
 
         metrics = load_config(self.args.run / "imagination")["metrics"]
-        imagined, real = imagined_and_real(
-            self._models("imagination"), self.world, self.seeds, self.tasks, self.args.seed
-        )
-        self._imagined = {"imagined": imagined.tolist(), "real": real.tolist()}
-        gap = abs(imagined.mean() - real.mean()) / max(abs(real.mean()), 1e-6)
+        ticks = self.result["policies"]["imagination"]["first_ticks"]
+        imagined, real = (float(np.mean(ticks[kind])) for kind in ("imagined", "real"))
+        gap = abs(imagined - real) / max(abs(real), 1e-6)
         return [
             Gate("KL to the cloned policy (nats)", float(metrics["kl"]), "<=", 3.0,
                  "the policy has left its prior: raise beta or train for fewer steps"),
             Gate("event density (rollouts with reward > 0.5)", float(metrics["event_density"]), ">=", 0.05,
                  "imagined rollouts hardly ever see a reward: lengthen the horizon"),
-            Gate("imagined against real return, relative gap", float(gap), "<=", 0.5,
+            Gate("imagined against real return, relative gap", gap, "<=", 0.5,
                  "the policy exploits the model: more data, a shorter horizon or a larger beta",
-                 {"imagined": float(imagined.mean()), "real": float(real.mean())}),
+                 {"imagined": imagined, "real": real}),
         ]  # fmt: skip
 
     # -- output ----------------------------------------------------------------------------------------------
@@ -336,8 +339,6 @@ class Evaluation:
         """The file, aside and renamed, with what others have added to it meanwhile."""
         self.result = self._open()
         self.result["policies"] |= self._own
-        if self._imagined is not None:
-            self.result["imagined"] = self._imagined
         path = self.path
         aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
         aside.write_text(json.dumps(self.result))

@@ -35,6 +35,7 @@ NAMES = {
     "expert": "scripted optimum", "wm_bc_argmax": "cloned on the world model, argmax",
     "imagination_argmax": "after imagination training, argmax",
 }  # fmt: skip
+FIRST_TICKS = ("imagined return of the first ticks", "real return of the same starts")
 HORIZON = 8  # frames ahead, in the tables that show one horizon
 
 
@@ -109,6 +110,12 @@ def policies(world: str, chains: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def first_ticks(row: Mapping[str, Any]) -> list[str]:
+    """The cells under `FIRST_TICKS` of a policy's row."""
+    ticks = row.get("first_ticks", {})
+    return [f"{np.mean(ticks[kind]):.2f}" if kind in ticks else "-" for kind in ("imagined", "real")]
+
+
 def calibration(world: str, chains: Mapping[str, Any]) -> Iterator[str]:
     """Section 4: what the heads say against what happened."""
     header = [
@@ -130,12 +137,14 @@ def calibration(world: str, chains: Mapping[str, Any]) -> Iterator[str]:
         return
     yield f"### {world}: the heads on real episodes\n"
     yield table(header, rows)
-    both = {s: run["imagined"] for s, run in chains.items() if "imagined" in run}
+    both = [
+        [s, NAMES[p], *first_ticks(row)]
+        for p in ("wm_bc", "imagination")
+        for s, row in rows_of(chains, p).items()
+        if "first_ticks" in row
+    ]
     if both:
-        yield table(
-            ["seed", "imagined return of the first ticks", "real return of the same starts"],
-            [[s, f"{np.mean(v['imagined']):.2f}", f"{np.mean(v['real']):.2f}"] for s, v in both.items()],
-        )
+        yield table(["seed", "policy", *FIRST_TICKS], both)
     shown = policy_table(chains)
     modes = [p for p in ("wm_bc", "wm_bc_argmax", "imagination", "imagination_argmax") if p in shown]
     if len(modes) == 4:
@@ -162,11 +171,13 @@ def improvement(results: Mapping[str, Any]) -> Iterator[str]:
             kl = row.get("kl_to_cloned")
             change, falls = spread(gain["seeds"]["0"], sign=True), f"{np.mean(row['fallen']):.2f}"
             mean = f"{np.mean(row['return']):.2f}"
-            rows.append([name, mean, change, "-" if kl is None else f"{kl:.2f}", falls])
-    if rows:
+            rows.append([name, mean, change, "-" if kl is None else f"{kl:.2f}", falls, *first_ticks(row)])
+    if rows and clone:
+        falls, mean = f"{np.mean(clone['fallen']):.2f}", f"{np.mean(clone['return']):.2f}"
+        rows.insert(0, ["the clone, no steps", mean, "-", "0.00", falls, *first_ticks(clone)])
         yield "## Imagination training on one agent: seeds and settings (yard, chain 0)\n"
         header = ["run", "return", "paired difference to the clone", "KL to the clone, nats", "falls"]
-        yield table(header, rows)
+        yield table([*header, *FIRST_TICKS], rows)
     narrow = results["runs"].get("heads-agent_only", {}).get("policies")
     if narrow and clone:
         yield "Heads that read the agent tokens alone, on the same world model:\n"

@@ -23,7 +23,7 @@ def collect(out: Path) -> dict[str, Any]:
     """Every number of a study folder as JSON values; what has not been run is left out.
 
     Keys: `chains` {world: {seed: run}}, `runs` {variant: run}, `ladder`, `stages` {name: seconds}; a run has
-    policies, imagined, open_loop, gates and training.
+    policies, open_loop, gates and training.
     """
     variants = [f"improve-{name}" for name in (*(f"seed_{s}" for s in SEEDS[1:]), *IMPROVEMENT)]
     variants += (
@@ -49,7 +49,7 @@ def run_results(run: Path) -> dict[str, Any]:
     configs = {path.parent.name: json.loads(path.read_text()) for path in sorted(run.glob("*/config.json"))}
     kept = ("wall_s", "cpu_s", "kl")
     found = {
-        "policies": evaluation.get("policies"), "imagined": evaluation.get("imagined"),
+        "policies": evaluation.get("policies"),
         "open_loop": read_json(run / "open_loop.json"), "gates": read_json(run / "gates.json"),
         "training": {
             phase: {k: v for k, v in config["metrics"].items() if k in kept} | config.get("origin", {})

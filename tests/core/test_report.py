@@ -193,8 +193,9 @@ def _write_evaluation(run: Path, rng: np.random.Generator) -> None:
         success = (returns > 1.0).astype(int)
         policies[name] = {"return": returns.tolist(), "success": success.tolist(), "task": task.tolist()}
     real = rng.uniform(0, 2, 40)
-    imagined = {"imagined": (real + rng.normal(0.1, 0.2, 40)).tolist(), "real": real.tolist()}
-    evaluation = {"policies": policies, "episodes": 64, "seeds": [100, 163], "imagined": imagined}
+    imagined = (real + rng.normal(0.1, 0.2, 40)).tolist()
+    policies["imagination"]["first_ticks"] = {"imagined": imagined, "real": real.tolist()}
+    evaluation = {"policies": policies, "episodes": 64, "seeds": [100, 163]}
     evaluation["task_names"] = ["reach_red", "reach_blue"]
     (run / "eval.json").write_text(json.dumps(evaluation))
 

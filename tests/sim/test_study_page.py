@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def row(level: float, seed: int, count: int = 60) -> dict[str, Any]:
     starts = np.random.default_rng(0).normal(0, 3, count)  # easy and hard ones, shared by all policies
     returns = level + starts + np.random.default_rng([seed, int(10 * level)]).normal(0, 0.5, count)
     success = (returns > 18).astype(int).tolist()
-    return {"return": returns.tolist(), "success": success, "fallen": [0] * count, "kl_to_cloned": 0.5}
+    return {"return": returns.tolist(), "success": success, "fallen": [0] * count, "kl_to_cloned": 0.5,
+            "first_ticks": {"imagined": [level / 4] * count, "real": [level / 4 + 1] * count}}  # fmt: skip
 
 
 def curves(psnr: float) -> dict[str, Any]:
@@ -95,6 +97,8 @@ def test_the_page_says_what_holds_and_what_does_not(out: Path) -> None:
     assert "- **holds**: 10 % of the commands recover 85 % of the PSNR between none and all (0.88)" in text
     assert "- **does not hold**: K = 4 is within 5 % of K = 64 (PSNR 20.00 and 22.00 dB)" in text
     assert "| **all** | 1:00 |" in text
+    assert "| 0 | cloned on the world model | 4.00 | 5.00 |" in text
+    assert re.search(r"\| the clone, no steps \| [\d.]+ \| - \| 0.00 \| 0.00 \| 4.00 \| 5.00 \|", text)
     assert "planner" not in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.count("|") > 2 and "nan" not in line for line in tables)
