@@ -278,9 +278,10 @@ def origin() -> dict[str, str | None]:
 
 @functools.cache
 def _commit() -> str | None:
-    """Commit of the source tree this package runs from; None for an installed package."""
+    """Commit of the source tree this runs from, with "-dirty" if changed; None for an installed package."""
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        here = ["git", "-C", str(Path(__file__).parent)]
+        command = [*here, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None

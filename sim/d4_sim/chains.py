@@ -79,9 +79,9 @@ class Chains:
         size = {"episodes": self.args.eval_episodes, "scale": self.args.scale, "force": True}
         return command("d4-eval", run, dataset=dataset, policies=policies, **size, **options)
 
-    def driving(self, *policies: str) -> Callable[[Path, Path], Command]:
+    def driving(self, *policies: str, **options: Any) -> Callable[[Path, Path], Command]:
         """`drive` for a run that is yet to be named."""
-        return lambda run, dataset: self.drive(run, dataset, *policies)
+        return lambda run, dataset: self.drive(run, dataset, *policies, **options)
 
     def data(
         self,

@@ -24,6 +24,10 @@ WORLDS = ("yard", "arm")
 LOOKS = ("yard", "yard_dusk")  # the second is the first one's world in other colours
 LABELS = (0.0, 0.01, 0.04, 0.1, 0.2, 1.0)
 POLICIES = ("random", "data", "bc_scratch", "vpt", "wm_bc", "imagination", "expert")
+FRESH = (1, 2)  # recordings on which sparse commands are measured again; no setting was chosen on them
+FRESH_LABELS = (0.0, 0.1, 1.0)
+LONGER_AGENT = "agent_training.steps=3500"  # cloning for as long as cloning and imagination take
+BASELINE_STEPS = 10_000  # of cloning without a world model, where it may cost what a whole chain costs
 ABLATION_SCALE = 0.5  # training steps of the arms that are only compared with each other
 
 _SETTINGS = "imagination_training.settings"
@@ -128,21 +132,25 @@ class Plan(Chains):
         *measured: Callable[[Path, Path], Command],
         seed: int = 0,
         scale: float = 1.0,
+        typical_s: float = 60,
         **options: Any,
     ) -> None:
-        """Train `phases` anew on the networks up to `kept` of another run, and measure the result."""
+        """Train `phases` anew on the networks up to `kept` of another run, and measure the result.
+
+        `typical_s` are the seconds of measuring at the default size.
+        """
         source, place = self.args.out / of, self.args.out / name
         run, dataset = place / "run", source / "dataset"
         trained = [self.train(run, dataset, phase, seed, scale, **options) for phase in phases]
-        typical_s = sum(PHASES[phase] for phase in phases) * scale * self.args.scale + 60
+        typical_s += sum(PHASES[phase] for phase in phases) * scale * self.args.scale
         work = [command("measure", "fork", source / "run", run, phase=kept), *trained]
         work += [measure(run, dataset) for measure in measured]
-        recipe = self.recipe(phases[-1])
+        recipe = self.recipe(phases[-1] if phases else kept)
         self.add(name, [f"{of}/{kept}"], typical_s, *work, makes=(run,), recipe=recipe)
 
-    def tokenizer(self, place: Path, data: str) -> None:
+    def tokenizer(self, place: Path, data: str, seed: int = 0) -> None:
         """The tokenizer that variants of a place share."""
-        work = self.train(place / "run", place / "dataset", "tokenizer", 0, 1.0)
+        work = self.train(place / "run", place / "dataset", "tokenizer", seed, 1.0)
         typical_s, recipe = PHASES["tokenizer"] * self.args.scale, self.recipe("tokenizer")
         self.add(f"{place.name}/tokenizer", [data], typical_s, work, makes=(place / "run",), recipe=recipe)
 
@@ -163,6 +171,24 @@ class Plan(Chains):
         for share in LABELS[1:-1]:
             options = {"labels": share, "scale": ABLATION_SCALE, "set": HALF_LABELLED}
             self.variant(f"half-{share:g}", "labels", "tokenizer", phases, world_model(), drive, **options)
+
+    def fresh(self, seed: int) -> None:
+        """World models of sparse commands on a recording of its own."""
+        args, place = self.args, self.args.out / f"fresh-{seed}"
+        self.tokenizer(place, self.data(place, [(named(WORLDS[0], args), seed, 1.0, args.episodes)]), seed)
+        for share in FRESH_LABELS:
+            self.variant(
+                f"{place.name}-{share:g}", place.name, "tokenizer", ("dynamics",),
+                world_model(unknown=not share), seed=seed, scale=ABLATION_SCALE, labels=share,
+            )  # fmt: skip
+
+    def compute(self) -> None:
+        """What the first chain's baselines and its clone gain by the compute that others have."""
+        first = f"{WORLDS[0]}-{SEEDS[0]}"
+        longer = self.driving("bc_scratch", "vpt", scratch_steps=BASELINE_STEPS)
+        self.variant("compute-baselines", first, "tokenizer", (), longer, typical_s=2000)
+        self.variant("compute-clone", first, "dynamics", ("agent",), self.driving("wm_bc"),
+                     set=(LONGER_AGENT,))  # fmt: skip
 
     def looks(self) -> None:
         """Commands in one look of the world, video of another: what is known of the second?"""
@@ -218,7 +244,10 @@ def plan(args: Args) -> list[Stage]:
         for seed in SEEDS:
             planned.chain(world, seed)
     planned.ablations()
+    planned.compute()
     planned.labels()
+    for seed in FRESH:
+        planned.fresh(seed)
     planned.looks()
     return planned.stages
 

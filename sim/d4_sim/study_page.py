@@ -298,7 +298,7 @@ def costs(results: Mapping[str, Any]) -> Iterator[str]:
     made = [origin for run in runs for origin in run.get("training", {}).values() if "commit" in origin]
     if made:
         dates = sorted(origin["date"][:10] for origin in made)
-        commits = sorted({str(origin["commit"])[:9] for origin in made})
+        commits = sorted({str(origin["commit"]) for origin in made})
         machines = sorted({origin["machine"] for origin in made})
         yield f"Machine: {'; '.join(machines)}. {dates[0]} to {dates[-1]}. Commits: {', '.join(commits)}.\n"
     rows = [[name, clock(s)] for name, s in stages.items()]

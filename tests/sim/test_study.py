@@ -94,7 +94,7 @@ def test_every_world_and_seed_has_a_whole_chain_seeded_throughout() -> None:
 
 def test_all_arms_of_a_comparison_get_the_same_training() -> None:
     planned = plan(Args(out=Path("out")))
-    for arm in ("labels-", "looks-", "cascade-", "improve-", "shortcut-"):
+    for arm in ("labels-", "looks-", "cascade-", "improve-", "shortcut-", "fresh-1-", "fresh-2-"):
         scales = {tuple(words_of(s, "--scale")[:1]) for s in planned if s.name.startswith(arm)}
         assert len(scales) == 1, arm
     assert {float(s.name.removeprefix("labels-")) for s in planned if s.name.startswith("labels-")} == set(

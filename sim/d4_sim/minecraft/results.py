@@ -192,7 +192,7 @@ def table(engine: Engine, about: Mapping[str, Any], episodes: Sequence[Mapping[s
         ),
     ]
     where = checkpoint.origin()
-    commit = f", commit {where['commit'][:8]}" if where["commit"] else ""
+    commit = f", commit {where['commit']}" if where["commit"] else ""
     lines.append(f"Written {where['date']} on {where['machine']}{commit}, seed {about['seed']}.\n")
     lines.append(f"Published columns: {SOURCE}.\n" if others else _NOT_MINECRAFT.format(title=engine.title))
     return "\n".join(lines)
