@@ -63,3 +63,29 @@ def nested_mean(
         means.append(np.mean([a[rng.integers(0, a.size, a.size)].mean() for a in picked]))
     low, high = np.percentile(means, [2.5, 97.5])
     return float(np.mean([a.mean() for a in arrays])), float(low), float(high)
+
+
+def crossed_mean(
+    groups: Sequence[Sequence[float] | np.ndarray], seed: int = 0, n: int = 2000
+) -> tuple[float, float, float]:
+    """Mean of groups that share their members and its 95 % interval, as (mean, low, high).
+
+    For training seeds that drove the same starts, groups[s][i] being seed s on start i: seeds and starts are
+    resampled, each start for all seeds at once. `nested_mean` would count a start as many as there are seeds.
+
+    Raises:
+        ValueError: there are no groups, they are empty or of different lengths.
+    """
+    if len({len(group) for group in groups}) != 1 or not len(groups[0]):
+        raise ValueError("expected at least one group, and the same number of values in all")
+    array = np.asarray(groups, np.float64)
+    seeds, starts = resampled(array.shape[0], array.shape[1], seed, n)
+    low, high = np.percentile(((seeds @ array) * starts).sum(1), [2.5, 97.5])
+    return float(array.mean()), float(low), float(high)
+
+
+def resampled(seeds: int, starts: int, seed: int = 0, n: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of seeds (n, seeds) and of starts (n, starts) in `n` resamples of both; each row sums to 1."""
+    rng = np.random.default_rng(seed)
+    weights = [rng.multinomial(k, np.full(k, 1 / k), n) / k for k in (seeds, starts)]
+    return weights[0], weights[1]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from d4_core.stats import nested_mean
+from d4_core.stats import crossed_mean, nested_mean
 from d4_sim.stages import clock
 from d4_sim.study_figures import film
 from d4_sim.study_page import NAMES, costs, policies, spread, table
@@ -69,7 +69,8 @@ def normalised(chains: Mapping[str, Any], task: int | None = None) -> dict[str, 
     for policy in TABLE:
         groups = [own(row, task) for row in rows_of(chains, policy).values()]
         if groups and all(len(group) for group in groups):
-            out[policy] = nested_mean([(group - low) / (high - low) for group in groups])
+            mean = nested_mean if policy == "data" else crossed_mean
+            out[policy] = mean([(group - low) / (high - low) for group in groups])
     return out
 
 
@@ -117,7 +118,7 @@ def robustness(world: str, chains: Mapping[str, Any]) -> Iterator[str]:
             }
             change = differences(pair, "a", "b")
             means = [float(np.mean(p["policies"]["a"]["return"])) for p in pair.values()]
-            cells += [f"{np.mean(means):.2f}", spread(change["nested"], sign=True)] if change else ["-", "-"]
+            cells += [f"{np.mean(means):.2f}", spread(change["both"], sign=True)] if change else ["-", "-"]
         rows.append([f"`{kind}`", *cells])
     if not rows:
         return

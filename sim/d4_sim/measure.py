@@ -33,7 +33,7 @@ class Fork:
 
 @dataclass(kw_only=True)
 class OpenLoop:
-    """Predict held-out clips from their first frames and commands, and write <run>/open_loop.json."""
+    """Predict held-out clips from their first frames and commands, and write <run>/<file>.json."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder with a trained dynamics model."""
@@ -45,6 +45,8 @@ class OpenLoop:
     """Sample with the finest step size's label, as models without the shortcut loss must."""
     unknown: bool = False
     """Withhold the commands, from a model that never saw any."""
+    file: str = "open_loop"
+    """Name of the result."""
     bags: str = "*"
     """Recordings to measure on, as a pattern of bag names."""
     clips: int = 256
@@ -116,7 +118,7 @@ def open_loop(args: OpenLoop) -> None:
         predicted = made.predicted.shape[0] * made.predicted.shape[1]
         result["by_steps"][steps] = curves | {"frames_per_s": predicted / seconds}
         print(f"K = {steps}: {_line(curves)}, {predicted / seconds:.0f} frames/s", flush=True)
-    path = args.run / "open_loop.json"
+    path = args.run / f"{args.file}.json"
     aside = path.with_name(f".tmp-{path.name}")
     aside.write_text(json.dumps(result, indent=1))
     os.replace(aside, path)

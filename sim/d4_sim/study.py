@@ -22,6 +22,7 @@ from d4_sim.world import contract_text
 SEEDS = (0, 1, 2)  # full chains, and imagination seeds within the first of them
 WORLDS = ("yard", "arm")
 LOOKS = ("yard", "yard_dusk")  # the second is the first one's world in other colours
+OWN_LOOK = "open_loop_own_look"  # measurement in the first look, with whose commands a model was trained
 LABELS = (0.0, 0.01, 0.04, 0.1, 0.2, 1.0)
 POLICIES = ("random", "data", "bc_scratch", "vpt", "wm_bc", "imagination", "expert")
 FRESH = (1, 2)  # recordings on which sparse commands are measured again; no setting was chosen on them
@@ -54,6 +55,12 @@ CASCADE: dict[str, tuple[str, ...]] = {
     "labels_as_they_come": _AS_THEY_COME,
     "no_bootstrap": (_BOOTSTRAP,),
 }
+# changes of the world model that are tried through to a policy, on the tokenizer of the first chain
+POLICY: dict[str, tuple[str, ...]] = {
+    "no_bootstrap": (
+        _BOOTSTRAP, "agent_training.dynamics.bootstrap_rows=0.0", f"{_SETTINGS}.finest_label=true",
+    ),
+}  # fmt: skip
 # every other clip of a batch is drawn from drives with commands, however few these are (`nano`: nine in ten)
 HALF_LABELLED = ("dynamics_training.labelled_share=0.5",)
 IMPROVEMENT: dict[str, tuple[str, ...]] = {
@@ -204,10 +211,13 @@ class Plan(Chains):
             "both": {},
         }
         for name, options in arms.items():
-            measure = world_model(bags=f"{looks[1]}-*", unknown=name == "none")
+            measures = [
+                world_model(bags=f"{look}-*", unknown=name == "none", **into)
+                for look, into in ((looks[1], {}), (looks[0], {"file": OWN_LOOK}))
+            ]
             # drawn as they come, so that the second look is half of the clips whoever has commands; and in
             # full, because two looks are learned more slowly than one
-            self.variant(f"looks-{name}", "looks", "tokenizer", ("dynamics",), measure,
+            self.variant(f"looks-{name}", "looks", "tokenizer", ("dynamics",), *measures,
                          set=_AS_THEY_COME, **options)  # fmt: skip
 
     def ablations(self) -> None:
@@ -221,6 +231,9 @@ class Plan(Chains):
         both = self.driving("wm_bc", "imagination")
         self.variant("heads-agent_only", first, "dynamics", ("agent", "imagination"), both,
                      set=("heads_read_world=false",))  # fmt: skip
+        for name, settings in POLICY.items():
+            self.variant(f"policy-{name}", first, "tokenizer", ("dynamics", "agent", "imagination"), both,
+                         set=settings)  # fmt: skip
         for name, settings in SHORTCUT.items():
             measure = world_model(steps=(1, 2, 4, 16, 64), finest=name == "without")
             self.variant(f"shortcut-{name}", first, "tokenizer", ("dynamics",), measure, set=settings)

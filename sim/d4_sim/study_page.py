@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import tyro
 
+from d4_core.stats import bootstrap_mean
 from d4_datasets.errors import UserError, run_cli
 from d4_sim.stages import clock
-from d4_sim.study import CASCADE, IMPROVEMENT, LABELS, SEEDS
+from d4_sim.study import BASELINE_STEPS, CASCADE, FRESH, IMPROVEMENT, LABELS, OWN_LOOK, SEEDS
 from d4_sim.study_figures import figures
 from d4_sim.study_results import (
     PAIRS,
@@ -35,7 +36,23 @@ NAMES = {
     "expert": "scripted optimum", "wm_bc_argmax": "cloned on the world model, argmax",
     "imagination_argmax": "after imagination training, argmax",
 }  # fmt: skip
+CHANGES = {
+    "nano": "`nano`",
+    "velocity": "predicts velocities, loss on x",
+    "velocity_loss": "predicts velocities, loss on them",
+    "ramp": "loss grows with the signal level (ramp)",
+    "one_time_layer": "one layer of attention over time instead of two",
+    "no_registers": "no registers",
+    "no_committed": "no frames at the signal level of the context",
+    "noisy_context": "noisier context, signal level 0.75",
+    "no_image_rows": "no clips taken as single pictures",
+    "more_image_rows": "more clips taken as single pictures, 0.3",
+    "one_length": "one length of clips",
+    "labels_as_they_come": "clips with commands as they come, a fifth",
+    "no_bootstrap": "no bootstrap (shortcut) loss",
+}
 FIRST_TICKS = ("imagined return of the first ticks", "real return of the same starts")
+LONG = f", {BASELINE_STEPS} steps"
 HORIZON = 8  # frames ahead, in the tables that show one horizon
 
 
@@ -91,7 +108,7 @@ def policies(world: str, chains: Mapping[str, Any]) -> Iterator[str]:
         ["difference", "over seeds and episodes", "t interval over seeds", *(f"seed {s}" for s in seeds)],
         [
             [
-                f"{NAMES[a]} - {NAMES[b]}", spread(d["nested"], sign=True),
+                f"{NAMES[a]} - {NAMES[b]}", spread(d["both"], sign=True),
                 spread(d["student"], sign=True) if "student" in d else "one seed",
                 *(spread(d["seeds"][s], sign=True) if s in d["seeds"] else "-" for s in seeds),
             ]
@@ -99,15 +116,25 @@ def policies(world: str, chains: Mapping[str, Any]) -> Iterator[str]:
         ],
     )  # fmt: skip
     for (a, b), d in pairs.items():
-        low = d["nested"][1]
+        low = d["both"][1]
         yield verdict(f"{NAMES[a]} is better than {NAMES[b]}", low > 0, f"interval begins at {low:+.2f}")
     closed = gap_closed(chains)
     if closed:
-        share = float(np.mean(list(closed.values())))
-        each = ", ".join(f"seed {s} {v:.2f}" for s, v in closed.items())
-        yield verdict(
-            "imagination closes a third of the gap to the optimum", share >= 1 / 3, f"{share:.2f}: {each}"
-        )
+        each = ", ".join(f"seed {s} {v:.3f}" for s, v in closed["seeds"].items())
+        claim = "imagination closes a third of the gap to the optimum, in the mean of the chains"
+        yield verdict(claim, closed["mean"][0] >= 1 / 3, f"{spread(closed['mean'])}; {each}")
+
+
+def value_cells(row: Mapping[str, Any]) -> list[str]:
+    """Mean value and real return of a row, what the time limit cut off the return, and their correlation.
+
+    The critic means a task without end: an exact one exceeds the return by the last but one of them.
+    """
+    bins = row["value_calibration"]
+    weights = [entry["count"] for entry in bins]
+    value, real = (np.average([e[kind] for e in bins], weights=weights) for kind in ("predicted", "real"))
+    numbers = (value, real, value * row["value_cut"])
+    return [*(f"{x:.2f}" for x in numbers), f"{row['value_correlation']:.3f}"]
 
 
 def first_ticks(row: Mapping[str, Any]) -> list[str]:
@@ -118,16 +145,7 @@ def first_ticks(row: Mapping[str, Any]) -> list[str]:
 
 def calibration(world: str, chains: Mapping[str, Any]) -> Iterator[str]:
     """Section 4: what the heads say against what happened."""
-    header = [
-        "seed",
-        "policy",
-        "reward correlation",
-        "reward bias",
-        "value correlation",
-        "value bias",
-        "KL to the clone",
-    ]
-    keys = ("reward_correlation", "reward_bias", "value_correlation", "value_bias", "kl_to_cloned")
+    keys = ("reward_correlation", "reward_bias", "kl_to_cloned")
     rows = [
         [s, NAMES[p], *(f"{row[k]:.3f}" if row.get(k) is not None else "-" for k in keys)]
         for p in ("wm_bc", "imagination")
@@ -136,7 +154,21 @@ def calibration(world: str, chains: Mapping[str, Any]) -> Iterator[str]:
     if not rows:
         return
     yield f"### {world}: the heads on real episodes\n"
-    yield table(header, rows)
+    yield table(["seed", "policy", "reward correlation", "reward bias", "KL to the clone"], rows)
+    values = [
+        [s, *value_cells(row)] for s, row in rows_of(chains, "imagination").items() if "value_cut" in row
+    ]
+    if values:
+        yield table(
+            [
+                "seed",
+                "value",
+                "discounted return to the end",
+                "rest of the value beyond the end",
+                "correlation",
+            ],
+            values,
+        )
     both = [
         [s, NAMES[p], *first_ticks(row)]
         for p in ("wm_bc", "imagination")
@@ -178,34 +210,59 @@ def improvement(results: Mapping[str, Any]) -> Iterator[str]:
         yield "## Imagination training on one agent: seeds and settings (yard, chain 0)\n"
         header = ["run", "return", "paired difference to the clone", "KL to the clone, nats", "falls"]
         yield table([*header, *FIRST_TICKS], rows)
-    narrow = results["runs"].get("heads-agent_only", {}).get("policies")
-    if narrow and clone:
-        yield "Heads that read the agent tokens alone, on the same world model:\n"
-        kinds = ("wm_bc", "imagination")
-        pairs = [(NAMES[k], narrow[k]["return"], first["policies"][k]["return"]) for k in kinds]
-        means = [[name, f"{np.mean(a):.2f}", f"{np.mean(b):.2f}"] for name, a, b in pairs]
-        yield table(["policy", "agent tokens alone", "and the frame's own tokens"], means)
+    yield from other_networks(results["runs"], first)
+
+
+def other_networks(runs: Mapping[str, Any], first: Mapping[str, Any]) -> Iterator[str]:
+    """Both policies of the first chain on changed networks, against the same starts on its own."""
+    names = {
+        "heads-agent_only": "heads that read the agent tokens alone, same world model",
+        "policy-no_bootstrap": "world model without the bootstrap loss, same tokenizer",
+    }
+    rows = []
+    for key, name in names.items():
+        for kind in ("wm_bc", "imagination"):
+            row = runs.get(key, {}).get("policies", {}).get(kind)
+            if row:
+                pair = {"0": {"policies": {"a": row, "b": first["policies"][kind]}}}
+                change = differences(pair, "a", "b")
+                assert change is not None
+                mean = f"{np.mean(row['return']):.2f}"
+                rows.append([name, NAMES[kind], mean, spread(change["seeds"]["0"], sign=True)])
+    if rows:
+        yield "Other networks, and the paired difference to the chain's own:\n"
+        yield table(["change", "policy", "return", "difference"], rows)
+
+
+_OPEN_LOOP = ["run", "K", f"PSNR, {HORIZON} frames ahead (dB)", "SSIM", "position error (m)"]
+
+
+def quality(curves: Mapping[str, Any], version: str = "model") -> list[str]:
+    """Cells of PSNR, SSIM and position error of an open-loop measurement at `HORIZON` frames."""
+    values = [at_horizon(curves, kind, HORIZON, version) for kind in ("psnr", "ssim", "position")]
+    return ["-" if v is None else f"{v:.{d}f}" for v, d in zip(values, (2, 3, 3), strict=True)]
 
 
 def open_loop_rows(runs: Mapping[str, Any], names: Mapping[str, str]) -> list[list[str]]:
-    """name, PSNR, SSIM and position error of open-loop runs at `HORIZON` frames."""
-    rows = []
-    for key, name in names.items():
-        for steps, curves in runs.get(key, {}).get("open_loop", {}).get("by_steps", {}).items():
-            kinds = ("psnr", "ssim", "position")
-            values = [at_horizon(curves, kind, HORIZON) for kind in kinds]
-            cells = ["-" if v is None else f"{v:.{d}f}" for v, d in zip(values, (2, 3, 3), strict=True)]
-            rows.append([name, steps, *cells, f"{curves['frames_per_s']:.0f}"])
+    """Rows under `_OPEN_LOOP`; the first one is what copying the last frame gives."""
+    found = {name: curves for key, name in names.items() if (curves := by_steps(runs, key))}
+    rows = [[name, steps, *quality(c)] for name, curves in found.items() for steps, c in curves.items()]
+    if rows:
+        first = next(iter(next(iter(found.values())).values()))
+        rows.insert(0, ["the last real frame, copied", "-", *quality(first, "copy_last")])
     return rows
 
 
-_OPEN_LOOP = ["run", "K", f"PSNR, {HORIZON} frames ahead (dB)", "SSIM", "position error (m)", "frames/s"]
+def by_steps(runs: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """{number of sampling steps: open-loop measurement} of a run."""
+    found: dict[str, Any] = runs.get(key, {}).get("open_loop", {}).get("by_steps", {})
+    return found
 
 
-def psnr_of(runs: Mapping[str, Any], key: str) -> float | None:
-    """PSNR of a run at `HORIZON` frames with its first number of sampling steps."""
-    by_steps = runs.get(key, {}).get("open_loop", {}).get("by_steps", {})
-    return at_horizon(next(iter(by_steps.values())), "psnr", HORIZON) if by_steps else None
+def psnr_of(runs: Mapping[str, Any], key: str, horizon: int = HORIZON) -> float | None:
+    """PSNR of a run at `horizon` frames with its first number of sampling steps."""
+    found = by_steps(runs, key)
+    return at_horizon(next(iter(found.values())), "psnr", horizon) if found else None
 
 
 def sparse_labels(results: Mapping[str, Any]) -> Iterator[str]:
@@ -213,14 +270,36 @@ def sparse_labels(results: Mapping[str, Any]) -> Iterator[str]:
     runs = results["runs"]
     keys = {f"labels-{share:g}": f"{share:.0%} of the commands" for share in LABELS}
     yield from labelled(runs, "## Sparse commands (yard)\n", keys)
-    values = {k: v for k in keys if (v := psnr_of(runs, k)) is not None}
-    if {"labels-0", "labels-0.1", "labels-1"} <= values.keys():
-        share = recovered(values, "labels-0.1", "labels-0", "labels-1")
-        claim = "10 % of the commands recover 85 % of the PSNR between none and all"
-        yield verdict(claim, share >= 0.85, f"{share:.2f}")
+    yield from share_of_labels(runs)
     half = {f"half-{share:g}": f"{share:.0%} of the commands" for share in LABELS[1:-1]}
     yield from labelled(runs, "### The same with every other clip of a batch from labelled drives\n", half)
     yield from another_look(runs)
+
+
+def share_of_labels(runs: Mapping[str, Any]) -> Iterator[str]:
+    """What a tenth of the commands recovers, frame by frame, on every recording."""
+    places = {"labels": "the recording above"} | {f"fresh-{s}": f"a fresh one, seed {s}" for s in FRESH}
+    rows = []
+    for place, name in places.items():
+        shares = []
+        for horizon in (1, 2, 4, 8, 16):
+            found = {k: psnr_of(runs, f"{place}-{k}", horizon) for k in ("0", "0.1", "1")}
+            values = {k: v for k, v in found.items() if v is not None}
+            shares.append(recovered(values, "0.1", "0", "1") if len(values) == len(found) else None)
+        if shares[3] is not None:
+            rows.append((name, shares))
+    if not rows:
+        return
+    yield "Share of the PSNR between none and all that 10 % of the commands recover, by frames ahead:\n"
+    yield table(
+        ["recording", "1", "2", "4", "8", "16"],
+        [[name, *("-" if v is None else f"{v:.2f}" for v in shares)] for name, shares in rows],
+    )
+    for name, shares in rows:
+        share = shares[3]
+        assert share is not None
+        claim = f"10 % of the commands recover 85 % of the PSNR between none and all, {HORIZON} frames ahead"
+        yield verdict(f"{claim}, on {name}", share >= 0.85, f"{share:.2f}")
 
 
 def labelled(runs: Mapping[str, Any], heading: str, keys: Mapping[str, str]) -> Iterator[str]:
@@ -242,34 +321,49 @@ def labelled(runs: Mapping[str, Any], heading: str, keys: Mapping[str, str]) -> 
 
 
 def another_look(runs: Mapping[str, Any]) -> Iterator[str]:
-    """Commands in one look of the world, measured in the other."""
-    looks = {"looks-none": "no commands", "looks-first": "commands in the other look only",
+    """Commands in one look of the world, measured in the other and in their own."""
+    looks = {"looks-none": "no commands", "looks-first": "commands in the first look only",
              "looks-both": "commands in both looks"}  # fmt: skip
-    rows = open_loop_rows(runs, looks)
-    if rows:
-        yield "### Another look: video of the second, measured there\n"
-        yield table(_OPEN_LOOP, rows)
-        values = {k: v for k in looks if (v := psnr_of(runs, k)) is not None}
-        if len(values) == 3:
-            share = recovered(values, "looks-first", "looks-none", "looks-both")
-            yield f"Recovered in the second look: {share:.0%} of the PSNR (paper: 76 %).\n"
+    own = {key: {"open_loop": run.get(OWN_LOOK, {})} for key, run in runs.items() if key in looks}
+    for title, found in (("the second look", runs), ("the first look", own)):
+        rows = open_loop_rows(found, looks)
+        if rows:
+            yield f"### Two looks: video of both, measured in {title}\n"
+            yield table(_OPEN_LOOP, rows)
+            shares = [recovery(found, kind) for kind in ("psnr", "position")]
+            if all(share is not None for share in shares):
+                psnr, position = (f"{share:.0%}" for share in shares)
+                yield f"Those of the first look recover {psnr} of the PSNR here, {position} of the error.\n"
+
+
+def recovery(runs: Mapping[str, Any], kind: str) -> float | None:
+    """Share of the gap between no commands and those of both looks that the first look's close."""
+    values = {}
+    for key in ("looks-none", "looks-first", "looks-both"):
+        curves = next(iter(by_steps(runs, key).values()), None)
+        value = at_horizon(curves, kind, HORIZON) if curves else None
+        if value is None:
+            return None
+        values[key] = value
+    return recovered(values, "looks-first", "looks-none", "looks-both")
 
 
 def shortcut(results: Mapping[str, Any]) -> Iterator[str]:
     """Section 3: sampling steps, and one change at a time."""
     runs = results["runs"]
     names = {"shortcut-with": "with the shortcut loss", "shortcut-without": "without"}
+    rates = [f"{c['frames_per_s']:.0f}" for key in names for c in by_steps(runs, key).values()]
     rows = open_loop_rows(runs, names)
     if rows:
         yield "## Shortcut forcing (yard, 64 levels)\n"
-        yield table(_OPEN_LOOP, rows)
-        by_steps = runs.get("shortcut-with", {}).get("open_loop", {}).get("by_steps", {})
-        few, many = (at_horizon(by_steps[k], "psnr", HORIZON) if k in by_steps else None for k in ("4", "64"))
+        yield table([*_OPEN_LOOP, "frames/s"], [[*r, v] for r, v in zip(rows, ["-", *rates], strict=True)])
+        found = by_steps(runs, "shortcut-with")
+        few, many = (at_horizon(found[k], "psnr", HORIZON) if k in found else None for k in ("4", "64"))
         if few is not None and many is not None:
             yield verdict(
                 "K = 4 is within 5 % of K = 64", few >= 0.95 * many, f"PSNR {few:.2f} and {many:.2f} dB"
             )
-    rows = open_loop_rows(runs, {f"cascade-{name}": name for name in CASCADE})
+    rows = open_loop_rows(runs, {f"cascade-{name}": CHANGES[name] for name in CASCADE})
     if rows:
         yield "## One change at a time (yard, half of the training)\n"
         yield table(_OPEN_LOOP, rows)
@@ -286,6 +380,53 @@ def ladder(results: Mapping[str, Any]) -> Iterator[str]:
             [row["rung"], row["seed"], *(f"{row[k]:.2f}" for k in keys), "ok" if row["passed"] else "FAILED"]
             for row in found
         ])  # fmt: skip
+
+
+def failed_gates(results: Mapping[str, Any]) -> Iterator[str]:
+    """What stopped nothing and must be known."""
+    chains = {f"{world}-{s}": run for world, c in results["chains"].items() for s, run in c.items()}
+    named = {name: run["gates"] for name, run in (chains | results["runs"]).items() if "gates" in run}
+    if not named:
+        return
+    failed = [
+        [name, phase, gate["name"], f"{gate['value']:.3g}", f"{gate['op']} {gate['limit']:g}"]
+        for name, gates in named.items()
+        for phase, found in gates.items()
+        for gate in found
+        if not gate["ok"]
+    ]
+    count = len({row[0] for row in failed})
+    yield "## Gates that failed\n"
+    yield f"{count} of {len(named)} runs failed one; the study goes on whatever gates say.\n"
+    if failed:
+        yield table(["run", "phase", "gate", "value", "must be"], failed)
+
+
+def compute(results: Mapping[str, Any]) -> Iterator[str]:
+    """What training cost that led to each policy of the first chain, and what more of it gives."""
+    first = results["chains"].get("yard", {}).get("0", {})
+    longer = {key: results["runs"].get(f"compute-{key}", {}) for key in ("baselines", "clone")}
+    world = ("tokenizer", "dynamics")
+    arms = [
+        ("bc_scratch", first, ("bc_scratch",), ""),
+        ("bc_scratch", longer["baselines"], ("bc_scratch",), LONG),
+        ("vpt", first, ("vpt_idm", "vpt"), ""),
+        ("vpt", longer["baselines"], ("vpt_idm", "vpt"), LONG),
+        ("wm_bc", first, (*world, "agent"), ""),
+        ("wm_bc", longer["clone"], (*world, "agent"), ", as long as with imagination"),
+        ("imagination", first, (*world, "agent", "imagination"), ""),
+    ]  # fmt: skip
+    rows = []
+    for policy, run, phases, what in arms:
+        row = run.get("policies", {}).get(policy)
+        training = run.get("training", {})
+        if row and all(phase in training for phase in phases):
+            seconds = sum(training[phase]["cpu_s"] for phase in phases)
+            cells = [spread(bootstrap_mean(row[key])) for key in ("return", "success")]
+            rows.append([NAMES[policy] + what, f"{seconds:.0f}", *cells])
+    if longer["baselines"] or longer["clone"]:
+        yield "## Compute (yard, chain 0)\n"
+        yield table(["policy", "training, CPU s", "return", "success"], rows)
 
 
 def costs(results: Mapping[str, Any]) -> Iterator[str]:
@@ -314,13 +455,14 @@ def write(out: Path, notes: str) -> tuple[str, dict[str, Any]]:
     for world, chains in results["chains"].items():
         if chains:
             parts += policies(world, chains)
+    parts += compute(results)
     parts += improvement(results)
     parts += sparse_labels(results)
     parts += shortcut(results)
     parts.append("## Calibration\n")
     for world, chains in results["chains"].items():
         parts += calibration(world, chains)
-    parts += [*ladder(results), *costs(results)]
+    parts += [*ladder(results), *failed_gates(results), *costs(results)]
     return "\n".join(parts), results
 
 

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from d4_core.stats import bootstrap_mean, nested_mean, paired_difference
-from d4_sim.study import CASCADE, IMPROVEMENT, LABELS, SEEDS, SHORTCUT, WORLDS
+from d4_core.stats import bootstrap_mean, crossed_mean, nested_mean, paired_difference, resampled
+from d4_sim.study import (
+    CASCADE,
+    FRESH,
+    FRESH_LABELS,
+    IMPROVEMENT,
+    LABELS,
+    OWN_LOOK,
+    POLICY,
+    SEEDS,
+    SHORTCUT,
+    WORLDS,
+)
 
 TABLE = ("random", "data", "bc_scratch", "vpt", "wm_bc", "planner", "imagination", "expert")
-PAIRS = (("imagination", "wm_bc"), ("wm_bc", "bc_scratch"), ("wm_bc", "vpt"), ("imagination", "planner"))
+PAIRS = (
+    ("imagination", "wm_bc"), ("imagination_argmax", "wm_bc_argmax"), ("wm_bc", "bc_scratch"),
+    ("wm_bc", "vpt"), ("imagination", "planner"),
+)  # fmt: skip
 CALIBRATION = ("reward_", "value_", "kl_")
 
 Interval = tuple[float, float, float]  # mean, low, high
@@ -28,11 +42,14 @@ def collect(out: Path) -> dict[str, Any]:
     variants = [f"improve-{name}" for name in (*(f"seed_{s}" for s in SEEDS[1:]), *IMPROVEMENT)]
     variants += (
         ["heads-agent_only"]
+        + [f"policy-{name}" for name in POLICY]
         + [f"shortcut-{name}" for name in SHORTCUT]
         + [f"cascade-{name}" for name in CASCADE]
     )
     variants += [f"labels-{share:g}" for share in LABELS] + [f"half-{share:g}" for share in LABELS[1:-1]]
+    variants += [f"fresh-{seed}-{share:g}" for seed in FRESH for share in FRESH_LABELS]
     variants += [f"looks-{k}" for k in ("none", "first", "both")]
+    variants += ["compute-baselines", "compute-clone"]
     chains = {w: {str(s): run_results(out / f"{w}-{s}" / "run") for s in SEEDS} for w in WORLDS}
     done = read_json(out / "stages.json") or {}
     return {
@@ -50,7 +67,8 @@ def run_results(run: Path) -> dict[str, Any]:
     kept = ("wall_s", "cpu_s", "kl")
     found = {
         "policies": evaluation.get("policies"),
-        "open_loop": read_json(run / "open_loop.json"), "gates": read_json(run / "gates.json"),
+        "open_loop": read_json(run / "open_loop.json"),
+        OWN_LOOK: read_json(run / f"{OWN_LOOK}.json"), "gates": read_json(run / "gates.json"),
         "training": {
             phase: {k: v for k, v in config["metrics"].items() if k in kept} | config.get("origin", {})
             for phase, config in configs.items()
@@ -69,6 +87,15 @@ def rows_of(chains: Mapping[str, Any], policy: str) -> dict[str, dict[str, Any]]
     return {s: run["policies"][policy] for s, run in chains.items() if policy in run.get("policies", {})}
 
 
+def over_seeds(policy: str, rows: Iterable[Mapping[str, Any]], what: str = "return") -> Interval:
+    """Mean and interval over seeds and episodes of a policy's rows.
+
+    All seeds drive the same starts; only the logs have episodes of their own in every chain.
+    """
+    values = [row[what] for row in rows]
+    return nested_mean(values) if policy == "data" else crossed_mean(values)
+
+
 def policy_table(chains: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return and success of every policy over the chains of one world.
 
@@ -80,8 +107,8 @@ def policy_table(chains: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if rows:
             out[policy] = {
                 "seeds": {s: bootstrap_mean(row["return"]) for s, row in rows.items()},
-                "mean": nested_mean([row["return"] for row in rows.values()]),
-                "success": nested_mean([row["success"] for row in rows.values()]),
+                "mean": over_seeds(policy, rows.values()),
+                "success": over_seeds(policy, rows.values(), "success"),
                 "episodes": min(len(row["return"]) for row in rows.values()),
             }
     return out
@@ -90,8 +117,8 @@ def policy_table(chains: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def differences(chains: Mapping[str, Any], a: str, b: str) -> dict[str, Any] | None:
     """Paired difference a - b in return: per seed over episodes, and over seeds in two ways.
 
-    `nested` resamples seeds and episodes; `student` is the t interval of the seeds' means, which does not
-    trust a bootstrap of three values.
+    `both` resamples seeds and starts; `student` is the t interval of the seeds' means, which does not trust a
+    bootstrap of three values.
     """
     first, second = rows_of(chains, a), rows_of(chains, b)
     shared = [s for s in first if s in second]
@@ -101,7 +128,7 @@ def differences(chains: Mapping[str, Any], a: str, b: str) -> dict[str, Any] | N
     gains = [np.subtract(*pair) for pair in pairs.values()]
     out: dict[str, Any] = {
         "seeds": {s: paired_difference(*pair) for s, pair in pairs.items()},
-        "nested": nested_mean(gains),
+        "both": crossed_mean(gains),
     }
     if len(shared) > 1:
         out["student"] = student([float(g.mean()) for g in gains])
@@ -122,16 +149,27 @@ def student(means: list[float]) -> Interval:
     return mean, mean - half, mean + half
 
 
-def gap_closed(chains: Mapping[str, Any]) -> dict[str, float]:
-    """Share of the way from the clone to the optimum that imagination goes, per seed."""
-    kinds = ("wm_bc", "imagination", "expert")
-    rows = [rows_of(chains, kind) for kind in kinds]
-    out = {}
-    for s in rows[0]:
-        if all(s in r for r in rows):
-            clone, improved, best = (float(np.mean(r[s]["return"])) for r in rows)
-            out[s] = (improved - clone) / (best - clone)
-    return out
+def gap_closed(chains: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Share of the way from the clone to the optimum that imagination goes.
+
+    `seeds` {seed: share}, `mean` Interval over seeds and starts; None without all three policies.
+    """
+    kinds = [rows_of(chains, kind) for kind in ("wm_bc", "imagination", "expert")]
+    shared = [s for s in kinds[0] if all(s in rows for rows in kinds)]
+    if not shared:
+        return None
+    count = min(len(rows[s]["return"]) for rows in kinds for s in shared)
+    clone, improved, best = (np.array([rows[s]["return"][:count] for s in shared]) for rows in kinds)
+
+    def share(starts: np.ndarray) -> np.ndarray:
+        """(..., seeds) under weights (..., starts)."""
+        return (starts @ (improved - clone).T) / (starts @ (best - clone).T)
+
+    plain = share(np.full(count, 1 / count))
+    seeds, starts = resampled(len(shared), count)
+    low, high = np.percentile((seeds * share(starts)).sum(1), [2.5, 97.5])
+    each = dict(zip(shared, plain.tolist(), strict=True))
+    return {"seeds": each, "mean": (float(plain.mean()), float(low), float(high))}
 
 
 def at_horizon(curves: Mapping[str, Any], kind: str, horizon: int, version: str = "model") -> float | None:

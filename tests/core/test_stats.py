@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from d4_core.stats import bootstrap_mean, nested_mean, paired_difference
+from d4_core.stats import bootstrap_mean, crossed_mean, nested_mean, paired_difference
 
 
 def test_interval_is_that_of_the_normal_theory_for_many_values():
@@ -66,6 +66,30 @@ def test_one_group_gives_the_plain_interval_and_groups_count_alike():
     values = np.random.default_rng(5).normal(size=80)
     assert nested_mean([values]) == pytest.approx(bootstrap_mean(values), abs=0.05)
     assert nested_mean([[0.0] * 100, [1.0]])[0] == 0.5
+
+
+def test_starts_that_all_seeds_share_do_not_count_as_many_as_there_are_seeds():
+    starts = np.random.default_rng(6).normal(size=100)
+    plain = bootstrap_mean(starts)
+    assert crossed_mean([starts] * 3) == pytest.approx(plain, abs=0.03)
+    narrow = nested_mean([starts] * 3)
+    assert narrow[2] - narrow[1] < 0.75 * (plain[2] - plain[1])
+
+
+def test_a_crossed_interval_covers_the_mean_as_often_as_it_says():
+    """Seeds, starts and noise, each drawn anew; few seeds make any bootstrap a little too narrow."""
+    rng, covered = np.random.default_rng(7), 0
+    for _ in range(200):
+        levels, starts = rng.normal(0, 0.3, (10, 1)), rng.normal(0, 1, 60)
+        _, low, high = crossed_mean(levels + starts + rng.normal(0, 0.5, (10, 60)), n=400)
+        covered += low < 0 < high
+    assert 176 <= covered <= 200
+
+
+@pytest.mark.parametrize("groups", [[], [[], []], [[1.0], [1.0, 2.0]]])
+def test_groups_that_share_no_members_are_refused(groups):
+    with pytest.raises(ValueError, match="the same number"):
+        crossed_mean(groups)
 
 
 @pytest.mark.parametrize("groups", [[], [[1.0], []]])

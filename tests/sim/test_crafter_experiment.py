@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d4_core.stats import nested_mean
 from d4_datasets.errors import UserError
 from d4_sim.crafter import experiment, page
 from d4_sim.crafter.milestones import LADDER, MILESTONES, Prompted, first_ticks
@@ -151,15 +150,6 @@ def test_a_full_disk_is_said_before_the_work(tmp_path: Path, monkeypatch) -> Non
 
 
 # ---- the page
-
-
-def test_a_rate_is_the_nested_bootstrap_of_zeros_and_ones() -> None:
-    rng = np.random.default_rng(0)
-    groups = [(rng.random(40) < p).astype(float) for p in (0.2, 0.5, 0.6)]
-    slow = nested_mean([100 * g for g in groups], n=4000)
-    np.testing.assert_allclose(page.rate(groups, n=4000), slow, atol=2.0)
-    assert page.rate(groups)[0] == pytest.approx(slow[0])
-    assert page.rate([np.zeros(5)]) == (0.0, 0.0, 0.0)
 
 
 def write_run(out: Path, seed: int, policies: dict[str, list[int]]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from d4_core.stats import nested_mean
+from d4_core.stats import crossed_mean
 from d4_sim.crafter.milestones import LADDER, MILESTONES
 from d4_sim.crafter.world import CHAIN
 from d4_sim.stages import clock
@@ -33,26 +33,12 @@ def reached(row: Mapping[str, Any], milestone: int) -> np.ndarray:
     return np.array([float(first[milestone] is not None) for first in row["first"]])
 
 
-def rate(groups: Sequence[np.ndarray], seed: int = 0, n: int = 2000) -> Interval:
-    """Mean in per cent of the groups' means of zeros and ones, and its 95 % interval.
-
-    As `d4_core.stats.nested_mean`, which resamples groups, then members; of zeros and ones the sum of a
-    resample is binomial, which takes a thousandth of the time, and a page has hundreds of them.
-    """
-    sizes, means = np.array([len(g) for g in groups]), np.array([g.mean() for g in groups])
-    rng = np.random.default_rng(seed)
-    picked = rng.integers(0, len(groups), (n, len(groups)))
-    drawn = 100 * (rng.binomial(sizes[picked], means[picked]) / sizes[picked]).mean(1)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return 100 * float(means.mean()), float(low), float(high)
-
-
 def success(chains: Mapping[str, Any], policy: str, milestone: int) -> Interval | None:
     """Per cent of the episodes that reach a milestone, with an interval over seeds and episodes."""
     rows = rows_of(chains, policy)
     if not rows:
         return None
-    return rate([reached(row, milestone) for row in rows.values()])
+    return crossed_mean([100 * reached(row, milestone) for row in rows.values()])
 
 
 def ticks(chains: Mapping[str, Any], policy: str, milestone: int) -> float | None:
@@ -71,7 +57,7 @@ def gain(chains: Mapping[str, Any], a: str, b: str, milestone: int) -> dict[str,
     ]
     if not gains:
         return None
-    out = {"nested": nested_mean(gains)}
+    out = {"both": crossed_mean(gains)}
     if len(gains) > 1:
         out["student"] = student([float(g.mean()) for g in gains])
     return out
@@ -129,7 +115,7 @@ def _percent(value: Interval | None) -> str:
 
 def _whole(rows: list[Mapping[str, Any]]) -> list[str]:
     return [
-        spread(nested_mean([row["return"] for row in rows])),
+        spread(crossed_mean([row["return"] for row in rows])),
         f"{np.mean([t for row in rows for t in row['ticks']]):.0f}",
         f"{100 * np.mean([f for row in rows for f in row['fallen']]):.0f}",
         " + ".join(str(len(row["first"])) for row in rows),
@@ -154,7 +140,7 @@ def _gain(found: Mapping[str, Interval] | None) -> str:
     if found is None:
         return "-"
     more = f"; {spread(found['student'], 0, sign=True)}" if "student" in found else ""
-    return spread(found["nested"], 0, sign=True) + more
+    return spread(found["both"], 0, sign=True) + more
 
 
 def single_tasks(chains: Mapping[str, Any]) -> Iterator[str]:
@@ -168,10 +154,10 @@ def single_tasks(chains: Mapping[str, Any]) -> Iterator[str]:
         cells = []
         for p in shown:
             groups = [
-                np.asarray(row["success"], float)[np.asarray(row["task"]) == i]
+                100 * np.asarray(row["success"], float)[np.asarray(row["task"]) == i]
                 for row in rows_of(chains, p).values()
             ]
-            cells.append(_percent(rate(groups)) if all(map(len, groups)) else "-")
+            cells.append(_percent(crossed_mean(groups)) if all(map(len, groups)) else "-")
         rows.append([name, *cells])
     yield table(["task", *(COLUMNS[p] for p in shown)], rows)
     keys = ("reward_correlation", "value_correlation", "kl_to_cloned")
