@@ -310,9 +310,17 @@ class Evaluation:
     def _imagination_gates(self) -> list:
         from d4_core.checkpoint import load_config
         from d4_core.gates import Gate
+        from d4_core.stats import paired_difference
 
+        rows, clone = self.result["policies"], []
+        if "wm_bc" in rows:
+            pair = (rows[name]["return"] for name in ("imagination", "wm_bc"))
+            mean, low, high = paired_difference(*pair)
+            clone = [Gate("gain over the cloned policy, low end of the interval", low, ">", 0.0,
+                          "practice has not helped, or there are too few episodes to tell: --episodes, "
+                          "then python -m d4_sim.ladder", {"mean": mean, "high": high})]  # fmt: skip
         metrics = load_config(self.args.run / "imagination")["metrics"]
-        ticks = self.result["policies"]["imagination"]["first_ticks"]
+        ticks = rows["imagination"]["first_ticks"]
         imagined, real = (float(np.mean(ticks[kind])) for kind in ("imagined", "real"))
         gap = abs(imagined - real) / max(abs(real), 1e-6)
         return [
@@ -323,6 +331,7 @@ class Evaluation:
             Gate("imagined against real return, relative gap", gap, "<=", 0.5,
                  "the policy exploits the model: more data, a shorter horizon or a larger beta",
                  {"imagined": imagined, "real": real}),
+            *clone,
         ]  # fmt: skip
 
     # -- output ----------------------------------------------------------------------------------------------

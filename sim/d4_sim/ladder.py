@@ -8,10 +8,10 @@ When imagination training does not help on a robot, the lowest rung that breaks 
 4. learned: the same world, but dynamics, reward and clone are learned from logs of mixed quality, most of
    them without actions. What separates it from a real chain is the tokenizer and the pictures.
 
-The fifth rung, pixels, is `d4-demo`. Returns are measured in the true world, never in a dream, and a rung
-passes if training closed enough of the gap between the policy it started from and the optimum: 90 % where the
-optimum is one action per task, half of it with an exact dream (the others mostly fall into the pit), a fifth
-with a learned one. Shapes: B worlds, F features of h.
+The fifth rung, pixels, is `d4-demo`, whose last gate is the gain over the clone. Returns are measured in the
+true world, never in a dream, and a rung passes if training closed enough of the gap between the policy it
+started from and the optimum: 90 % where the optimum is one action per task, half of it with an exact dream
+(the others mostly fall into the pit), a fifth with a learned one. Shapes: B worlds, F features of h.
 """
 
 from __future__ import annotations

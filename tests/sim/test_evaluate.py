@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from d4_core import checkpoint
 from d4_datasets.windows import Windows
 from d4_sim import vector, world
 from d4_sim.driver import LOG_MIX
@@ -136,6 +137,18 @@ def test_results_of_other_weights_are_dropped_when_eval_json_is_opened(evaluatio
     (first.args.run / "imagination" / "config.json").unlink()
     left = evaluation().result
     assert tuple(left["policies"]) == ("random",)
+
+
+def test_practice_that_did_not_help_fails_its_gate(evaluation, monkeypatch) -> None:
+    made = evaluation()
+    for name in ("wm_bc", "imagination"):
+        made.policy(name)
+    metrics = {"kl": 0.1, "event_density": 0.5}
+    monkeypatch.setattr(checkpoint, "load_config", lambda folder: {"metrics": metrics})
+    rows = made.result["policies"]
+    for change, fails in ((1.0, False), (0.0, True), (-1.0, True)):
+        rows["imagination"]["return"] = [value + change for value in rows["wm_bc"]["return"]]
+        assert any("gain over the cloned policy" in text for text in made.gates()) == fails
 
 
 def test_evaluations_side_by_side_keep_each_others_rows(evaluation) -> None:
