@@ -115,7 +115,7 @@ class Preset:
             actions=action_parts(contract), action_bins=self.action_bins, action_tokens=self.action_tokens,
             registers=self.registers, agent_tokens=self.agent_tokens, grid=self.grid,
             heads_read_world=self.heads_read_world, predict_velocity=self.predict_velocity,
-            transformer=self.dynamics,
+            transformer=self.dynamics, shortcut=self.dynamics_training.bootstrap_rows > 0,
         )  # fmt: skip
 
     def agent_config(self, contract: Contract) -> AgentConfig:

@@ -33,6 +33,8 @@ class DynamicsConfig:
         registers: learned tokens without input; they improve temporal consistency.
         agent_tokens: tokens that carry the task and whose outputs the heads read (G).
         grid: signal levels.
+        shortcut: step sizes beyond the finest are trained (bootstrap loss), and sampling in few steps names
+            them; without it every step is called the finest, because an untrained size costs quality.
         heads_read_world: the heads read a frame's spatial tokens, too, not its agent tokens alone (paper).
         predict_velocity: the flow head predicts the velocity, clean - noise, instead of clean tokens (paper).
         transformer: shape of the stack; its `context` is the paper's C.
@@ -46,6 +48,7 @@ class DynamicsConfig:
     registers: int = 4
     agent_tokens: int = 4
     grid: Grid = Grid()
+    shortcut: bool = True
     heads_read_world: bool = False
     predict_velocity: bool = False
     transformer: TransformerConfig = TransformerConfig()

@@ -219,7 +219,6 @@ def open_loop(
     seed: int,
     steps: int,
     mirror: bool = False,
-    finest_label: bool = False,
     unknown: bool = False,
 ) -> OpenLoop:
     """Predict frames[:, CONTEXT:] from frames[:, :CONTEXT] and the logged actions.
@@ -237,7 +236,7 @@ def open_loop(
         dream.observe(tokens[:, t], actions[:, t], labelled[:, t])
     out = []
     for t in range(CONTEXT, frames.shape[1]):
-        clean = dream.predict(actions[:, t], labelled[:, t], steps, finest_label)
+        clean = dream.predict(actions[:, t], labelled[:, t], steps)
         dream.observe(clean, actions[:, t], labelled[:, t])
         out.append(clean)
     return OpenLoop(torch.stack(out, 1), tokens, frames)
@@ -301,7 +300,6 @@ def dynamics_gates(
     held_out: np.ndarray,
     steps: int = 4,
     count: int = 128,
-    finest_label: bool = False,
 ) -> tuple[list[Gate], dict[str, Any]]:
     """Open-loop accuracy against copying the last frame, use of the actions, and overfitting to the labels.
 
@@ -312,7 +310,7 @@ def dynamics_gates(
     if not len(frames):
         reason = f"no held-out episode has the {CONTEXT + 1} frames that an open-loop rollout needs"
         return [not_measured("open loop against copy-last", reason)], {}
-    run = partial(open_loop, dynamics, logs, latents, frames, steps=steps, finest_label=finest_label)
+    run = partial(open_loop, dynamics, logs, latents, frames, steps=steps)
     curves = horizon_curves(tokenizer, logs, probes, run(seed=0)) | {"steps": steps}
     gates = _copy_gates(curves)
     gates += action_gates(dynamics, logs, latents, train, held_out)

@@ -27,7 +27,6 @@ class ImaginationConfig:
         horizon: imagined frames H per rollout.
         contexts: lengths of the real context in frames; one is drawn per batch of rollouts.
         steps: sampling steps K per frame.
-        finest_label: sample with the finest step-size label (models trained without the bootstrap loss).
         discount: gamma (paper: 0.997).
         trace: lambda of the returns.
         alpha: weight of the positive set, 1 - alpha that of the negative one (paper: 0.5).
@@ -39,7 +38,6 @@ class ImaginationConfig:
     horizon: int = 15
     contexts: tuple[int, ...] = (1, 4, 8)
     steps: int = 4
-    finest_label: bool = False
     discount: float = 0.997
     trace: float = 0.95
     alpha: float = 0.5
@@ -108,9 +106,7 @@ class Dream:
         return clean_BNL.new_zeros(self.batch, 0) if block.agent is None else Agent.readout(block.agent[:, 0])
 
     @torch.no_grad()
-    def predict(
-        self, prev_action: Tensor, labelled: Tensor, steps: int, finest_label: bool = False
-    ) -> Tensor:
+    def predict(self, prev_action: Tensor, labelled: Tensor, steps: int) -> Tensor:
         """Dream the next frame's clean tokens (B, N, L) in `steps` denoising passes; does not commit it."""
         frame = self.dynamics.begin(self.cache)
         cfg = self.dynamics.cfg
@@ -121,7 +117,7 @@ class Dream:
             args = (noisy[:, 0], tau_index[:, 0], e[:, 0], prev_action, labelled)
             return self.dynamics.step(*args, self.cache, frame).clean
 
-        return denoise(model, self.grid, noise[:, None], steps, finest_label)[:, 0]
+        return denoise(model, self.grid, noise[:, None], steps, finest_label=not cfg.shortcut)[:, 0]
 
 
 @dataclass
@@ -151,7 +147,7 @@ def imagine(dream: Dream, policy: Head, h: Tensor, task: Tensor, cfg: Imaginatio
     features, actions, tokens = [h], [], []
     for _ in range(cfg.horizon):
         action = space.sample(policy.first(features[-1]), dream.gen)
-        clean = dream.predict(action, known, cfg.steps, cfg.finest_label)
+        clean = dream.predict(action, known, cfg.steps)
         features.append(dream.observe(clean, action, known, task))
         actions.append(action)
         tokens.append(clean)

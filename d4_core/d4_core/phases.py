@@ -206,7 +206,8 @@ class ShortcutObjective:
         cfg, grid = self.cfg, self.dynamics.cfg.grid
         clean = batch["tokens"].float()
         (rows, frames), device = clean.shape[:2], clean.device
-        share = shortcut_schedule(step, self.total_steps, cfg.bootstrap_warmup, cfg.bootstrap_rows)
+        rows_of_steps = cfg.bootstrap_rows if self.dynamics.cfg.shortcut else 0.0
+        share = shortcut_schedule(step, self.total_steps, cfg.bootstrap_warmup, rows_of_steps)
         # roles are drawn independently: a fixed split would confound image rows with bootstrap rows
         bootstrap = torch.rand(rows, generator=gen) < share
         images = torch.rand(rows, generator=gen) < cfg.image_rows

@@ -215,21 +215,14 @@ class Pipeline:
             reads = self.preset.heads_read_world
             before.dynamics.cfg = replace(before.dynamics.cfg, heads_read_world=reads)
             return AgentPhase(self.preset.agent_training, fresh.agent, *inputs)
-        self._require_rewards(before)
+        self._require_rewards()
         assert before.agent is not None
         return ImaginationPhase(self.preset.imagination_training, before.agent, *inputs)
 
-    def _require_rewards(self, before: Models) -> None:
-        """Refuse imagination training without a reward, or on step sizes that were never trained."""
+    def _require_rewards(self) -> None:
         if self.contract.reward is None:
             raise UserError(
                 "imagination training needs a reward: name its topic in the contract and ingest again"
-            )
-        settings = self.preset.imagination_training.settings
-        if not before.preset.dynamics_training.bootstrap_rows and not settings.finest_label:
-            raise UserError(
-                "the dynamics model was trained without the bootstrap loss, so its large step sizes are "
-                "untrained: sample with --set imagination_training.settings.finest_label=true"
             )
 
     def _require_labels(self) -> None:

@@ -76,7 +76,6 @@ class PlannerSession(PolicySession):
             raise UserError(f"the planner handles continuous actions only, and the contract has {min(kinds)}")
         self.cfg, self.space = cfg, models.dynamics.space
         self._uniform = []  # of the actions that no head chooses
-        self._finest_label = not models.preset.dynamics_training.bootstrap_rows
         # chunks of equal size, so that the last one is not padded by more than a few worlds
         chunks = math.ceil(batch * cfg.candidates / cfg.streams)
         self._chunk = math.ceil(batch / chunks)
@@ -138,7 +137,7 @@ class PlannerSession(PolicySession):
         features, taken = [], []
         for t in range(cfg.horizon):
             action = torch.where(clones, self.space.sample(self.head.first(state), self.gen), plan[:, t])
-            clean = dream.predict(action, known, cfg.steps, self._finest_label)
+            clean = dream.predict(action, known, cfg.steps)
             state = dream.observe(clean, action, known, task)
             features.append(state)
             taken.append(self.space.normalise(action))

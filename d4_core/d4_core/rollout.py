@@ -298,7 +298,7 @@ def _open_loop(
     models: Models, logs: Windows, footage: Footage, tokens: Tensor, seed: int, *, mirror: bool
 ) -> Tensor:
     """Tokens (B, T, N, L): the real context, then frames dreamed from the logged (or mirrored) actions."""
-    device, settings = tokens.device, models.preset.imagination_training.settings
+    device = tokens.device
     batch = transitions(logs, first_frames(logs), Clips(footage.frames, np.ones(footage.frames.shape, bool)))
     action, labelled = batch["prev_action"], batch["prev_labelled"].to(device)
     if mirror:
@@ -310,7 +310,7 @@ def _open_loop(
     out = []
     for t in range(tokens.shape[1]):
         known = (action[:, t], labelled[:, t])
-        frame = tokens[:, t] if t < CONTEXT else dream.predict(*known, settings.steps, settings.finest_label)
+        frame = tokens[:, t] if t < CONTEXT else dream.predict(*known, _steps(models))
         dream.observe(frame, *known)
         out.append(frame)
     return torch.stack(out, 1)

@@ -135,9 +135,7 @@ class ExactDream(Dream):
         self._state = clean_BNL[:, 0]
         return self._world.observe(self._state, task)
 
-    def predict(
-        self, prev_action: Tensor, labelled: Tensor, steps: int, finest_label: bool = False
-    ) -> Tensor:
+    def predict(self, prev_action: Tensor, labelled: Tensor, steps: int) -> Tensor:
         """The true next state (B, 1, S)."""
         return self._world.step(self._state, prev_action)[:, None]
 

@@ -41,8 +41,6 @@ class OpenLoop:
     """Dataset that it was trained on."""
     steps: tuple[int, ...] = (4,)
     """Sampling steps per frame; each is measured."""
-    finest: bool = False
-    """Sample with the finest step size's label, as models without the shortcut loss must."""
     unknown: bool = False
     """Withhold the commands, from a model that never saw any."""
     file: str = "open_loop"
@@ -103,16 +101,11 @@ def open_loop(args: OpenLoop) -> None:
     frames = frames_of(logs, train)
     names = [vector.name for vector in logs.contract.vectors("probe")]
     probes = {name: fit_probe(latents, logs.vectors[name], frames) for name in names}
-    result: dict[str, Any] = {
-        "finest": args.finest,
-        "unknown": args.unknown,
-        "bags": args.bags,
-        "by_steps": {},
-    }
+    result: dict[str, Any] = {"unknown": args.unknown, "bags": args.bags, "by_steps": {}}
     for steps in args.steps:
         began = time.perf_counter()
         made = open_loop(models.dynamics, logs, latents, clips, seed=0, steps=steps,
-                         finest_label=args.finest, unknown=args.unknown)  # fmt: skip
+                         unknown=args.unknown)  # fmt: skip
         seconds = time.perf_counter() - began
         curves = horizon_curves(models.tokenizer, logs, probes, made)
         predicted = made.predicted.shape[0] * made.predicted.shape[1]

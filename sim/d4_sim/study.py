@@ -57,10 +57,8 @@ CASCADE: dict[str, tuple[str, ...]] = {
 }
 # changes of the world model that are tried through to a policy, on the tokenizer of the first chain
 POLICY: dict[str, tuple[str, ...]] = {
-    "no_bootstrap": (
-        _BOOTSTRAP, "agent_training.dynamics.bootstrap_rows=0.0", f"{_SETTINGS}.finest_label=true",
-    ),
-}  # fmt: skip
+    "no_bootstrap": (_BOOTSTRAP,),
+}
 # every other clip of a batch is drawn from drives with commands, however few these are (`nano`: nine in ten)
 HALF_LABELLED = ("dynamics_training.labelled_share=0.5",)
 IMPROVEMENT: dict[str, tuple[str, ...]] = {
@@ -235,10 +233,10 @@ class Plan(Chains):
             self.variant(f"policy-{name}", first, "tokenizer", ("dynamics", "agent", "imagination"), both,
                          set=settings)  # fmt: skip
         for name, settings in SHORTCUT.items():
-            measure = world_model(steps=(1, 2, 4, 16, 64), finest=name == "without")
+            measure = world_model(steps=(1, 2, 4, 16, 64))
             self.variant(f"shortcut-{name}", first, "tokenizer", ("dynamics",), measure, set=settings)
         for name, settings in CASCADE.items():
-            measure = world_model(finest=name == "no_bootstrap")
+            measure = world_model()
             options: dict[str, Any] = {"set": settings} if settings else {}
             self.variant(f"cascade-{name}", first, "tokenizer", ("dynamics",), measure,
                          scale=ABLATION_SCALE, **options)  # fmt: skip

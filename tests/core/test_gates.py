@@ -78,7 +78,7 @@ class Physics(nn.Module):
         super().__init__()
         self.gain, self.forgetful = gain, forgetful
         grid = Grid(levels=16, context_signal=0.9375)
-        self.cfg = SimpleNamespace(grid=grid, num_tokens=3, token_dim=1)
+        self.cfg = SimpleNamespace(grid=grid, num_tokens=3, token_dim=1, shortcut=True)
         self.slots = nn.Parameter(torch.zeros(1))
         limits = {"low": (-1.0, -1.0), "high": (1.0, 1.0)}
         self.space = ActionSpace((ActionPart(kind="continuous", size=2, **limits),), 15)

@@ -119,9 +119,9 @@ class Recorder(nn.Module):
         return Block(torch.full_like(noisy, value), agent)
 
 
-def objective_call(make_dynamics, student: float, step: int = 30, **changes):
+def objective_call(make_dynamics, student: float, step: int = 30, shortcut: bool = True, **changes):
     """One call on 400 clips of constant data 0.7."""
-    recorder = Recorder(make_dynamics(), 0.7, student)
+    recorder = Recorder(make_dynamics(shortcut=shortcut), 0.7, student)
     objective = ShortcutObjective(DynamicsTraining(**(ALL_ROLES | changes)), recorder, 100)
     shape = (400, 5)
     batch = {
@@ -141,6 +141,12 @@ def test_roles_of_rows_are_drawn_independently(make_dynamics) -> None:
     assert 0.42 < bootstrap.float().mean() < 0.58
     assert 0.1 < (images & bootstrap).float().mean() < 0.2
     assert torch.equal(~calls[0]["labelled"], images[:, None].expand(-1, 5))  # images carry no action
+
+
+def test_a_model_without_shortcuts_gets_no_bootstrap_rows_in_any_phase(make_dynamics) -> None:
+    calls, _ = objective_call(make_dynamics, 0.7, shortcut=False)
+    assert len(calls) == 1
+    assert (calls[0]["e"] == 3).all()
 
 
 def test_the_teacher_runs_on_bootstrap_rows_only_at_half_the_step(make_dynamics) -> None:
