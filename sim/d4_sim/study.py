@@ -55,10 +55,8 @@ CASCADE: dict[str, tuple[str, ...]] = {
     "labels_as_they_come": _AS_THEY_COME,
     "no_bootstrap": (_BOOTSTRAP,),
 }
-# changes of the world model that are tried through to a policy, on the tokenizer of the first chain
-POLICY: dict[str, tuple[str, ...]] = {
-    "no_bootstrap": (_BOOTSTRAP,),
-}
+# the change of the world model that is tried through to a policy, on the tokenizers of these chains
+POLICY_CHAINS = ("yard-0", "yard-2", "arm-0")
 # every other clip of a batch is drawn from drives with commands, however few these are (`nano`: nine in ten)
 HALF_LABELLED = ("dynamics_training.labelled_share=0.5",)
 IMPROVEMENT: dict[str, tuple[str, ...]] = {
@@ -229,9 +227,9 @@ class Plan(Chains):
         both = self.driving("wm_bc", "imagination")
         self.variant("heads-agent_only", first, "dynamics", ("agent", "imagination"), both,
                      set=("heads_read_world=false",))  # fmt: skip
-        for name, settings in POLICY.items():
-            self.variant(f"policy-{name}", first, "tokenizer", ("dynamics", "agent", "imagination"), both,
-                         set=settings)  # fmt: skip
+        for chain in POLICY_CHAINS:
+            self.variant(f"no_bootstrap-{chain}", chain, "tokenizer", ("dynamics", "agent", "imagination"),
+                         both, seed=int(chain[-1]), set=(_BOOTSTRAP,))  # fmt: skip
         for name, settings in SHORTCUT.items():
             measure = world_model(steps=(1, 2, 4, 16, 64))
             self.variant(f"shortcut-{name}", first, "tokenizer", ("dynamics",), measure, set=settings)

@@ -15,7 +15,7 @@ import tyro
 from d4_core.stats import bootstrap_mean
 from d4_datasets.errors import UserError, run_cli
 from d4_sim.stages import clock
-from d4_sim.study import BASELINE_STEPS, CASCADE, FRESH, IMPROVEMENT, LABELS, OWN_LOOK, SEEDS
+from d4_sim.study import BASELINE_STEPS, CASCADE, FRESH, IMPROVEMENT, LABELS, OWN_LOOK, POLICY_CHAINS, SEEDS
 from d4_sim.study_figures import figures
 from d4_sim.study_results import (
     PAIRS,
@@ -210,28 +210,32 @@ def improvement(results: Mapping[str, Any]) -> Iterator[str]:
         yield "## Imagination training on one agent: seeds and settings (yard, chain 0)\n"
         header = ["run", "return", "paired difference to the clone", "KL to the clone, nats", "falls"]
         yield table([*header, *FIRST_TICKS], rows)
-    yield from other_networks(results["runs"], first)
+    yield from other_networks(results)
 
 
-def other_networks(runs: Mapping[str, Any], first: Mapping[str, Any]) -> Iterator[str]:
-    """Both policies of the first chain on changed networks, against the same starts on its own."""
-    names = {
-        "heads-agent_only": "heads that read the agent tokens alone, same world model",
-        "policy-no_bootstrap": "world model without the bootstrap loss, same tokenizer",
-    }
+def other_networks(results: Mapping[str, Any]) -> Iterator[str]:
+    """Both policies of a chain on changed networks, against the same starts on its own."""
+    arms = [("heads-agent_only", "yard-0", "heads that read the agent tokens alone, same world model")]
+    for chain in POLICY_CHAINS:
+        arms.append(
+            (f"no_bootstrap-{chain}", chain, "world model without the bootstrap loss, same tokenizer")
+        )
     rows = []
-    for key, name in names.items():
+    for key, chain, name in arms:
+        world, seed = chain.rsplit("-", 1)
+        own = results["chains"].get(world, {}).get(seed, {}).get("policies", {})
+        made = results["runs"].get(key, {}).get("policies", {})
         for kind in ("wm_bc", "imagination"):
-            row = runs.get(key, {}).get("policies", {}).get(kind)
-            if row:
-                pair = {"0": {"policies": {"a": row, "b": first["policies"][kind]}}}
-                change = differences(pair, "a", "b")
-                assert change is not None
-                mean = f"{np.mean(row['return']):.2f}"
-                rows.append([name, NAMES[kind], mean, spread(change["seeds"]["0"], sign=True)])
+            if kind not in made or kind not in own:
+                continue
+            change = differences({"0": {"policies": {"a": made[kind], "b": own[kind]}}}, "a", "b")
+            assert change is not None
+            cells = [f"{np.mean(made[kind][what]):.2f}" for what in ("return", "success", "fallen")]
+            rows.append([name, chain, NAMES[kind], *cells, spread(change["seeds"]["0"], sign=True)])
     if rows:
         yield "Other networks, and the paired difference to the chain's own:\n"
-        yield table(["change", "policy", "return", "difference"], rows)
+        header = ["change", "chain", "policy", "return", "success", "falls", "difference"]
+        yield table(header, rows)
 
 
 _OPEN_LOOP = ["run", "K", f"PSNR, {HORIZON} frames ahead (dB)", "SSIM", "position error (m)"]

@@ -17,7 +17,7 @@ from d4_sim.study import (
     IMPROVEMENT,
     LABELS,
     OWN_LOOK,
-    POLICY,
+    POLICY_CHAINS,
     SEEDS,
     SHORTCUT,
     WORLDS,
@@ -42,7 +42,7 @@ def collect(out: Path) -> dict[str, Any]:
     variants = [f"improve-{name}" for name in (*(f"seed_{s}" for s in SEEDS[1:]), *IMPROVEMENT)]
     variants += (
         ["heads-agent_only"]
-        + [f"policy-{name}" for name in POLICY]
+        + [f"no_bootstrap-{chain}" for chain in POLICY_CHAINS]
         + [f"shortcut-{name}" for name in SHORTCUT]
         + [f"cascade-{name}" for name in CASCADE]
     )
