@@ -179,7 +179,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: Any, data: Any) -> Any:
-    """Inverse of `to_dict` for nested dataclasses and tuples."""
+    """Inverse of `to_dict` for nested dataclasses and tuples; what is missing takes its default.
+
+    Raises:
+        KeyError: a setting that this version of d4 does not have.
+    """
     if dataclasses.is_dataclass(cls):
         hints = typing.get_type_hints(cls)
         return cls(**{name: from_dict(hints[name], value) for name, value in data.items()})

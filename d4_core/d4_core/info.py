@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import av
 import numpy as np
@@ -22,9 +22,10 @@ import tyro
 from safetensors import safe_open
 
 from d4_core import checkpoint, threads
-from d4_core.config import PHASES, PRESETS, Preset, from_dict, preset
+from d4_core.config import PHASES, PRESETS, Preset, preset
 from d4_core.estimate import training_seconds, work
 from d4_core.memory import available_bytes, costs
+from d4_core.models import preset_of
 from d4_datasets import places
 from d4_datasets.bags import Bag, find_bags
 from d4_datasets.contract import Contract
@@ -286,16 +287,11 @@ def checkpoint_facts(folder: Path) -> list[Fact]:
     metrics = config.get("metrics", {})
     facts.append(Fact("metrics", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())))
     counts = _stored_parameters(checkpoint.resolve(folder))
-    flops = {name: cost.flops for name, cost in costs(_preset_of(config), contract).items()}
+    flops = {name: cost.flops for name, cost in costs(preset_of(folder, config), contract).items()}
     for name, count in counts.items():
         work = f", {_si(flops[name])}FLOPs per frame" if name in flops else ""
         facts.append(Fact(f"{name} network", f"{_si(count)}parameters{work}"))
     return facts + contract_facts(contract)
-
-
-def _preset_of(config: dict[str, Any]) -> Preset:
-    settings: Preset = from_dict(Preset, config["config"]["preset"])
-    return settings
 
 
 def _stored_parameters(folder: Path) -> dict[str, int]:

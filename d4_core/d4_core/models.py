@@ -6,6 +6,7 @@ import copy
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,6 +69,19 @@ def build(preset: Preset, contract: Contract, phase: str = "imagination") -> Mod
     return models
 
 
+def preset_of(folder: Path, config: dict[str, Any]) -> Preset:
+    """The preset in a checkpoint's config.json.
+
+    Raises:
+        UserError: there is none, or one with settings of another version of d4.
+    """
+    try:
+        preset: Preset = from_dict(Preset, config["config"]["preset"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds no d4 model ({error}): train the phase again") from error
+    return preset
+
+
 def load(folder: Path, contract: Contract | None = None, device: torch.device | str = "cpu") -> Models:
     """Networks of a checkpoint folder, frozen, on a device.
 
@@ -75,8 +89,8 @@ def load(folder: Path, contract: Contract | None = None, device: torch.device | 
         UserError: there is no readable checkpoint, or it was trained on another contract.
     """
     config = checkpoint.load_config(folder)
+    preset = preset_of(folder, config)
     try:
-        preset = from_dict(Preset, config["config"]["preset"])
         own = Contract.load(checkpoint.resolve(folder) / "contract.yaml")
         models = build(preset, own, config["phase"])
     except (KeyError, TypeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -120,6 +121,17 @@ def test_a_checkpoint(place):
     stored = sum(v.numel() for v in models.tokenizer.state_dict().values())
     assert facts["tokenizer network"].startswith(f"{info._si(stored)}parameters")
     assert "FLOPs per frame" in facts["dynamics network"]
+
+
+def test_a_checkpoint_of_another_version_is_one_sentence(place, tmp_path):
+    """`d4-info` showed the traceback of a KeyError."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    path = tmp_path / "run" / "agent" / "config.json"
+    config = json.loads(path.read_text())
+    config["config"]["preset"]["from_the_future"] = 1
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"agent holds no d4 model .*from_the_future"):
+        info.path_facts(tmp_path / "run" / "agent")
 
 
 def test_a_run(place, monkeypatch, capsys):
