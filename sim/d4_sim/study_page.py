@@ -450,6 +450,11 @@ def costs(results: Mapping[str, Any]) -> Iterator[str]:
     yield table(["stage", "time"], [*rows, ["**all**", clock(sum(stages.values()))]])
 
 
+def short(results: Mapping[str, Any]) -> str:
+    """The numbers as JSON with six digits each."""
+    return json.dumps(json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.6g}")))
+
+
 def write(out: Path, notes: str) -> tuple[str, dict[str, Any]]:
     """The page as text, and the numbers behind it."""
     results = collect(out)
@@ -475,7 +480,7 @@ def _main() -> None:
     text, results = write(args.out, args.notes.read_text() if args.notes else "")
     folder = args.page.with_suffix("")
     text = "\n".join([text, *figures(args.out, folder, folder.name)])
-    for path, content in ((args.page, text), (folder / "results.json", json.dumps(results))):
+    for path, content in ((args.page, text), (folder / "results.json", short(results))):
         aside = path.with_name(f".tmp-{path.name}")
         aside.write_text(content)
         os.replace(aside, path)
