@@ -18,10 +18,15 @@ class UserError(Exception):
 
 def sentence(error: BaseException) -> str | None:
     """The one-sentence form of `error`, or None if it is a bug that deserves its traceback."""
+    text = _said(error)
+    if text is None or len(text) <= LONGEST:
+        return text
+    return f"{text[: LONGEST - 503]}...{text[-500:]}"  # what to do stands at the end
+
+
+def _said(error: BaseException) -> str | None:
     if isinstance(error, UserError):
-        text = " ".join(str(error).split())
-        # what to do stands at the end
-        return text if len(text) <= LONGEST else f"{text[: LONGEST - 503]}...{text[-500:]}"
+        return " ".join(str(error).split())
     if type(error).__module__ == "pyarrow.lib":  # by name: what runs on the robot must not import pyarrow
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         return f"a Parquet file of the dataset is damaged ({first}): restore it or ingest again"

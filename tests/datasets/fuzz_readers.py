@@ -40,7 +40,6 @@ MEMORY = 3 << 29  # bytes that a case may take beyond those of this process
 SECONDS = 20  # of work, which on a busy machine may take much longer
 _WAIT_S = 300
 DATASET, SENTENCE, FINDING = "dataset", "sentence", "finding"
-_LONGEST_SENTENCE = 1500
 
 
 # ---- mutations: of bytes, and of text ----
@@ -199,8 +198,6 @@ def _child(work: Path, sample: Sample) -> None:
         text = sentence(error)
         if text is None:
             answer = FINDING + "\n" + traceback.format_exc()
-        elif len(text) > _LONGEST_SENTENCE:
-            answer = f"{FINDING}\na sentence of {len(text)} characters: {text[:300]}"
         else:
             answer = SENTENCE + "\n" + text
             left = sorted(path.name for path in work.iterdir() if path.name not in ("in", "log"))
