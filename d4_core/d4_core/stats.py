@@ -72,13 +72,15 @@ def crossed_mean(
 
     For training seeds that drove the same starts, groups[s][i] being seed s on start i: seeds and starts are
     resampled, each start for all seeds at once. `nested_mean` would count a start as many as there are seeds.
+    Starts that not all seeds have driven yet, the last ones, are left out.
 
     Raises:
-        ValueError: there are no groups, they are empty or of different lengths.
+        ValueError: there are no groups, or one of them is empty.
     """
-    if len({len(group) for group in groups}) != 1 or not len(groups[0]):
-        raise ValueError("expected at least one group, and the same number of values in all")
-    array = np.asarray(groups, np.float64)
+    count = min(map(len, groups), default=0)
+    if not count:
+        raise ValueError("expected at least one group, and values in every group")
+    array = np.array([group[:count] for group in groups], np.float64)
     seeds, starts = resampled(array.shape[0], array.shape[1], seed, n)
     low, high = np.percentile(((seeds @ array) * starts).sum(1), [2.5, 97.5])
     return float(array.mean()), float(low), float(high)
