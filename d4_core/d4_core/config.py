@@ -203,7 +203,7 @@ def _transformer(dim: int, depth: int, heads: int, kv_heads: int, context: int) 
 # over no distance that training never had
 _NANO_DYNAMICS = DynamicsTraining(
     steps=4000, batch=16, length=16, long_length=32,
-    image_rows=0.1, ramp=False, committed=0.5, labelled_share=0.5,
+    image_rows=0.1, bootstrap_rows=0.0, ramp=False, committed=0.5, labelled_share=0.5,
 )  # fmt: skip
 
 PRESETS: dict[str, Preset] = {

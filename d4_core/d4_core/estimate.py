@@ -64,8 +64,9 @@ def work(preset: Preset, contract: Contract) -> dict[str, Work]:
         "imagination": i.steps * i.batch * i.settings.horizon,
     }
     # The target of the shortcut loss takes two more forward passes of its clips; in the agent phase one half
-    # of the clips has it.
-    targets = [2 * c.bootstrap_rows * (1 - c.bootstrap_warmup) for c in (d, a.dynamics)]
+    # of the clips has it, if there are step sizes to keep.
+    shortcut = d.bootstrap_rows > 0
+    targets = [2 * c.bootstrap_rows * (1 - c.bootstrap_warmup) * shortcut for c in (d, a.dynamics)]
     per_frame = {
         "tokenizer": _STEP * tokenizer,
         "dynamics": (_STEP + targets[0]) * dynamics,

@@ -80,6 +80,7 @@ class DynamicsTraining:
         long_share, long_final: share of long batches, and the final part of training that uses only them.
         image_rows: share of clips treated as separate images (paper: 0.3).
         bootstrap_rows, bootstrap_warmup: share of clips with the shortcut loss, after this part of training.
+            0 in phase 1b means that no step size but the finest exists, in no phase.
         ramp: weigh the loss by 0.9 tau + 0.1 (paper: yes).
         velocity_loss: measure the error of the velocity, 1 / (1 - tau) times that of the tokens (paper: no).
         committed: probability that a frame is drawn at the context signal level instead of a random one, the

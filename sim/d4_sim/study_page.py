@@ -37,7 +37,7 @@ NAMES = {
     "imagination_argmax": "after imagination training, argmax",
 }  # fmt: skip
 CHANGES = {
-    "nano": "`nano`",
+    "nano": "`nano` with the shortcut loss",
     "velocity": "predicts velocities, loss on x",
     "velocity_loss": "predicts velocities, loss on them",
     "ramp": "loss grows with the signal level (ramp)",
@@ -49,7 +49,7 @@ CHANGES = {
     "more_image_rows": "more clips taken as single pictures, 0.3",
     "one_length": "one length of clips",
     "labels_as_they_come": "clips with commands as they come, a fifth",
-    "no_bootstrap": "no bootstrap (shortcut) loss",
+    "no_bootstrap": "no shortcut (bootstrap) loss: `nano`",
 }
 FIRST_TICKS = ("imagined return of the first ticks", "real return of the same starts")
 LONG = f", {BASELINE_STEPS} steps"
@@ -217,9 +217,7 @@ def other_networks(results: Mapping[str, Any]) -> Iterator[str]:
     """Both policies of a chain on changed networks, against the same starts on its own."""
     arms = [("heads-agent_only", "yard-0", "heads that read the agent tokens alone, same world model")]
     for chain in POLICY_CHAINS:
-        arms.append(
-            (f"no_bootstrap-{chain}", chain, "world model without the bootstrap loss, same tokenizer")
-        )
+        arms.append((f"shortcut_loss-{chain}", chain, "world model with the shortcut loss, same tokenizer"))
     rows = []
     for key, chain, name in arms:
         world, seed = chain.rsplit("-", 1)
@@ -369,7 +367,7 @@ def shortcut(results: Mapping[str, Any]) -> Iterator[str]:
             )
     rows = open_loop_rows(runs, {f"cascade-{name}": CHANGES[name] for name in CASCADE})
     if rows:
-        yield "## One change at a time (yard, half of the training)\n"
+        yield "## One change at a time, with the shortcut loss (yard, half of the training)\n"
         yield table(_OPEN_LOOP, rows)
 
 

@@ -42,7 +42,7 @@ def collect(out: Path) -> dict[str, Any]:
     variants = [f"improve-{name}" for name in (*(f"seed_{s}" for s in SEEDS[1:]), *IMPROVEMENT)]
     variants += (
         ["heads-agent_only"]
-        + [f"no_bootstrap-{chain}" for chain in POLICY_CHAINS]
+        + [f"shortcut_loss-{chain}" for chain in POLICY_CHAINS]
         + [f"shortcut-{name}" for name in SHORTCUT]
         + [f"cascade-{name}" for name in CASCADE]
     )

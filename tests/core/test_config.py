@@ -131,6 +131,7 @@ def test_training_settings_of_later_phases_do_not_matter(phase: str) -> None:
 
 
 def test_no_preset_lets_the_agent_phase_forget_the_step_sizes() -> None:
+    """`nano` has none to forget unless `--set dynamics_training.bootstrap_rows` trains them."""
     for cfg in PRESETS.values():
         assert cfg.agent_training.dynamics.bootstrap_warmup == 0.0
         assert cfg.agent_training.dynamics.bootstrap_rows > 0.0

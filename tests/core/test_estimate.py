@@ -33,6 +33,16 @@ def test_work_grows_with_steps_and_batches() -> None:
     assert per_frame == 3 * costs(preset, contract)["tokenizer"].flops
 
 
+def test_without_the_shortcut_loss_no_phase_pays_a_teacher() -> None:
+    contract, cost = toy_run.contract(), costs(toy_run.PRESET, toy_run.contract())
+    d = replace(toy_run.PRESET.dynamics_training, bootstrap_rows=0.0)
+    after = estimate.work(replace(toy_run.PRESET, dynamics_training=d), contract)
+    per_frame = {name: found.flops / found.frames for name, found in after.items()}
+    assert per_frame["dynamics"] == 3 * cost["dynamics"].flops
+    assert per_frame["agent"] == 3 * (cost["dynamics"].flops + cost["agent"].flops)
+    assert toy_run.PRESET.agent_training.dynamics.bootstrap_rows > 0
+
+
 def test_speed_is_what_the_layers_take(monkeypatch) -> None:
     """A clock that says one second per pass makes the speed of a core the operations of one pass."""
     clock = iter(range(100))
