@@ -2,8 +2,9 @@
 
 Every environment is a process of its own. One that gives no answer in time, or dies, is ended and started
 again; its episode is played again from its beginning in the same world, and after `repeats` such repetitions
-counts as it stood when its environment was lost. An environment that is lost before anything could be played,
-three times in a row, ends the benchmark: then it is not the episode.
+counts as it stood when its environment was lost. One that did not begin waits until the others were played,
+and counts as one without milestones if it never does. If no episode has ever begun, or many in a row do not,
+it is not the episode: that ends the benchmark.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from d4_sim.minecraft.recorder import Recorder
 from d4_sim.minecraft.results import Results
 
 REPEATS = 2
-_FALSE_STARTS = 3
+_FALSE_STARTS = 3  # in a row, when no episode has ever begun
+_STUCK = 10  # episodes in a row that do not begin, when others did
 
 
 @dataclass(kw_only=True)
@@ -81,7 +83,8 @@ class Benchmark:
         self.plan, self.policy, self.results, self.tell = plan, policy, results, tell
         require_ready(plan, policy)
         self._crashes: dict[int, int] = {}
-        self._false_starts = 0
+        self._has_begun = any(each.get("ticks", 0) > 0 for each in results.episodes())
+        self._false_starts: list[int] = []  # episodes that did not begin, since the last one that did
 
     def play(self, numbers: Iterable[int], jobs: int) -> None:
         """Play these episodes, so many at a time. Every process has ended when this returns or fails."""
@@ -105,7 +108,7 @@ class Benchmark:
                 self._begin(place)
             elif place.todo is None:
                 self._end(place, orderly=True)
-        return any(place.todo is not None for place in places)
+        return bool(self._ahead) or any(place.todo is not None for place in places)
 
     def _begin(self, place: _Place) -> None:
         """Ask for the first view of what is to be played."""
@@ -144,7 +147,6 @@ class Benchmark:
             self._open(place)
         assert place.episode is not None
         changed = place.episode.observe(seen)
-        self._false_starts = 0
         if place.episode.ended:
             self._finish(place, seen)
             return
@@ -156,12 +158,16 @@ class Benchmark:
             place.recorder.add(seen.image, seen.said, action)
 
     def _open(self, place: _Place) -> None:
-        assert place.todo is not None
-        seed = world_seed(self.plan.seed, place.todo)
-        place.episode = Episode(self.plan.engine, place.todo, seed, self.plan.rungs, self.plan.ticks)
-        self.policy.begin(place.number, seed, place.episode.task)
+        self._has_begun, self._false_starts = True, []
+        place.episode = self._episode(place)
+        self.policy.begin(place.number, place.episode.seed, place.episode.task)
         if self.plan.keep is not None:
             place.recorder = Recorder(self.plan.keep, f"{self.plan.engine.name}-{place.todo:06d}")
+
+    def _episode(self, place: _Place) -> Episode:
+        assert place.todo is not None
+        seed = world_seed(self.plan.seed, place.todo)
+        return Episode(self.plan.engine, place.todo, seed, self.plan.rungs, self.plan.ticks)
 
     def _act(self, place: _Place, seen: Seen) -> np.ndarray:
         """The numbers for the environment: an action [25] of a game, a row [A] of a world."""
@@ -206,30 +212,47 @@ class Benchmark:
 
     def _lose(self, place: _Place, lost: Lost) -> None:
         """An environment hangs or died: end it, and decide what becomes of its episode."""
-        number, episode = place.todo, place.episode
+        number = place.todo
         assert number is not None
         log = place.environment.log if place.environment is not None else None
         self._end(place, orderly=False)
-        if episode is None or episode.ticks == 0:  # nothing was played
-            self._false_starts += 1
-            if self._false_starts >= _FALSE_STARTS:
-                raise UserError(
-                    f"{self.plan.engine.title} does not start: {lost} ({_FALSE_STARTS} times); see {log}"
-                )
-            self.tell(f"episode {number}: the environment does not start ({lost}); once more")
-        else:
-            self._crashes[number] = self._crashes.get(number, 0) + 1
-            if self._crashes[number] > self.plan.repeats:
-                self.tell(f"episode {number}: the environment was lost ({lost}); it counts as it stood")
-                episode.ended = "lost"
-                self._keep(place, cut=True)
-                place.todo, place.episode = None, None
-                return
-            self.tell(f"episode {number}: the environment was lost ({lost}); it is played again")
+        if place.episode is None:
+            self._count_false_start(number, lost, log)
+        self._crashes[number] = self._crashes.get(number, 0) + 1
+        if self._crashes[number] > self.plan.repeats and self._has_begun:
+            self._give_up(place, lost)
+            return
         if place.recorder is not None:
             place.recorder.discard()
             place.recorder = None
+        if place.episode is None:
+            self.tell(f"episode {number}: the environment does not start ({lost}); once more later")
+            self._ahead.append(number)  # whether it is the episode shows when others are tried
+            place.todo = None
+            return
+        self.tell(f"episode {number}: the environment was lost ({lost}); it is played again")
         self._begin(place)
+
+    def _count_false_start(self, number: int, lost: Lost, log: Path | None) -> None:
+        """Note that an episode did not begin.
+
+        Raises:
+            UserError: that cannot be for the episode alone.
+        """
+        self._false_starts.append(number)
+        times = len(self._false_starts)
+        if (times >= _FALSE_STARTS and not self._has_begun) or len(set(self._false_starts)) >= _STUCK:
+            raise UserError(f"{self.plan.engine.title} does not start: {lost} ({times} times); see {log}")
+
+    def _give_up(self, place: _Place, lost: Lost) -> None:
+        """An episode whose environment was lost too often counts as it stood."""
+        self.tell(f"episode {place.todo}: the environment was lost ({lost}); it counts as it stood")
+        if place.episode is None:
+            place.episode = self._episode(place)
+            place.episode.ticks = 0
+        place.episode.ended = "lost"
+        self._keep(place, cut=True)
+        place.todo, place.episode = None, None
 
     def _end(self, place: _Place, orderly: bool) -> None:
         if place.environment is not None:

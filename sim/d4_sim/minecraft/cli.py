@@ -126,8 +126,13 @@ class Benchmark:
         todo = [n for n in range(self.episodes) if n not in done and n % part[1] == part[0]]
         if done:
             print(f"{len(done)} episodes are there already")
-        if todo:
-            benchmark.Benchmark(plan, policy, results, _say).play(todo, self.jobs)
+        try:
+            if todo:
+                benchmark.Benchmark(plan, policy, results, _say).play(todo, self.jobs)
+        except BaseException:
+            if results.episodes():  # a table of what is finished, whatever became of the rest
+                write_table(out, game, about)
+            raise
         print(write_table(out, game, about))
         print(f"results: {out / 'table.md'}, {out / 'results.json'} and {out / 'events'}")
         return 0
