@@ -15,9 +15,8 @@ sys.path.append(str(Path(__file__).parents[1] / "datasets"))
 import fake_game
 import minecraft_files
 
-from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
-from d4_sim.minecraft import check, cli, game, recipe, wire
+from d4_sim.minecraft import check, cli, game, wire
 from d4_sim.minecraft.replay import climb, read_recorded
 from d4_sim.minecraft.tasks import LADDER
 
@@ -252,87 +251,6 @@ def test_a_missing_game_is_one_sentence(tmp_path, command) -> None:
     assert "MineRL v1.0: " in (said := refused(done))
     assert "cannot import minerl" in said
     assert not (tmp_path / "episodes.jsonl").exists()
-
-
-# ---- train
-
-
-def plain(tmp_path: Path, **changes) -> recipe.Recipe:
-    settings = {
-        "index": (), "recordings": tmp_path / "rec", "out": tmp_path / "out", "contract": EXAMPLE,
-        "preset": "nano", "hours": 10.0, "gpus": 0, "jobs": 1, "scale": 1.0, "seed": 0,
-    }  # fmt: skip
-    return recipe.Recipe(**settings | changes)
-
-
-def test_the_recipe_names_its_costs(tmp_path) -> None:
-    """Everything over the paper's hours: frames, disk, parameters, steps, days per number of GPUs."""
-    big = plain(tmp_path, index=("https://host/index.json",), hours=2541.0, preset="paper")
-    lines = list(recipe.told(big, recipe.Stock(0, 0.0, 0), measure=False))
-    assert "182,952,000 frames" in lines[0]
-    assert "frame cache 20,2" in lines[1]
-    assert "dynamics 1,6" in lines[2]
-    assert "1 GPU" in lines[7]
-    assert "256 GPUs" in lines[7]
-    assert "once over the data takes --scale" in lines[8]
-    words = [words for stage in recipe.plan(big) for words in stage.commands]
-    assert [w[0] for w in words] == ["d4-fetch", "d4-ingest", "d4-audit", *["d4-train"] * 4]
-    many = [w for stage in recipe.plan(plain(tmp_path, gpus=8)) for w in stage.commands]
-    assert many[-1][:5] == ("torchrun", "--nproc-per-node", "8", "-m", "d4_core.train")
-
-
-def test_recordings_that_are_there_are_measured(tmp_path) -> None:
-    minecraft_files.write_recording(tmp_path / "rec", [minecraft_files.line()] * 40)
-    here = recipe.stock(tmp_path / "rec")
-    assert (here.recordings, round(here.hours * 72000)) == (1, 40)
-    assert here.bytes > 1000
-    assert any("measured" in name for name in recipe.disk(plain(tmp_path), here))
-
-
-def test_the_recipe_runs_what_is_not_done_and_goes_on(tmp_path, monkeypatch) -> None:
-    ran, fail = [], ["dynamics"]
-
-    def run_command(words, env):
-        ran.append(words[0] + ":" + words[words.index("--phases") + 1] if "--phases" in words else words[0])
-        if words[0] == "d4-ingest":
-            meta = tmp_path / "out" / "dataset" / "meta"
-            meta.mkdir(parents=True)
-            (meta / "d4.json").write_text('{"episodes": [{"labelled": 40}]}')
-        return 1 if fail and ran[-1].endswith(fail[0]) else 0
-
-    monkeypatch.setattr(recipe, "run_command", run_command)
-    lines: list[str] = []
-    assert recipe.run(plain(tmp_path), lines.append) == 1
-    assert ran == ["d4-ingest", "d4-audit", "d4-train:tokenizer", "d4-train:dynamics"]
-    fail.clear()
-    ran.clear()
-    assert recipe.run(plain(tmp_path), lines.append) == 0
-    assert ran == ["d4-train:dynamics", "d4-train:agent", "d4-train:imagination"]
-
-
-def test_zero_labelled_episodes_are_said_before_training(tmp_path, monkeypatch) -> None:
-    meta = tmp_path / "dataset" / "meta"
-    meta.mkdir(parents=True)
-    (meta / "d4.json").write_text('{"episodes": [{"labelled": 0}, {"labelled": 0}]}')
-    with pytest.raises(UserError, match="has 2 episodes and zero labelled ones"):
-        recipe.require_labels(tmp_path / "dataset")
-
-
-def test_what_the_recipe_refuses(tmp_path, command) -> None:
-    none = recipe.Stock(0, 0.0, 0)
-    with pytest.raises(UserError, match="has no recordings"):
-        recipe.require_usable(plain(tmp_path), none)
-    with pytest.raises(UserError, match="--gpus 99: this machine has"):
-        recipe.require_usable(plain(tmp_path, index=("x",), gpus=99), none)
-    with pytest.raises(UserError, match="GB are needed in"):
-        recipe.require_space(plain(tmp_path, index=("x",), hours=1e6), none)
-    other = tmp_path / "robot.yaml"
-    spec = Contract.load(EXAMPLE).to_dict()
-    spec["rate_hz"] = 10
-    other.write_text(Contract.from_dict(spec).to_yaml())
-    with pytest.raises(UserError, match="acts at 10 Hz"):
-        recipe.require_usable(plain(tmp_path, contract=other, index=("x",)), none)
-    assert "has no recordings" in refused(command("train", "--recordings", tmp_path / "none", "--dry-run"))
 
 
 # ---- engines and the wire

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -264,21 +265,21 @@ class Train:
         """Print the recipe; then do it."""
         from d4_sim.minecraft import recipe as recipes
 
-        _at_least(self, jobs=1, seed=0)
-        if self.hours <= 0 or self.scale <= 0:
-            raise UserError("--hours and --scale must be above 0")
+        _at_least(self, jobs=1, seed=0, **({} if self.gpus is None else {"gpus": 0}))
+        if not (0 < self.hours < math.inf and 0 < self.scale < math.inf):
+            raise UserError("--hours and --scale must be above 0, and finite")
         recipe = self._recipe()
         here = recipes.stock(self.recordings)
-        recipes.require_usable(recipe, here)
+        recipes.require_usable(recipe, here, self.dry_run)
         for line in recipes.told(recipe, here, measure=True):
             _say(line)
         if self.dry_run:
-            for stage in recipes.plan(recipe):
+            for stage in recipes.plan(recipe, here):
                 for words in stage.commands:
                     print(f"$ {shlex.join(words)}")
         else:
             recipes.require_space(recipe, here)
-            if code := recipes.run(recipe, _say):
+            if code := recipes.run(recipe, here, _say):
                 return code
         print(
             f"next: d4-minecraft benchmark {self.out / 'run'} --episodes 1000 --python <python with MineRL>"

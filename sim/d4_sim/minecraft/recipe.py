@@ -28,9 +28,11 @@ from d4_sim.stages import Command, Stage, State, clock, command, keys, run_comma
 
 PAPER_HOURS = 2541  # of the contractors' recordings that the paper trains on: versions 6 to 10
 VIDEO_GB_PER_HOUR = 0.4  # assumed for 640x360 at 20 Hz with its lines; measured where recordings are there
+INGEST_HZ = 500  # assumed frames a second and core, from 640x360 to some hundred pixels
 PICTURE_SHARE = 0.35  # assumed size of losslessly stored pictures, of what they are in memory
 GPU_FLOPS = 4e14  # assumed effective speed of one H100 or H200 in training, operations a second
 GPU_COUNTS = (1, 8, 64, 256)
+_SMALL = ("nano", "small")  # presets too small to keep such a GPU busy
 _CHECKPOINTS = 3  # copies of the weights with optimiser state that a run holds at a time, per phase
 
 
@@ -112,23 +114,36 @@ def told(recipe: Recipe, here: Stock, measure: bool) -> Iterator[str]:
     per_phase, parts = work(settings, contract), costs(settings, contract)
     counts = ", ".join(f"{name} {part.parameters / 1e6:,.1f} M" for name, part in parts.items())
     yield f"model: preset {recipe.preset}, {counts} parameters"
+    encoding = frames * parts["tokenizer"].flops / 2  # its encoder is half of it
     for name, job in per_phase.items():
         passes = f", {job.frames / max(1, frames):.2g} times over the data" if name != "imagination" else ""
         yield f"  {name}: {job.steps:,} steps, {job.frames:,} frames{passes}, {job.flops:.2g} operations"
+        if name == "tokenizer":
+            yield f"  encoding: {frames:,} frames to latents, once, {encoding:.2g} operations"
     total = sum(job.flops for job in per_phase.values())
-    yield f"time: {total:.2g} operations; {_on_gpus(total)}"
+    yield f"time: {total + encoding:.2g} operations{_on_gpus(recipe, total + encoding)}"
     if frames > (drawn := per_phase["dynamics"].frames):
         more = frames / drawn
-        yield f"  once over the data takes --scale {recipe.scale * more:.3g}; {_on_gpus(total * more)}"
+        days = _on_gpus(recipe, total * more + encoding)
+        yield f"  dynamics once over the data takes --scale {recipe.scale * more:.3g}{days}"
     if measure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        seconds = sum(training_seconds(settings, contract, device).values())
-        yield f"  on this machine ({device.type}, its layers measured for a moment): {_days(seconds)}"
+        seconds = training_seconds(settings, contract, device)
+        seconds["encoding"] = seconds["tokenizer"] * encoding / per_phase["tokenizer"].flops
+        yield (
+            f"  on this machine ({device.type}, its layers measured for a moment): "
+            f"{_days(sum(seconds.values()))}, of which {_days(seconds['encoding'])} encoding"
+        )
+    yield f"ingest: {_days(frames / INGEST_HZ / recipe.jobs)} with --jobs {recipe.jobs}, " + (
+        f"assumed {INGEST_HZ} frames a second and core; gates and evaluation come on top"
+    )
 
 
-def _on_gpus(operations: float) -> str:
+def _on_gpus(recipe: Recipe, operations: float) -> str:
+    if recipe.preset in _SMALL:
+        return f"; {recipe.preset} is too small for the speed of a large model on a GPU, so no days are told"
     days = (f"{n} GPU{'s' * (n > 1)} {_days(operations / GPU_FLOPS / n)}" for n in GPU_COUNTS)
-    return f"at {GPU_FLOPS:.0e} a second (assumed: a large model on an H100 or H200): {', '.join(days)}"
+    return f"; at {GPU_FLOPS:.0e} a second (assumed: a large model on an H100 or H200): {', '.join(days)}"
 
 
 def hours_of(recipe: Recipe, here: Stock) -> float:
@@ -140,12 +155,11 @@ def disk(recipe: Recipe, here: Stock) -> dict[str, float]:
     """GB that each part takes in the end, by what it is."""
     contract, settings, hours = Contract.load(recipe.contract), training(recipe), hours_of(recipe, here)
     frames = round(hours * 3600 * contract.rate_hz)
-    known = here.recordings > 0 and here.hours > 0
-    rate = here.bytes / 1e9 / here.hours if known else VIDEO_GB_PER_HOUR
     held = cache_bytes(contract, frames) / 1e9
     weights = sum(part.parameters for part in costs(settings, contract).values())
+    known = "measured" if _is_measured(here) else "assumed"
     return {
-        f"recordings ({'measured' if known else 'assumed'} {rate:.2g} GB an hour)": rate * hours,
+        f"recordings ({known} {_rate(here):.2g} GB an hour)": _rate(here) * hours,
         "dataset (assumed, lossless pictures)": PICTURE_SHARE * held,
         "frame cache": held,
         "latents": frames * settings.num_latents * settings.latent_dim * 2 / 1e9,
@@ -153,20 +167,48 @@ def disk(recipe: Recipe, here: Stock) -> dict[str, float]:
     }
 
 
+def _is_measured(here: Stock) -> bool:
+    return here.recordings > 0 and here.hours > 0
+
+
+def _rate(here: Stock) -> float:
+    """GB of recordings an hour."""
+    return here.bytes / 1e9 / here.hours if _is_measured(here) else VIDEO_GB_PER_HOUR
+
+
 def require_space(recipe: Recipe, here: Stock) -> None:
-    """Check that the disk is large enough; what is there already counts as free.
+    """Check that the disks are large enough; what is there already counts as free.
+
+    Recordings are written only where they are fetched, and may be on a disk of their own.
 
     Raises:
-        UserError: it is not.
+        UserError: one of them is not.
     """
-    needed = sum(disk(recipe, here).values())
-    kept = sum(path.stat().st_size for path in recipe.out.rglob("*") if path.is_file()) / 1e9
-    free = shutil.disk_usage(_existing(recipe.out)).free / 1e9
-    if needed > free + kept:
-        raise UserError(
-            f"about {needed:,.0f} GB are needed in {recipe.out}, {free + kept:,.0f} GB are free or used "
-            "for it: give fewer --hours, a smaller picture in the contract, or another --out"
-        )
+    recordings, *made = disk(recipe, here).values()
+    fetched = max(0.0, recordings - here.bytes / 1e9) if recipe.index else 0.0
+    own = recipe.recordings.resolve()
+    kept = sum(
+        path.stat().st_size
+        for path in recipe.out.rglob("*")
+        if path.is_file() and own not in path.resolve().parents
+    )
+    needed = {recipe.out: max(0.0, sum(made) - kept / 1e9)}
+    if _disk_of(recipe.recordings) == _disk_of(recipe.out):
+        needed[recipe.out] += fetched
+    else:
+        needed[recipe.recordings] = fetched
+    for place, more in needed.items():
+        free = shutil.disk_usage(_existing(place)).free / 1e9
+        if more > free:
+            option = "--out, or a smaller picture in the contract" if place == recipe.out else "--recordings"
+            raise UserError(
+                f"about {more:,.1f} GB are needed in {place}, {free:,.1f} GB are free: give fewer --hours, "
+                f"another {option}"
+            )
+
+
+def _disk_of(path: Path) -> int:
+    return _existing(path).stat().st_dev
 
 
 def _existing(path: Path) -> Path:
@@ -182,12 +224,17 @@ def _days(seconds: float) -> str:
 # ---- the steps ----
 
 
-def plan(recipe: Recipe) -> list[Stage]:
-    """The stages in their order."""
+def plan(recipe: Recipe, here: Stock, recordings: str = "") -> list[Stage]:
+    """The stages in their order.
+
+    Args:
+        here: what is there, for the size of an hour.
+        recordings: names and sizes of the recordings, see `listing`; what is made of others is made again.
+    """
     out, dataset = recipe.out, recipe.out / "dataset"
     stages = []
     if recipe.index:
-        each = recipe.hours * VIDEO_GB_PER_HOUR / len(recipe.index)
+        each = recipe.hours * _rate(here) / len(recipe.index)
         fetched = [  # the limit is of all that is in the folder
             command("d4-fetch", source, to=recipe.recordings, limit_gb=f"{n * each:g}", jobs=recipe.jobs)
             for n, source in enumerate(recipe.index, 1)
@@ -195,7 +242,9 @@ def plan(recipe: Recipe) -> list[Stage]:
         stages.append(Stage("fetch", "fetch recordings", tuple(fetched), (), (), 3600, gated=False))
     needs = ("fetch",) if recipe.index else ()
     ingest = command("d4-ingest", recipe.recordings, contract=recipe.contract, out=dataset, jobs=recipe.jobs)
-    stages.append(Stage("ingest", "make the dataset", (ingest,), needs, (), 3600, gated=False))
+    stages.append(
+        Stage("ingest", "make the dataset", (ingest,), needs, (), 3600, gated=False, recipe=recordings)
+    )
     audit = command("d4-audit", dataset, json=out / "audit.json")
     stages.append(Stage("audit", "look through the dataset", (audit,), ("ingest",), (), 600))
     before = "ingest"
@@ -216,32 +265,36 @@ def _train(recipe: Recipe, phase: str) -> Command:
     return words
 
 
-def run(recipe: Recipe, say: Callable[[str], None]) -> int:
+def listing(folder: Path) -> str:
+    """Names and sizes of all recordings in a folder: `d4-ingest` adds those that are new."""
+    files = (path for path in folder.rglob("*") if path.suffix in (".mp4", ".jsonl"))
+    found = sorted(
+        (str(path.relative_to(folder)), path.stat().st_size)
+        for path in files
+        if not path.name.startswith(".") and path.is_file()
+    )
+    return json.dumps(found)
+
+
+def run(recipe: Recipe, here: Stock, say: Callable[[str], None]) -> int:
     """Do what is not done yet; returns the exit code of what failed, or 0.
 
     Raises:
         UserError: there are no recordings, or none with known actions.
     """
-    stages = plan(recipe)
+    stages = plan(recipe, here)
     recipe.out.mkdir(parents=True, exist_ok=True)
-    state = State(recipe.out, stages, keys(plan(_placeless(recipe))), recipe.force)
-    state.clear_stale()
+    own_keys = _keys(recipe)
+    state = State(recipe.out, stages, own_keys, recipe.force)
     env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     for number, stage in enumerate(stages, 1):
+        if stage.name in ("fetch", "ingest"):  # what is fetched is to be ingested, and so is what was added
+            own_keys.update(_keys(recipe))
+            state.clear_stale()
         place = f"[{number}/{len(stages)}] {stage.name}"
         if state.is_done(stage.name):
             say(f"{place}: done before, in {clock(state.seconds(stage.name))}")
-            continue
-        say(f"{place}: {stage.title}")
-        began, code = time.monotonic(), 1
-        try:
-            code = _commands(stage.commands, env, say)
-            if code == 1 and stage.name == "audit" and recipe.force:
-                say("the audit found errors; going on because of --force")
-                code = 0
-        finally:
-            state.note(stage, time.monotonic() - began, done=code == 0)
-        if code:
+        elif code := _work(recipe, stage, place, state, env, say):
             say(f"stopped in {stage.name}, which says why above; the same command goes on from here")
             return code
         if stage.name == "ingest":
@@ -249,8 +302,28 @@ def run(recipe: Recipe, say: Callable[[str], None]) -> int:
     return 0
 
 
-def _placeless(recipe: Recipe) -> Recipe:
-    return replace(recipe, out=Path("out"), recordings=Path("recordings"), jobs=1, gpus=min(1, recipe.gpus))
+def _work(
+    recipe: Recipe, stage: Stage, place: str, state: State, env: dict[str, str], say: Callable[[str], None]
+) -> int:
+    """Run a stage and note it; returns its exit code."""
+    say(f"{place}: {stage.title}")
+    began, code = time.monotonic(), 1
+    try:
+        code = _commands(stage.commands, env, say)
+        if code == 1 and stage.name == "audit" and recipe.force:
+            say("the audit found errors; going on because of --force")
+            code = 0
+    finally:
+        state.note(stage, time.monotonic() - began, done=code == 0)
+    return code
+
+
+def _keys(recipe: Recipe) -> dict[str, str]:
+    """Keys of the stages as they are now, the same wherever and however fast they are run."""
+    placeless = replace(
+        recipe, out=Path("out"), recordings=Path("recordings"), jobs=1, gpus=min(1, recipe.gpus)
+    )
+    return keys(plan(placeless, Stock(0, 0.0, 0), listing(recipe.recordings)))
 
 
 def _commands(commands: Sequence[Command], env: dict[str, str], say: Callable[[str], None]) -> int:
@@ -276,8 +349,8 @@ def require_labels(dataset: Path) -> None:
         )
 
 
-def require_usable(recipe: Recipe, here: Stock) -> None:
-    """Check what would fail later.
+def require_usable(recipe: Recipe, here: Stock, dry_run: bool = False) -> None:
+    """Check what would fail later; GPUs may be elsewhere if the commands are only to be told.
 
     Raises:
         UserError: the contract is not for this game, or there is nothing to train on.
@@ -289,7 +362,7 @@ def require_usable(recipe: Recipe, here: Stock) -> None:
             f"{recipe.recordings} has no recordings (<name>.mp4 and <name>.jsonl): give an index with "
             "--index, or record some with d4-minecraft record"
         )
-    if recipe.gpus > max(0, torch.cuda.device_count()):
+    if not dry_run and recipe.gpus > torch.cuda.device_count():
         raise UserError(
             f"--gpus {recipe.gpus}: this machine has {torch.cuda.device_count()} that torch can use"
         )

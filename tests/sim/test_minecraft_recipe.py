@@ -1,0 +1,189 @@
+"""The recipe of d4-minecraft train: what it costs, what it runs and goes on from, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "datasets"))
+import minecraft_files
+
+from d4_datasets.contract import Contract
+from d4_datasets.errors import UserError
+from d4_sim.minecraft import cli, recipe
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "minecraft.yaml"
+NONE = recipe.Stock(0, 0.0, 0)
+
+
+def refused(capsys, monkeypatch, *words: object) -> str:
+    """The one sentence of a command that fails as it should."""
+    monkeypatch.setattr(sys, "argv", ["d4-minecraft", "train", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2, said
+    (line,) = said.strip().splitlines()
+    return line
+
+
+def plain(tmp_path: Path, **changes) -> recipe.Recipe:
+    settings = {
+        "index": (), "recordings": tmp_path / "rec", "out": tmp_path / "out", "contract": EXAMPLE,
+        "preset": "nano", "hours": 10.0, "gpus": 0, "jobs": 1, "scale": 1.0, "seed": 0,
+    }  # fmt: skip
+    return recipe.Recipe(**settings | changes)
+
+
+def test_the_recipe_names_its_costs(tmp_path) -> None:
+    """Everything over the paper's hours: frames, disk, parameters, steps, days per number of GPUs."""
+    big = plain(tmp_path, index=("https://host/index.json",), hours=2541.0, preset="paper")
+    lines = list(recipe.told(big, NONE, measure=False))
+    assert "182,952,000 frames" in lines[0]
+    assert "frame cache 20,2" in lines[1]
+    assert "dynamics 1,6" in lines[2]
+    assert "encoding: 182,952,000 frames to latents, once, 5.1e+19 operations" in lines[4]
+    assert "1 GPU" in lines[8]
+    assert "256 GPUs" in lines[8]
+    assert "once over the data takes --scale" in lines[9]
+    assert "ingest: 4.2 days with --jobs 1" in lines[10]
+    words = [words for stage in recipe.plan(big, NONE) for words in stage.commands]
+    assert [w[0] for w in words] == ["d4-fetch", "d4-ingest", "d4-audit", *["d4-train"] * 4]
+    many = [w for stage in recipe.plan(plain(tmp_path, gpus=8), NONE) for w in stage.commands]
+    assert many[-1][:5] == ("torchrun", "--nproc-per-node", "8", "-m", "d4_core.train")
+
+
+def test_recordings_that_are_there_are_measured(tmp_path) -> None:
+    minecraft_files.write_recording(tmp_path / "rec", [minecraft_files.line()] * 40)
+    here = recipe.stock(tmp_path / "rec")
+    assert (here.recordings, round(here.hours * 72000)) == (1, 40)
+    assert here.bytes > 1000
+    assert any("measured" in name for name in recipe.disk(plain(tmp_path), here))
+
+
+def test_days_are_told_of_models_that_keep_a_gpu_busy(tmp_path) -> None:
+    """The speed of a large model says nothing about `nano`."""
+    for preset, is_told in (("nano", False), ("base", True)):
+        lines = list(recipe.told(plain(tmp_path, index=("x",), preset=preset), NONE, measure=False))
+        assert any("256 GPUs" in line for line in lines) == is_told
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Commands that only pretend to work: `ran` has them, `fail` what is to fail, `labelled` the dataset."""
+    told = {"ran": [], "fail": [], "labelled": 40}
+
+    def run_command(words, env):
+        ran = told["ran"]
+        ran.append(words[0] + ":" + words[words.index("--phases") + 1] if "--phases" in words else words[0])
+        if words[0] == "d4-ingest":
+            meta = tmp_path / "out" / "dataset" / "meta"
+            meta.mkdir(parents=True, exist_ok=True)
+            (meta / "d4.json").write_text(json.dumps({"episodes": [{"labelled": told["labelled"]}] * 2}))
+        return 1 if told["fail"] and ran[-1].endswith(told["fail"][0]) else 0
+
+    monkeypatch.setattr(recipe, "run_command", run_command)
+    return told
+
+
+def go(made: recipe.Recipe, runs) -> list[str]:
+    """What is run; also where it ends with a sentence."""
+    runs["ran"].clear()
+    assert recipe.run(made, recipe.stock(made.recordings), lambda _: None) == bool(runs["fail"])
+    return list(runs["ran"])
+
+
+ALL = ["d4-ingest", "d4-audit", *(f"d4-train:{p}" for p in ("tokenizer", "dynamics", "agent", "imagination"))]
+
+
+def test_the_recipe_runs_what_is_not_done_and_goes_on(tmp_path, runs) -> None:
+    runs["fail"].append("dynamics")
+    assert go(plain(tmp_path), runs) == ALL[:4]
+    runs["fail"].clear()
+    assert go(plain(tmp_path), runs) == ALL[3:]
+    assert go(plain(tmp_path), runs) == []
+
+
+def test_zero_labelled_episodes_are_said_again_and_again(tmp_path, runs) -> None:
+    """Said once, the same command went on to audit and training, and added recordings were ignored."""
+    runs["labelled"] = 0
+    minecraft_files.write_recording(tmp_path / "rec", [minecraft_files.line()] * 4, name="a")
+    for ran in (["d4-ingest"], []):
+        with pytest.raises(UserError, match="has 2 episodes and zero labelled ones"):
+            go(plain(tmp_path), runs)
+        assert runs["ran"] == ran
+    runs["labelled"] = 40
+    minecraft_files.write_recording(tmp_path / "rec", [minecraft_files.line()] * 4, name="b")
+    assert go(plain(tmp_path), runs) == ALL
+
+
+def test_recordings_that_are_added_later_are_ingested(tmp_path, runs) -> None:
+    minecraft_files.write_recording(tmp_path / "rec", [minecraft_files.line()] * 4, name="a")
+    assert go(plain(tmp_path), runs) == ALL
+    minecraft_files.write_recording(tmp_path / "rec", [minecraft_files.line()] * 4, name="b")
+    assert go(plain(tmp_path), runs) == ALL
+    (tmp_path / "rec" / "logs").mkdir()
+    (tmp_path / "rec" / "logs" / "environment.log").write_text("no recording")
+    assert go(plain(tmp_path), runs) == []
+
+
+def test_what_was_fetched_is_ingested_once(tmp_path, runs, monkeypatch) -> None:
+    """The list of recordings is that after fetching, and a measured size of an hour fetches nothing again."""
+    plain_command = recipe.run_command
+
+    def run_command(words, env):
+        if words[0] == "d4-fetch":
+            minecraft_files.write_recording(tmp_path / "rec", [minecraft_files.line()] * 4)
+        return plain_command(words, env)
+
+    monkeypatch.setattr(recipe, "run_command", run_command)
+    made = plain(tmp_path, index=("x",))
+    assert go(made, runs) == ["d4-fetch", *ALL]
+    assert go(made, runs) == []
+    runs["ran"].clear()
+    here = recipe.stock(made.recordings)
+    (fetch,) = recipe.plan(made, here)[0].commands
+    limit = float(fetch[fetch.index("--limit-gb") + 1])
+    assert limit == pytest.approx(made.hours * here.bytes / 1e9 / here.hours, rel=1e-4)
+
+
+def test_only_what_will_be_written_needs_room(tmp_path) -> None:
+    """Recordings that are there already need none, wherever they are; those to be fetched do."""
+    there = recipe.Stock(100, 1e-3, int(4e15))
+    recipe.require_space(plain(tmp_path, recordings=Path("/other")), there)
+    with pytest.raises(UserError, match="GB are needed in"):
+        recipe.require_space(plain(tmp_path, index=("x",), hours=1.0), there)
+
+
+def test_what_the_recipe_refuses(tmp_path, capsys, monkeypatch) -> None:
+    none = NONE
+    with pytest.raises(UserError, match="has no recordings"):
+        recipe.require_usable(plain(tmp_path), none)
+    with pytest.raises(UserError, match="--gpus 99: this machine has"):
+        recipe.require_usable(plain(tmp_path, index=("x",), gpus=99), none)
+    recipe.require_usable(plain(tmp_path, index=("x",), gpus=99), none, dry_run=True)
+    with pytest.raises(UserError, match="GB are needed in"):
+        recipe.require_space(plain(tmp_path, index=("x",), hours=1e6), none)
+    other = tmp_path / "robot.yaml"
+    spec = Contract.load(EXAMPLE).to_dict()
+    spec["rate_hz"] = 10
+    other.write_text(Contract.from_dict(spec).to_yaml())
+    with pytest.raises(UserError, match="acts at 10 Hz"):
+        recipe.require_usable(plain(tmp_path, contract=other, index=("x",)), none)
+    asked = ("--recordings", tmp_path / "none", "--dry-run")
+    assert "has no recordings" in refused(capsys, monkeypatch, *asked)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--hours", "nan"), "--hours and --scale must be above 0, and finite"),
+        (("--scale", "inf"), "--hours and --scale must be above 0, and finite"),
+        (("--gpus", "-3"), "--gpus must be at least 0"),
+    ],
+)
+def test_numbers_that_make_no_sense(capsys, monkeypatch, words, sentence) -> None:
+    assert sentence in refused(capsys, monkeypatch, "--index", "x", *words)
