@@ -263,6 +263,8 @@ class Server:
             return
         sock.setblocking(False)  # whoever does not read or write must not hold up the others
         self._selector.register(sock, selectors.EVENT_READ)
+        if why := wire.stranger(sock):
+            self._refuse(sock, why)
 
     def _serve(self, sock: socket.socket) -> None:
         """Handle one message; a client that sends nonsense is told why and cut off."""

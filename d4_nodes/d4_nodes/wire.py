@@ -11,9 +11,11 @@ Standard library only.
 from __future__ import annotations
 
 import enum
+import errno
 import json
 import os
 import socket
+import stat
 import struct
 import time
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ MAGIC = b"d4"
 VERSION = 1
 MAX_PAYLOAD = 1 << 16
 _HEADER = struct.Struct("<2sBBIQ")  # magic, version, kind, bytes of payload, sequence number
+_CREDENTIALS = struct.Struct("iII")  # struct ucred: process, user, group
 
 
 class WireError(Exception):
@@ -148,9 +151,12 @@ def listen(path: Path) -> socket.socket:
     """A listening socket that only this user can reach; takes the place of one whose server is dead.
 
     Raises:
-        OSError: a server listens there already, or the folder cannot be written.
+        OSError: a server listens there already, the folder cannot be written, or somebody else could put a
+            socket there.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if why := _distrust(path.parent):
+        raise PermissionError(errno.EACCES, why)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         _clear(path)
@@ -176,22 +182,24 @@ def _clear(path: Path) -> None:
         except ConnectionRefusedError:
             path.unlink(missing_ok=True)
             return
-    raise OSError(98, f"a server listens on {path} already")
+    raise OSError(errno.EADDRINUSE, f"a server listens on {path} already")
 
 
 def connect(path: Path, timeout_s: float) -> socket.socket:
     """A socket connected to a server.
 
     Raises:
-        WireError: nobody listens there.
+        WireError: nobody listens there, somebody else could, or does.
     """
+    if why := _distrust(path.parent):
+        raise WireError(f"this process refuses {path}: {why}")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sock.settimeout(timeout_s)
     until = time.monotonic() + timeout_s
     while True:
         try:
             sock.connect(str(path))
-            return sock
+            break
         except OSError as error:
             # a queue that is full answers so at once, whatever the time limit
             if isinstance(error, BlockingIOError) and time.monotonic() < until:
@@ -199,10 +207,46 @@ def connect(path: Path, timeout_s: float) -> socket.socket:
                 continue
             sock.close()
             raise WireError(f"no inference server listens on {path} ({error.strerror or error})") from error
+    if why := stranger(sock):
+        sock.close()
+        raise WireError(f"this process refuses {path}: {why}")
+    return sock
+
+
+def stranger(sock: socket.socket) -> str:
+    """Why the process at the other end must not be believed: another user runs it. Empty if this one does."""
+    user, own = _user_of(sock), os.geteuid()
+    return "" if user == own else f"at the other end is user {user}, run both as the same, here {own}"
+
+
+def _user_of(sock: socket.socket) -> int:
+    """Who runs the process that connected, or listened when it was connected to; from the kernel."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(credentials)[1])
+
+
+def _distrust(folder: Path) -> str:
+    """Whose folder it is, or who may write to it, if that is not this user alone; empty otherwise, and where
+    there is no folder.
+    """
+    try:
+        found = os.lstat(folder)
+    except OSError:
+        return ""
+    if not stat.S_ISDIR(found.st_mode):
+        return f"{folder.absolute()} is a link or no folder, name the folder itself"
+    if found.st_uid != os.geteuid():
+        return f"the folder {folder.absolute()} belongs to user {found.st_uid}, name one of your own"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others may write to the folder {folder.absolute()}: chmod go-w, or name another"
+    return ""
 
 
 def default_socket(name: str) -> Path:
-    """Where a server of this name listens: the user's own runtime folder, which nobody else can enter."""
+    """Where a server of this name listens: the user's own runtime folder, which nobody else can enter; where
+    there is none, a folder in /tmp that `listen` makes for this user alone.
+    """
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    folder = Path(runtime) if runtime and Path(runtime).is_dir() else Path(f"/tmp/d4-{os.getuid()}")
+    is_own = runtime and Path(runtime).is_dir() and not _distrust(Path(runtime))
+    folder = Path(runtime) if runtime and is_own else Path(f"/tmp/d4-{os.geteuid()}")
     return folder / f"d4-{name}.sock"

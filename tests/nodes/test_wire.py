@@ -3,13 +3,17 @@
 import contextlib
 import os
 import socket
+import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scripted_server import Scripted
 
 from d4_nodes import memory, wire
 from d4_nodes.memory import Memory
+from d4_nodes.server import Server
 from d4_nodes.wire import Kind, Message, WireError
 
 messages = st.builds(Message, st.sampled_from(Kind), st.integers(0, 2**64 - 1), st.binary(max_size=300))
@@ -116,6 +120,130 @@ def test_the_socket_is_for_this_user_alone(tmp_path) -> None:
     path = tmp_path / "d4.sock"
     with wire.listen(path):
         assert path.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770, 0o702])
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path, mode) -> None:
+    """Somebody else could put a socket there, and a robot would take plans from it."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(PermissionError, match="others may write to the folder"):
+        wire.listen(folder / "d4.sock")
+    with bound(folder / "d4.sock"), pytest.raises(WireError, match="others may write"):
+        wire.connect(folder / "d4.sock", 0.1)
+
+
+@contextlib.contextmanager
+def bound(path):
+    """A server that looks at nothing."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.bind(str(path))
+        sock.listen(1)
+        yield
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "d4.sock"
+    with bound(path):
+        owner = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+        with pytest.raises(WireError, match=f"refuses .* belongs to user {owner}"):
+            wire.connect(path, 0.1)
+    path.unlink()
+    with pytest.raises(PermissionError, match=f"belongs to user {owner}"):
+        wire.listen(path)
+
+
+def test_a_folder_given_away_is_refused(tmp_path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can give a folder away")
+    os.chown(tmp_path, 65534, -1)
+    with pytest.raises(PermissionError, match="belongs to user 65534"):
+        wire.listen(tmp_path / "d4.sock")
+
+
+def test_a_link_to_a_folder_is_refused(tmp_path) -> None:
+    """Whoever made the link can let it lead elsewhere."""
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("real")
+    with pytest.raises(PermissionError, match="is a link"):
+        wire.listen(tmp_path / "link" / "d4.sock")
+    with bound(tmp_path / "real" / "d4.sock"), pytest.raises(WireError, match="is a link"):
+        wire.connect(tmp_path / "link" / "d4.sock", 0.1)
+
+
+def test_a_runtime_folder_that_is_not_ours_is_left_alone(tmp_path, monkeypatch) -> None:
+    """As `sudo -E` leaves it behind."""
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert wire.default_socket("toy") == tmp_path / "d4-toy.sock"
+    tmp_path.chmod(0o777)
+    assert wire.default_socket("toy").parent == Path(f"/tmp/d4-{os.geteuid()}")
+
+
+def test_a_robot_refuses_a_server_of_somebody_else(tmp_path, monkeypatch) -> None:
+    with wire.listen(tmp_path / "d4.sock"):
+        wire.connect(tmp_path / "d4.sock", 1.0).close()
+        monkeypatch.setattr(wire, "_user_of", lambda sock: 4242)
+        with pytest.raises(WireError, match="the other end is user 4242"):
+            wire.connect(tmp_path / "d4.sock", 1.0)
+
+
+@contextlib.contextmanager
+def somebody_else():
+    """This process as another user."""
+    if os.geteuid():
+        pytest.skip("only root can be somebody else")
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_the_kernel_says_who_is_at_the_other_end(tmp_path) -> None:
+    path = tmp_path / "d4.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        with somebody_else():
+            listener.listen(1)
+        with pytest.raises(WireError, match="the other end is user 65534"):
+            wire.connect(path, 1.0)
+
+
+def test_a_server_refuses_a_robot_of_somebody_else(rig_server, tmp_path, monkeypatch) -> None:
+    """Even where the way to the socket is open to everybody."""
+    tmp_path.chmod(0o711)
+    rig_server.socket.chmod(0o666)
+    monkeypatch.chdir(tmp_path)  # the folders above it are closed
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        with somebody_else():
+            sock.connect("d4.sock")
+        sock.settimeout(5.0)
+        message, _ = wire.receive(sock)
+        assert message.kind is Kind.REFUSED
+        assert message.text.startswith("at the other end is user 65534")
+        with pytest.raises(WireError, match="closed"):
+            wire.receive(sock)
+    rig_server.link().close()
+
+
+def test_a_server_looks_who_knocks(contract, tmp_path, monkeypatch) -> None:
+    server = Server(Scripted(contract, tmp_path / "fault"), tmp_path / "d4.sock")
+    monkeypatch.setattr(wire, "_user_of", lambda sock: 4242)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.settimeout(5.0)
+            sock.connect(str(tmp_path / "d4.sock"))
+            message, _ = wire.receive(sock)
+    finally:
+        server.stop()
+        thread.join()
+    assert message.kind is Kind.REFUSED
+    assert "user 4242" in message.text
 
 
 def test_nobody_listens(tmp_path) -> None:
