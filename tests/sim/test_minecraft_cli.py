@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
@@ -17,6 +18,8 @@ import minecraft_files
 
 from d4_datasets.errors import UserError
 from d4_sim.minecraft import check, cli, game, wire
+from d4_sim.minecraft.environment import Seen
+from d4_sim.minecraft.episode import Episode, write_events
 from d4_sim.minecraft.replay import climb, read_recorded
 from d4_sim.minecraft.tasks import LADDER
 
@@ -134,6 +137,60 @@ def test_the_ladder_over_events_of_a_benchmark(tmp_path, command) -> None:
     assert "holds events of version 2, this d4 reads 1" in refused(command("ladder", "--replay", path))
     path.write_text(json.dumps(head) + "\nnonsense\n")
     assert "line 2 is damaged" in refused(command("ladder", "--replay", path))
+
+
+def test_events_of_a_game_tell_its_milestones(tmp_path, command) -> None:
+    """They are items and not tasks, and were always "none"."""
+    episode = Episode(game.engine("minerl"), 0, 1, LADDER, 2400)
+    image, key = np.zeros((4, 4, 3), np.uint8), "minecraft.mine_block:minecraft.oak_log"
+    for tick in range(1202):
+        items = {"oak_log": 1} if tick > 1200 else {}
+        episode.observe(Seen(image, {"stats": {key: int(tick >= 600)}, "items": items}))
+    path = tmp_path / "000000.jsonl"
+    write_events(path, game.engine("minerl"), episode)
+    done = command("ladder", "--replay", path)
+    assert done.returncode == 0, done.stderr
+    assert "Minecraft 1.16.5" in done.stdout
+    assert done.stdout.splitlines()[-1] == "milestones (minutes): log 1.00"
+    head = path.read_text().splitlines()[0]
+    path.write_text(f'{head}\n{{"tick": 600, "done": {{"mine_log": 1.0}}}}\n')  # as of the first version
+    assert command("ladder", "--replay", path).stdout.endswith("milestones (minutes): log 0.50\n")
+
+
+HEAD = {"format": "d4-minecraft-events", "version": 1, "engine": "minerl", "rate_hz": 20, "ticks": 9}
+
+
+@pytest.mark.parametrize(
+    ("head", "lines", "number"),
+    [
+        ({"rate_hz": 0}, [], 1),
+        ({"rate_hz": float("nan")}, [], 1),
+        ({"ticks": -1}, [], 1),
+        ({}, [{"tick": 1, "done": {"mine_log": float("nan")}}], 2),
+        ({}, [{"tick": 1, "done": {"mine_log": -1}}], 2),
+        ({}, [{"tick": 1, "done": {"mine_log": 1}}, {"tick": 1, "done": {}}], 3),
+        ({}, [{"tick": 10, "done": {"mine_log": 1}}], 2),
+        ({}, [{"tick": 1, "done": {}, "reached": ["gold"]}], 2),
+    ],
+)
+def test_damaged_events_are_one_sentence(tmp_path, command, head, lines, number) -> None:
+    path = tmp_path / "000000.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in (HEAD | head, *lines)))
+    assert f"line {number} is damaged" in refused(command("ladder", "--replay", path))
+
+
+def test_a_recording_is_headed_by_its_own_game(tmp_path, command) -> None:
+    """Every recording in the contractors' format was headed Minecraft, our own of other games included."""
+    path = recording(tmp_path)
+    assert "Minecraft" in command("ladder", "--replay", path).stdout
+    said = command("ladder", "--replay", path, "--engine", "luanti_wild").stdout
+    assert "Luanti (Minetest Game)" in said
+    assert "Minecraft" not in said
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | {"engine": "luanti"}), *rest, ""]))
+    assert "Luanti tree chopping" in command("ladder", "--replay", path).stdout
+    odd = refused(command("ladder", "--replay", path, "--engine", "minerl"))
+    assert "is of Luanti tree chopping, not of Minecraft" in odd
 
 
 def test_files_that_tell_no_events(tmp_path, command) -> None:

@@ -177,6 +177,15 @@ def test_what_the_recipe_refuses(tmp_path, capsys, monkeypatch) -> None:
     assert "has no recordings" in refused(capsys, monkeypatch, *asked)
 
 
+def test_what_comes_next_is_the_game_of_the_recordings(tmp_path) -> None:
+    """Policies from recordings of Luanti were to be played in Minecraft."""
+    assert recipe.played_in(tmp_path / "none") == "minerl"
+    minecraft_files.write_recording(tmp_path / "rec", [minecraft_files.line()] * 4)
+    assert recipe.played_in(tmp_path / "rec") == "minerl"
+    minecraft_files.write_recording(tmp_path / "ours", [minecraft_files.line(engine="luanti")] * 4)
+    assert recipe.played_in(tmp_path / "ours") == "luanti"
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -27,6 +27,7 @@ from d4_sim.minecraft.environment import Seen
 from d4_sim.minecraft.hands import Hands
 from d4_sim.minecraft.record import Again, Person, Script, Settings, make_player, play
 from d4_sim.minecraft.recorder import Lines, Recorder
+from d4_sim.minecraft.replay import read_recorded
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "minecraft.yaml"
@@ -149,7 +150,11 @@ def test_from_a_played_game_to_a_dataset(tmp_path, capsys) -> None:
     assert "60 ticks in 2 episodes, 2 parts" in capsys.readouterr().out
     again = cli.Record(out=tmp_path / "rec", engine="fake", player="scripted", minutes=20 / 1200)
     again.run()
-    assert len(list((tmp_path / "rec").glob("fake-00000[012]-000.jsonl"))) == 3
+    parts = list((tmp_path / "rec").glob("fake-00000[012]-000.jsonl"))
+    assert len(parts) == 3
+    for part in parts:  # the name of the game, in the first line
+        assert ["engine" in json.loads(line) for line in part.read_text().splitlines()[:2]] == [True, False]
+        assert read_recorded(part).engine == "fake"
     spec = Contract.load(EXAMPLE).to_dict()
     spec["observations"][0]["size"] = [18, 32]
     spec["episode"] = None

@@ -162,7 +162,8 @@ class Benchmark:
         place.episode = self._episode(place)
         self.policy.begin(place.number, place.episode.seed, place.episode.task)
         if self.plan.keep is not None:
-            place.recorder = Recorder(self.plan.keep, f"{self.plan.engine.name}-{place.todo:06d}")
+            name = self.plan.engine.name
+            place.recorder = Recorder(self.plan.keep, f"{name}-{place.todo:06d}", engine=name)
 
     def _episode(self, place: _Place) -> Episode:
         assert place.todo is not None

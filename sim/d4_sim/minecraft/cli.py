@@ -21,6 +21,7 @@ from d4_datasets.errors import UserError, run_cli
 from d4_sim.minecraft.game import Engine, Rung, engine
 
 EngineName = Literal["minerl", "luanti", "luanti_wild", "crafter", "crafter_peaceful"]
+GameName = Literal["minerl", "luanti", "luanti_wild"]
 CONTRACT = Path("docs/examples/minecraft.yaml")
 
 
@@ -145,12 +146,14 @@ class Ladder:
 
     replay: Path
     """A recording of a contractor (<name>.jsonl), or events of a benchmark (<out>/events/<n>.jsonl)."""
+    engine: GameName | None = None
+    """The game of a recording that does not say it; without it that is Minecraft."""
 
     def run(self) -> int:
         """Print the rungs that it gets to."""
         from d4_sim.minecraft.replay import climb, read_recorded
 
-        recorded = read_recorded(self.replay)
+        recorded = read_recorded(self.replay, self.engine)
         game = engine(recorded.engine)
         minute = 60 * recorded.rate_hz
         print(f"{recorded.name}: {recorded.ticks} ticks, {recorded.ticks / minute:.1f} minutes, {game.title}")
@@ -160,7 +163,7 @@ class Ladder:
             print(f"{number:3d}  {step.rung.task:24} {count:10} from {step.begin / minute:6.2f} min  {end}")
         reached: dict[str, int] = {}
         for tick, told in recorded.told:
-            for name in (*told.reached, *(n for n in told.amounts if n in game.milestones)):
+            for name in told.reached:
                 reached.setdefault(name, tick)
         times = ", ".join(f"{name} {tick / minute:.2f}" for name, tick in reached.items()) or "none"
         print(f"milestones (minutes): {times}")
@@ -173,7 +176,7 @@ class Record:
 
     out: Path
     """Folder for the recordings; more are added to what is there."""
-    engine: Literal["minerl", "luanti", "luanti_wild"] = "minerl"
+    engine: GameName = "minerl"
     """The game."""
     player: str = "person"
     """person (a window), scripted (the engine's own), module:function, or a recording to play again."""
@@ -281,9 +284,9 @@ class Train:
             recipes.require_space(recipe, here)
             if code := recipes.run(recipe, here, _say):
                 return code
-        print(
-            f"next: d4-minecraft benchmark {self.out / 'run'} --episodes 1000 --python <python with MineRL>"
-        )
+        played = recipes.played_in(self.recordings)
+        how = "--python <python with MineRL>" if played == "minerl" else f"--engine {played}"
+        print(f"next: d4-minecraft benchmark {self.out / 'run'} --episodes 1000 {how}")
         return 0
 
     def _recipe(self) -> Any:

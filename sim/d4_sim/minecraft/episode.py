@@ -31,10 +31,11 @@ def world_seed(seed: int, number: int) -> int:
 
 @dataclass(frozen=True)
 class Event:
-    """What was done in a tick, by task."""
+    """What was done in a tick, by task, and the milestones that were there for the first time."""
 
     tick: int
     amounts: Mapping[str, float]
+    reached: tuple[str, ...] = ()
 
 
 class Episode:
@@ -44,7 +45,7 @@ class Episode:
         ticks: actions done so far.
         reached: milestone to the tick at which it was first there.
         prompts: (tick, task) whenever another task was asked for.
-        events: every tick in which a task was accomplished.
+        events: every tick in which a task was accomplished or a milestone reached.
         late_ms, action_ms, missed: as views say it (`View`): how late each view was, and each action, and how
             many ticks passed unseen.
         ended: why it is over: "time", "game" (the player died, or the game says so), or empty.
@@ -81,10 +82,10 @@ class Episode:
         """
         self.ticks += 1
         told = self._told(seen)
-        for name in told.reached:
-            self.reached.setdefault(name, self.ticks)
-        if told.amounts:
-            self.events.append(Event(self.ticks, told.amounts))
+        fresh = tuple(name for name in told.reached if name not in self.reached)
+        self.reached.update(dict.fromkeys(fresh, self.ticks))
+        if told.amounts or fresh:
+            self.events.append(Event(self.ticks, told.amounts, fresh))
         self._time(seen)
         if seen.over or self.ticks >= self.limit:
             self.ended = "time" if self.ticks >= self.limit else "game"
@@ -150,7 +151,10 @@ def write_events(path: Path, engine: Engine, episode: Episode) -> None:
         "format": EVENTS_FORMAT, "version": EVENTS_VERSION, "engine": engine.name,
         "rate_hz": engine.rate_hz, "ticks": episode.ticks, "seed": episode.seed,
     }  # fmt: skip
-    lines = [head, *({"tick": event.tick, "done": dict(event.amounts)} for event in episode.events)]
+    lines = [
+        head,
+        *({"tick": e.tick, "done": dict(e.amounts), "reached": e.reached} for e in episode.events),
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     aside.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -20,9 +20,11 @@ import torch
 from d4_core.config import PHASES, Preset, preset
 from d4_core.estimate import training_seconds, work
 from d4_core.memory import costs
+from d4_datasets import contractor
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_datasets.windows import cache_bytes
+from d4_sim.minecraft import replay
 from d4_sim.minecraft.keys import require_keyboard_and_mouse
 from d4_sim.stages import Command, Stage, State, clock, command, keys, run_command
 
@@ -80,6 +82,14 @@ def stock(folder: Path) -> Stock:
     lines = sum(_count_lines(path) for path in sample)
     frames = lines / max(1, len(sample)) * len(found)
     return Stock(len(found), frames / 20 / 3600, size)
+
+
+def played_in(folder: Path) -> str:
+    """The engine of the recordings in a folder, by the first of them; "minerl" where it names none."""
+    for path in sorted(folder.rglob("*.jsonl")):
+        for first in contractor.read_lines(path):
+            return replay.played(first) or "minerl"
+    return "minerl"
 
 
 def _count_lines(path: Path) -> int:

@@ -182,7 +182,8 @@ def play(engine: Engine, options: Mapping[str, Any], player: Player, settings: S
         _next(environment)
         while session.episodes < settings.episodes and session.ticks < settings.ticks:
             number = _free_number(settings.out, engine.name)
-            recorder = Recorder(settings.out, f"{engine.name}-{number:06d}", settings.most_late)
+            name = f"{engine.name}-{number:06d}"
+            recorder = Recorder(settings.out, name, settings.most_late, engine.name)
             try:
                 goes_on = _episode(environment, player, settings, session, recorder, number)
             except BaseException:

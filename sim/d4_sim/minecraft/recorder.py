@@ -32,9 +32,12 @@ class Lines:
 
     Lines are held back for a few ticks: the slot of the hotbar changes some time after the key that chose it,
     and readers would take that for a second key.
+
+    Args: engine: the game, for the first line; recordings of contractors name none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, engine: str = "") -> None:
+        self._engine = engine
         self._keys: list[str] = []
         self._buttons: list[int] = []
         self._slot: int | None = None
@@ -55,6 +58,8 @@ class Lines:
             "isGuiOpen": bool(said.get("gui")), "tick": self.number,
             "milli": round(1000 * self.number / RATE_HZ),
         }  # fmt: skip
+        if self._engine and not self.number:
+            line["engine"] = self._engine
         if said.get("stats") is not None:
             line["stats"] = said["stats"]
         if said.get("items") is not None:
@@ -114,14 +119,15 @@ class Recorder:
         folder: gets `<name>-000.mp4`, `<name>-000.jsonl` and so on.
         most_late: a part is left out if a larger share of its pictures came half a tick late or more: then
             actions and pictures do not belong together.
+        engine: name of the game, which the first line of every part says.
 
     Attributes:
         parts: files of lines that were written.
         refused: parts that were left out.
     """
 
-    def __init__(self, folder: Path, name: str, most_late: float = 1.0) -> None:
-        self.folder, self.name, self.most_late = folder, name, most_late
+    def __init__(self, folder: Path, name: str, most_late: float = 1.0, engine: str = "") -> None:
+        self.folder, self.name, self.most_late, self.engine = folder, name, most_late, engine
         folder.mkdir(parents=True, exist_ok=True)
         self.parts: list[Path] = []
         self.refused = self._part = self._late = 0
@@ -146,7 +152,7 @@ class Recorder:
 
     def _open(self, size: tuple[int, ...]) -> None:
         video, lines = (_aside(self._path(ending)) for ending in (".mp4", ".jsonl"))
-        self._lines, self._late = Lines(), 0
+        self._lines, self._late = Lines(self.engine), 0
         self._file = lines.open("w")
         self._container = av.open(str(video), "w", format="mp4")
         self._stream = self._container.add_stream("libx264", rate=Fraction(RATE_HZ), options=_CODEC)

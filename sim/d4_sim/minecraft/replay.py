@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from d4_datasets import contractor
 from d4_datasets.errors import UserError
 from d4_datasets.minecraft import RATE_HZ
 from d4_sim.minecraft.episode import EVENTS_FORMAT, EVENTS_VERSION
-from d4_sim.minecraft.game import Rung
+from d4_sim.minecraft.game import Engine, Rung, engine
 from d4_sim.minecraft.tasks import MILESTONES, Ladder, Told, Watch
 
 
@@ -21,7 +22,7 @@ class Recorded:
     """A recording as what happened in which tick, in order.
 
     Attributes:
-        engine: the game, by name; recordings of contractors are of "minerl", the same game.
+        engine: the game, by name: as the recording says, else "minerl", the game of contractors.
         ticks: of the whole recording.
         told: (tick, what happened) of every tick in which something did.
     """
@@ -33,22 +34,33 @@ class Recorded:
     told: tuple[tuple[int, Told], ...]
 
 
-def read_recorded(path: Path) -> Recorded:
+def read_recorded(path: Path, game: str | None = None) -> Recorded:
     """What happened in a recording of contractors, or in an episode of the benchmark.
 
+    Args: game: the engine of a recording that does not say it.
+
     Raises:
-        UserError: it is neither, of another version, damaged, or tells no events.
+        UserError: it is neither, of another version or game, damaged, or tells no events.
     """
     try:
         with path.open() as file:
             first = json.loads(file.readline())
     except (ValueError, UnicodeDecodeError):
         first = None
+    says = played(first)
+    if game and says and game != says:
+        raise UserError(f"{path} is of {engine(says).title}, not of {engine(game).title}: leave out --engine")
     if isinstance(first, dict) and first.get("format") == EVENTS_FORMAT:
         return _events(path, first)
     if not contractor.takes(path):
         raise UserError(f"{path} is neither a file of lines of a recording nor one of events of a benchmark")
-    return _lines(path)
+    return _lines(path, engine(says or game or "minerl"))
+
+
+def played(first: Any) -> str | None:
+    """The engine that the first line of a file names, None if it names none."""
+    says = first.get("engine") if isinstance(first, dict) else None
+    return says if isinstance(says, str) else None
 
 
 def _events(path: Path, head: Mapping[str, Any]) -> Recorded:
@@ -57,27 +69,59 @@ def _events(path: Path, head: Mapping[str, Any]) -> Recorded:
             f"{path} holds events of version {head.get('version')}, this d4 reads {EVENTS_VERSION}: use the "
             "d4 that wrote it, or play the episode again"
         )
-    told = []
+    try:
+        name, rate_hz, ticks = str(head["engine"]), _positive(head["rate_hz"]), _tick(head["ticks"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: line 1 is damaged ({error})") from None
+    game, told, last = engine(name), [], -1
     with path.open() as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                continue
+        next(file)
+        for number, line in enumerate(file, 2):
             try:
                 event = json.loads(line)
-                done = {str(task): float(amount) for task, amount in event["done"].items()}
-                told.append((int(event["tick"]), Told(done, ())))
+                tick, happened = _tick(event["tick"]), _happened(game, event)
+                if not last < tick <= ticks:
+                    raise ValueError(tick)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise UserError(f"{path}: line {number} is damaged") from None
-    try:
-        return Recorded(
-            str(path), str(head["engine"]), float(head["rate_hz"]), int(head["ticks"]), tuple(told)
-        )
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: line 1 is damaged ({error})") from None
+            told.append((tick, happened))
+            last = tick
+    return Recorded(str(path), name, rate_hz, ticks, tuple(told))
 
 
-def _lines(path: Path) -> Recorded:
-    watch, told, ticks, tells = Watch(tuple(MILESTONES)), [], 0, False
+def _happened(game: Engine, event: Mapping[str, Any]) -> Told:
+    """What a line of events says; where it names no milestones, those of the tasks that were done."""
+    done = {str(task): _amount(amount) for task, amount in event["done"].items()}
+    if "reached" not in event:
+        return Told(done, tuple(name for name in game.milestones if MILESTONES.get(name, name) in done))
+    if not set(event["reached"]) <= set(game.milestones):
+        raise ValueError(event["reached"])
+    return Told(done, tuple(event["reached"]))
+
+
+def _amount(value: Any) -> float:
+    """A number from 0 on. Raises ValueError for anything else."""
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise ValueError(f"{value!r} is no amount")
+    return float(value)
+
+
+def _positive(value: Any) -> float:
+    if not _amount(value) > 0:
+        raise ValueError(f"{value!r} is not above 0")
+    return float(value)
+
+
+def _tick(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no tick")
+    return int(value)
+
+
+def _lines(path: Path, game: Engine) -> Recorded:
+    if game.kind != "game":
+        raise UserError(f"{path} names {game.title}, which is not played by keyboard and mouse")
+    watch, told, ticks, tells = Watch(game.milestones), [], 0, False
     for ticks, line in enumerate(contractor.read_lines(path)):
         stats, items = contractor.counters(line)
         tells |= stats is not None or items is not None
@@ -86,7 +130,7 @@ def _lines(path: Path) -> Recorded:
             told.append((ticks, happened))
     if not tells:
         raise UserError(f"{path} has neither counters nor an inventory in its lines: it tells no events")
-    return Recorded(str(path), "minerl", RATE_HZ, ticks, tuple(told))
+    return Recorded(str(path), game.name, RATE_HZ, ticks, tuple(told))
 
 
 @dataclass(frozen=True)
