@@ -19,7 +19,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import numpy as np
 import tyro
@@ -30,6 +30,9 @@ from d4_datasets.errors import UserError, run_cli
 from d4_nodes import memory, wire
 from d4_nodes.memory import CAMERA, VECTOR, Field, Memory
 from d4_nodes.wire import Kind, Message, WireError
+
+if TYPE_CHECKING:
+    from d4_core.models import Models
 
 HEARTBEAT_S = 0.01
 _MOST_GUESTS = 32  # connections at a time; one of them is served
@@ -87,22 +90,16 @@ class PolicyBrain:
     kind = "policy"
 
     def __init__(self, folder: Path, seed: int = 0, argmax: bool = False, device: str = "auto") -> None:
-        from d4_core import checkpoint
-        from d4_core.models import load, weights_hash
-        from d4_core.pipeline import pick_device
         from d4_core.session import PolicySession
 
-        folder = _acting(folder)
-        models = load(folder, device=pick_device(device))
+        models, origins = _load(_acting(folder), device)
         self.contract = models.contract
         self.session = PolicySession(models, 1, seed, argmax=argmax)
         self.leads = models.acting.leads
         self.fields = memory.layout(self.contract, self.leads)
-        origin = checkpoint.load_config(folder).get("origin", {})
         self.card = {
-            "checkpoint": str(folder.resolve()), "weights": weights_hash(folder), "origin": origin,
-            "seed": seed, "argmax": argmax, "device": str(self.session.device), "leads": self.leads,
-            "step": self.session.accelerate(),
+            **origins, "seed": seed, "argmax": argmax, "device": str(self.session.device),
+            "leads": self.leads, "step": self.session.accelerate(),
         }  # fmt: skip
         self._begin(0)
 
@@ -138,20 +135,13 @@ class TokenizerBrain:
     kind = "tokenizer"
 
     def __init__(self, folder: Path, device: str = "auto") -> None:
-        from d4_core import checkpoint
-        from d4_core.models import load, weights_hash
-        from d4_core.pipeline import pick_device
-
-        folder = _encoding(folder)
-        models = load(folder, device=pick_device(device))
+        models, origins = _load(_encoding(folder), device)
         self.contract, self.tokenizer = models.contract, models.tokenizer
         self._cache = self.tokenizer.new_cache(1)
         cfg = self.tokenizer.cfg
         self.fields = memory.latents_layout(self.contract, cfg.num_latents, cfg.latent_dim)
         self.card = {
-            "checkpoint": str(folder.resolve()), "weights": weights_hash(folder),
-            "origin": checkpoint.load_config(folder).get("origin", {}),
-            "device": str(self.tokenizer.latents.device),
+            **origins, "device": str(self.tokenizer.latents.device),
             "tokens": cfg.num_latents, "channels": cfg.latent_dim,
         }  # fmt: skip
 
@@ -170,6 +160,25 @@ class TokenizerBrain:
             seen = observe(self.tokenizer, images, vectors, self.tokenizer.latents.device)
             shared["latents"][:] = self.tokenizer.encode_step(seen, self._cache)[0].cpu().numpy()
         shared["spans"][:] = time.perf_counter_ns() - began
+
+
+def _load(folder: Path, device: str) -> tuple[Models, dict[str, Any]]:
+    """Networks of a checkpoint folder, and what a card says of these very weights: folder, hash, origin.
+
+    Raises:
+        UserError: there is no checkpoint, or another took its place while it was read: the robot, which
+            refuses weights by their hash, would be told that of others than those that drive it.
+    """
+    from d4_core import checkpoint
+    from d4_core.models import load, weights_hash
+    from d4_core.pipeline import pick_device
+
+    weights = weights_hash(folder)
+    models = load(folder, device=pick_device(device))
+    origin = checkpoint.load_config(folder).get("origin", {})
+    if weights_hash(folder) != weights:
+        raise UserError(f"the checkpoint {folder} was replaced while it was read: start the server again")
+    return models, {"checkpoint": str(folder.resolve()), "weights": weights, "origin": origin}
 
 
 def _encoding(folder: Path) -> Path:
