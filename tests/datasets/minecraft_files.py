@@ -14,9 +14,23 @@ from d4_datasets.contract import Contract
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
+def in_degrees(spec: dict[str, Any]) -> dict[str, Any]:
+    """The content of minecraft.yaml with the other kind of camera: two continuous channels."""
+    classes = next(action for action in spec["actions"] if action["name"] == "camera")
+    camera = {key: classes[key] for key in ("name", "topic", "type", "align")} | {
+        "select": ["pitch", "yaw"], "units": ["deg", "deg"], "low": [-10, -10], "high": [10, 10],
+        "safety": "zeros",
+    }  # fmt: skip
+    return spec | {"actions": [camera if action is classes else action for action in spec["actions"]]}
+
+
 def contract(name: str = "minecraft", size: tuple[int, int] = (18, 32), **changes: Any) -> Contract:
-    """An example contract with small pictures and without cuts; `changes` replace whole sections."""
+    """An example contract with small pictures, without cuts and with the camera of minecraft.yaml in degrees;
+    `changes` replace whole sections.
+    """
     spec = Contract.load(EXAMPLES / f"{name}.yaml").to_dict()
+    if name == "minecraft":
+        spec = in_degrees(spec)
     spec["observations"][0]["size"] = list(size)
     spec["episode"] = None
     return Contract.from_dict(spec | changes)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from minecraft_files import contract
+from minecraft_files import EXAMPLES, contract
 
 from d4_datasets import minecraft
+from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_datasets.minecraft import COLUMN, KEYS, Events
 
@@ -141,10 +142,12 @@ def test_a_channel_that_asks_for_something_else_is_refused(channel, change, mess
         minecraft.channel_values(contract(actions=[spec]).actions[0], np.zeros((1, minecraft.SIZE)))
 
 
-def test_the_example_contract_has_all_keys_and_tasks():
-    spec = contract()
-    assert spec.actions[0].select == KEYS
-    assert len(KEYS) == 23
+def test_the_example_contract_has_the_papers_actions_and_tasks():
+    """23 binary keys and 121 classes of the camera; it had the camera in degrees."""
+    spec = Contract.load(EXAMPLES / "minecraft.yaml")
+    keys, camera = spec.actions
+    assert keys.select == KEYS
+    assert (len(KEYS), keys.kind, camera.kind, camera.classes) == (23, "binary", "categorical", 121)
     assert set(spec.task_names) == set(minecraft.TASKS)
     assert len(spec.task_names) == 20
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+sys.path.append(str(Path(__file__).parents[1] / "datasets"))
+import minecraft_files
+
 from d4_datasets import minecraft
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_sim.minecraft import keys, minerl_worker
 
 ROOT = Path(__file__).parents[2]
-CONTRACT = Contract.load(ROOT / "docs" / "examples" / "minecraft.yaml")
+EXAMPLE = Contract.load(ROOT / "docs" / "examples" / "minecraft.yaml")
+CONTRACT = Contract.from_dict(minecraft_files.in_degrees(EXAMPLE.to_dict()))
 DATA = Path(os.environ.get("D4_TEST_DATA") or ROOT.parent / "shared" / "data") / "vpt_actions"
 FILES = sorted(DATA.glob("*.one_hot_actions.pt"))
 
@@ -35,21 +40,6 @@ WIRE = (
 )
 CENTRES = (-10, -5.8095, -3.2154, -1.6095, -0.6154, 0, 0.6154, 1.6095, 3.2154, 5.8095, 10)
 EDGES = (0.271, 1.0531, 2.3166, 4.3577, 7.6547)
-
-
-def foveated() -> Contract:
-    """The example with the paper's camera: one of 121 classes."""
-    spec = CONTRACT.to_dict()
-    camera = spec["actions"][1]
-    for name in ("low", "high", "units"):
-        del camera[name]
-    spec["actions"][1] = camera | {
-        "select": ["foveated"],
-        "kind": "categorical",
-        "classes": 121,
-        "safety": "none",
-    }
-    return Contract.from_dict(spec)
 
 
 angles = st.floats(-10, 10, width=32)
@@ -87,7 +77,7 @@ def test_rows_of_the_contract_come_back(action) -> None:
     row = keys.to_row(CONTRACT, action)
     assert row.shape == (25,)
     np.testing.assert_array_equal(keys.to_action(CONTRACT, row), action)
-    coarse = foveated()
+    coarse = EXAMPLE
     row = keys.to_row(coarse, action)
     assert row.shape == (24,)
     back = keys.to_action(coarse, row)
@@ -99,8 +89,8 @@ def test_rows_of_the_contract_come_back(action) -> None:
 def test_every_class_of_the_camera_comes_back(index) -> None:
     row = np.zeros(24, np.float32)
     row[-1] = index
-    action = keys.to_action(foveated(), row)
-    assert keys.to_row(foveated(), action)[-1] == index
+    action = keys.to_action(EXAMPLE, row)
+    assert keys.to_row(EXAMPLE, action)[-1] == index
     pitch, yaw = action[-2:]
     np.testing.assert_allclose((pitch, yaw), (CENTRES[index // 11], CENTRES[index % 11]), atol=6e-5)
 
@@ -135,7 +125,7 @@ def test_real_actions_through_every_form(path) -> None:
         back = keys.to_action(CONTRACT, keys.to_row(CONTRACT, action))
         np.testing.assert_array_equal(back[:23], action[:23])
         np.testing.assert_allclose(back[23:], np.clip(action[23:], -10, 10), rtol=1e-6)
-        coarse = keys.to_action(foveated(), keys.to_row(foveated(), action))
+        coarse = keys.to_action(EXAMPLE, keys.to_row(EXAMPLE, action))
         assert minecraft.to_class(coarse[23:]) == minecraft.to_class(action[23:])
         text = dict(line.split(" ", 1) for line in keys.wire_text(minecraft.to_env(action)).splitlines())
         assert {key for key, value in text.items() if value == "1"} == {
@@ -178,4 +168,4 @@ def test_contracts_of_other_robots_are_refused() -> None:
     with pytest.raises(UserError, match="has no 'leap'"):
         keys.require_keyboard_and_mouse(changed(actions=[jump]), "x")
     keys.require_keyboard_and_mouse(CONTRACT, "x")
-    keys.require_keyboard_and_mouse(foveated(), "x")
+    keys.require_keyboard_and_mouse(EXAMPLE, "x")

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "datasets"))
 import fake_game
+import minecraft_files
 
 from d4_datasets import contractor, minecraft, stepwise
-from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_datasets.ingest import ingest
 from d4_datasets.windows import Windows
@@ -29,8 +30,6 @@ from d4_sim.minecraft.record import Again, Person, Script, Settings, make_player
 from d4_sim.minecraft.recorder import Lines, Recorder
 from d4_sim.minecraft.replay import read_recorded
 
-ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "docs" / "examples" / "minecraft.yaml"
 IMAGE = np.zeros((36, 64, 3), np.uint8)
 
 
@@ -155,10 +154,7 @@ def test_from_a_played_game_to_a_dataset(tmp_path, capsys) -> None:
     for part in parts:  # the name of the game, in the first line
         assert ["engine" in json.loads(line) for line in part.read_text().splitlines()[:2]] == [True, False]
         assert read_recorded(part).engine == "fake"
-    spec = Contract.load(EXAMPLE).to_dict()
-    spec["observations"][0]["size"] = [18, 32]
-    spec["episode"] = None
-    ingest([tmp_path / "rec"], Contract.from_dict(spec), tmp_path / "dataset", jobs=1)
+    ingest([tmp_path / "rec"], minecraft_files.contract(), tmp_path / "dataset", jobs=1)
     logs = Windows(tmp_path / "dataset")
     assert logs.num_frames == 41 + 21 + 21
     labelled = logs.action_mask.astype(bool)
