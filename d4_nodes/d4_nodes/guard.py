@@ -2,8 +2,9 @@
 
 It knows the contract and what it is told of the robot: when pictures came and whether they changed,
 heartbeats, the emergency stop, the dead-man switch. From that it makes a verdict on each command: sent as it
-is, sent within the limits, or replaced by each channel's safety action. It holds no clock and starts no
-thread: times are nanoseconds of whatever clock its user lives by.
+is, sent within the limits, or replaced by each channel's safety action. Once the verdict has been carried
+out, `sent` must say so: rates are limited from what was really sent, and `hold` holds that. It holds no clock
+and starts no thread: times are nanoseconds of whatever clock its user lives by.
 
 Rules, the first that holds decides:
 
@@ -42,7 +43,7 @@ class GuardConfig:
         enabled: False passes every finite command as it is; the emergency stop still works.
         frozen_frames: a camera that repeats a picture so often is frozen; 0 never.
         ahead_ms: a stamp so far ahead of the clock is wrong, and the sample does not count.
-        watchdog_ms: oldest sign of life of a watched process.
+        watchdog_ms: oldest sign of life of a watched process; None: 1.5 periods.
         dead_man: commands pass only while the switch is held.
         dead_man_ms: the switch counts as released if its messages stop for so long.
         send: False is shadow mode: everything is computed and counted, nothing is to be sent.
@@ -51,7 +52,7 @@ class GuardConfig:
     enabled: bool = True
     frozen_frames: int = 2
     ahead_ms: float = 20.0
-    watchdog_ms: float = 100.0
+    watchdog_ms: float | None = None
     dead_man: bool = False
     dead_man_ms: float = 500.0
     send: bool = True
@@ -103,8 +104,7 @@ class Guard:
     def __init__(self, contract: Contract, config: GuardConfig = GuardConfig()) -> None:
         self.contract, self.config = contract, config
         self.tally: dict[str, Tally] = {rule: Tally() for rule in RULES}
-        self._low = contract.action_low.astype(np.float64)
-        self._high = contract.action_high.astype(np.float64)
+        self._low, self._high = _limits(contract)
         self._rate = _per_component(contract)
         self._whole = np.repeat([c.kind != "continuous" for c in contract.actions], _dims(contract))
         self._holds = np.repeat([c.safety == "hold" for c in contract.actions], _dims(contract))
@@ -119,15 +119,19 @@ class Guard:
         self._switch = (False, 0)
         self._life: dict[str, int] = {}
         self._streams: dict[str, _Stream] = {}
-        self._last: np.ndarray | None = None
+        self._last = np.full(len(self._low), np.nan)  # what was sent last; NaN: nothing that is still known
+        self._chosen = (self._last, np.zeros(len(self._low), bool))  # by the last `check`, and which entries
         self._last_ns = 0
 
     # -- what it is told --
 
+    def start(self, now_ns: int) -> None:
+        """A run begins: whoever moved the robot before, what was last sent to it is not known any more."""
+        self._last = np.full_like(self._last, np.nan)
+        self.begin(now_ns)
+
     def begin(self, now_ns: int) -> None:
-        """Begin watching: streams count as fresh now; a stop stays, and so does what was last sent, from
-        which rates are limited and which `hold` holds.
-        """
+        """The clock begins anew: streams count as fresh now; a stop stays, and so does what was last sent."""
         self._streams = {name: _Stream(now_ns) for name in self._tolerance}
         self._last_ns, self._fault = now_ns, ""
         self._life = dict.fromkeys(self._life, now_ns)
@@ -175,6 +179,11 @@ class Guard:
         """Safety actions from now on for a reason of the caller's; an empty one ends it."""
         self._fault = reason
 
+    def sent(self, now_ns: int) -> None:
+        """What `check` decided last has been carried out (in shadow mode: would have been)."""
+        values, send = self._chosen
+        self._last, self._last_ns = np.where(send, values, self._last), now_ns
+
     # -- what it decides --
 
     def check(self, command: np.ndarray | None, now_ns: int) -> Verdict:
@@ -186,18 +195,18 @@ class Guard:
             rule, reason = "not_finite", f"the command is {np.array2string(np.asarray(command), precision=3)}"
         if rule:
             self._note(rule, reason, now_ns)
-            return self._safety(rule, reason, now_ns)
+            return self._safety(rule, reason)
         assert command is not None
         values, rules = np.asarray(command, np.float64), list[str]()
         if self.config.enabled:
             values, rules = self._bound(values, now_ns)
         for name in rules:
             self._note(name, f"the command was {np.array2string(np.asarray(command), precision=3)}", now_ns)
-        return self._sent(values, np.ones(len(values), bool), now_ns, False, tuple(rules), "")
+        return self._verdict(values, np.ones(len(values), bool), False, tuple(rules), "")
 
-    def forbids(self, now_ns: int) -> bool:
-        """Whether no command may pass now, whatever it holds."""
-        return bool(self._forbids(now_ns)[0])
+    def forbids(self, now_ns: int) -> str:
+        """The rule by which no command may pass now, whatever it holds; empty if one may."""
+        return self._forbids(now_ns)[0]
 
     def _forbids(self, now_ns: int) -> tuple[str, str]:
         """The rule that forbids any command now, and why; empty if none does."""
@@ -212,7 +221,7 @@ class Guard:
             if abs(now_ns - seen_ns) > self.config.dead_man_ms * 1e6:  # also where the clock was set back
                 return "dead_man", f"the dead-man switch was last seen {(now_ns - seen_ns) / 1e6:.0f} ms ago"
         for process, seen_ns in self._life.items():
-            if now_ns - seen_ns > self.config.watchdog_ms * 1e6:
+            if now_ns - seen_ns > self._longest_silence_ns():
                 text = f"the {process} has shown no life for {(now_ns - seen_ns) / 1e6:.0f} ms"
                 return "watchdog", f"{text}; {self._fault}" if self._fault else text
         for name, seen in self._streams.items():
@@ -225,41 +234,36 @@ class Guard:
                 return "frozen", f"{name} has sent the same picture {seen.repeats + 1} times"
         return ("fault", self._fault) if self._fault else ("", "")
 
+    def _longest_silence_ns(self) -> float:
+        wanted = self.config.watchdog_ms
+        return 1.5 * self.contract.period_ns if wanted is None else wanted * 1e6
+
     def _bound(self, values: np.ndarray, now_ns: int) -> tuple[np.ndarray, list[str]]:
         """The command within limits and rates, and the rules that changed it."""
         rules = []
         bounded = np.clip(np.where(self._whole, np.round(values), values), self._low, self._high)
         if (np.abs(bounded - values) > 1e-6 * (self._high - self._low)).any():
             rules.append("limit")
-        if self._last is not None:
-            step = np.full_like(self._rate, np.inf)  # not rate times time: infinity times no time is NaN
-            limited = np.isfinite(self._rate)
-            step[limited] = self._rate[limited] * max(0, now_ns - self._last_ns) / 1e9
-            slewed = np.clip(bounded, self._last - step, self._last + step)
-            if (np.abs(slewed - bounded) > 1e-6 * (self._high - self._low)).any():
-                rules.append("slew")
-            bounded = slewed
-        return bounded, rules
+        limited = np.isfinite(self._rate) & np.isfinite(self._last)
+        step = self._rate[limited] * max(0, now_ns - self._last_ns) / 1e9
+        slewed = bounded.copy()
+        slewed[limited] = np.clip(bounded[limited], self._last[limited] - step, self._last[limited] + step)
+        if (np.abs(slewed - bounded) > 1e-6 * (self._high - self._low)).any():
+            rules.append("slew")
+        return slewed, rules
 
-    def _safety(self, rule: str, reason: str, now_ns: int) -> Verdict:
+    def _safety(self, rule: str, reason: str) -> Verdict:
         """Each channel's safety action, not slewed: a stop is a stop, how to brake is the robot's."""
-        last = np.zeros_like(self._low) if self._last is None else self._last
+        is_known = np.isfinite(self._last)
+        held = np.clip(np.where(is_known, self._last, 0.0), self._low, self._high)
         # zeros are zeros: within limits that leave zero out they would be the slowest drive, not a stop
-        values = np.where(self._holds, np.clip(last, self._low, self._high), 0.0)
-        send = ~self._silent & ~(self._holds & (self._last is None))
-        return self._sent(values, send, now_ns, True, (rule,), reason)
+        values = np.where(self._holds, held, 0.0)
+        return self._verdict(values, ~self._silent & ~(self._holds & ~is_known), True, (rule,), reason)
 
-    def _sent(
-        self,
-        values: np.ndarray,
-        send: np.ndarray,
-        now_ns: int,
-        is_safe: bool,
-        rules: tuple[str, ...],
-        reason: str,
+    def _verdict(
+        self, values: np.ndarray, send: np.ndarray, is_safe: bool, rules: tuple[str, ...], reason: str
     ) -> Verdict:
-        before = np.zeros_like(values) if self._last is None else self._last
-        self._last, self._last_ns = np.where(send, values, before), now_ns
+        self._chosen = (values, send)
         return Verdict(values.astype(np.float32), send & self.config.send, is_safe, rules, reason)
 
     def _note(self, rule: str, reason: str, now_ns: int) -> None:
@@ -270,6 +274,27 @@ class Guard:
 
 def _dims(contract: Contract) -> list[int]:
     return [channel.dim for channel in contract.actions]
+
+
+def _limits(contract: Contract) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest value of every action component that is no more than the contract allows once it is
+    a float32, as a command is: 0.1 would become 0.10000000149."""
+    low, high = contract.action_low.copy(), contract.action_high.copy()
+    column = 0
+    for channel in contract.actions:
+        if channel.kind == "continuous":
+            for k in range(channel.dim):
+                low[column + k] = _inward(channel.low[k], np.inf)
+                high[column + k] = _inward(channel.high[k], -np.inf)
+        column += channel.dim
+    return low.astype(np.float64), high.astype(np.float64)
+
+
+def _inward(limit: float, inside: float) -> np.float32:
+    """The float32 next to a limit that does not lie beyond it, seen from `inside`."""
+    near = np.float32(limit)
+    is_beyond = float(near) < limit if inside > 0 else float(near) > limit
+    return np.nextafter(near, np.float32(inside)) if is_beyond else near
 
 
 def _per_component(contract: Contract) -> np.ndarray:

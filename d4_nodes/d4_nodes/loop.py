@@ -4,7 +4,8 @@ One thread. A frame that serves a tick is prepared and handed to the inference s
 goes out when its moment has come and not before. If the answer is not there by then, the plan of the last
 good tick has a command for this very moment (lead n); it is sent, and the miss is counted. Too many misses in
 a row, and every reason the guard may have, turn the command into the safety action; it takes a number of good
-ticks in a row to come back. Deadlines are absolute; nothing is ever caught up.
+ticks in a row to come back. Deadlines are absolute; nothing is ever caught up: a command whose time is over
+when the loop wakes up is not sent any more.
 
 Knows no ROS: `send` is whatever moves the robot, `Clock` whatever dates its frames.
 """
@@ -14,28 +15,32 @@ from __future__ import annotations
 import select
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import cv2
 import numpy as np
 
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
-from d4_datasets.messages import decode, look
+from d4_datasets.messages import decode
+from d4_nodes.due import Due, Schedule
+from d4_nodes.eyes import Eyes, NoSample
 from d4_nodes.guard import Guard, Verdict
 from d4_nodes.inbox import Inbox, Sample
 from d4_nodes.link import Link, Reply
 from d4_nodes.report import Report
-from d4_nodes.ticks import Tick, Ticker, oldest
+from d4_nodes.ticks import Tick, Ticker
 from d4_nodes.wire import WireError
 
 _JUMP_NS = 100_000_000  # clock against monotonic time: more in one look is a jump
 _NEVER = -(10**9)  # a tick that is long ago
 _SILENCE = 1.5  # periods without any command until the safety action is sent
 _PROMISED = 2  # periods: the robot never waits longer
+_NEAR_NS = 1_000_000_000  # an episode that starts so near to now was dated by the clock as it is now
+# rules after which a number of good ticks must come first: what came and went once may do so at every tick
+_DOUBTS = ("watchdog", "stale", "frozen", "not_finite")
+_AT_ONCE = ("emergency_stop", "dead_man", "watchdog", "fault")  # act when they are noticed, not when due
 
 
 class Clock(Protocol):
@@ -65,15 +70,6 @@ class LoopConfig:
     longest_wait_s: float = 0.02
     early_ns: int = 300_000
     decision_ms: float | None = None
-
-
-@dataclass
-class _Due:
-    """A command to be sent at `time_ns`; `tick` None is one between two ticks."""
-
-    time_ns: int
-    tick: Tick | None
-    values: np.ndarray | None = None
 
 
 class Loop:
@@ -120,41 +116,44 @@ class Loop:
         self.task = 0
         self.state = "waiting"
         self._send, self._connect, self._clock, self._log = send, connect, clock, log
-        self._decode, self.reward = decode, 0.0
+        self.reward = 0.0
+        self._eyes = Eyes(contract, inbox, self._see_again, decode)
         self._camera = contract.images[0].name
         self._others = tuple(name for name in self.inbox.names if name != self._camera)
-        self._depth_m = {camera.name: camera.depth_m for camera in contract.images}
         self._held = tuple(s.name for s in contract.observations if s.holds_for_ever)
-        self._longest = {s.name: oldest(s.align, contract.period_ns) for s in contract.observations}
         left = contract.latency_ns // 2
         if config.decision_ms is not None:
             left = max(0, contract.latency_ns - round(1e6 * config.decision_ms))
         self._ticker = Ticker(contract.period_ns, left)
         self._grace_ns = min(left, contract.period_ns // 4)  # for what was captured with a picture
         self._patience_ns = 0  # ... until then
-        self._blend = np.repeat(
-            [c.kind == "continuous" for c in contract.actions], [c.dim for c in contract.actions]
-        )
         self._link: Link | None = None
         self._knock: threading.Thread | None = None
-        self._due: deque[_Due] = deque()
-        self._stop, self._is_over, self._restart = threading.Event(), False, ""
+        # a command counts until the next one's time; a simulator's clock may go in long steps
+        count = config.commands_per_tick
+        slot_ns = contract.period_ns // count if self.keeps_real_time else _PROMISED * contract.period_ns
+        self._due = Schedule(contract, count, slot_ns)
+        self._stop, self._is_over = threading.Event(), False
+        self._restart = self._jump = self._stood_still = ""  # what other threads have seen
         self._beat_ns = self._spoke_ns = time.monotonic_ns()
         self._sent_ns = clock()  # as `_spoke_ns`, by the loop's clock
-        self._raw: dict[str, Any] = {}
         self._forget()
 
     def _forget(self) -> None:
-        """Back to the beginning of an episode."""
+        """Nothing is known, and nothing is held against anybody."""
+        self._forget_past()
+        self._is_safe, self._recovered = False, 0
+        self._eyes.forget()
+
+    def _forget_past(self) -> None:
+        """Back to the beginning of an episode; doubts stay."""
         self._due.clear()
         self._asked: tuple[Tick, int] | None = None  # at the server, and when it was handed over (monotonic)
         self._waits: Tick | None = None  # to be handed over once all that belongs to it is there, or ...
         self._good: tuple[Tick, np.ndarray] | None = None  # last answer: its tick and plan
         self._last_asked = _NEVER
         self._command: np.ndarray | None = None  # in force; None: unknown
-        self._misses, self._recovered = 0, 0
-        self._is_safe = False
-        self._raw.clear()
+        self._misses = 0
 
     # -- from other threads --
 
@@ -178,7 +177,7 @@ class Loop:
     def jumped(self, reason: str) -> None:
         """The clock has jumped: nothing of before can be compared with anything of now."""
         with self.lock:
-            self._start_ns, self._restart = None, reason
+            self._jump = reason
         self.inbox.wake()
 
     def now(self) -> int:
@@ -200,12 +199,19 @@ class Loop:
         """Seconds since anything was sent."""
         return (time.monotonic_ns() - self._spoke_ns) / 1e9
 
+    @property
+    def keeps_real_time(self) -> bool:
+        """Whether its clock runs as fast as that of the robot."""
+        return self.config.early_ns > 0
+
     def rest_from_outside(self, timeout_s: float) -> bool:
         """Send the safety action in place of a loop that stands still; False if it holds the lock."""
         if not self.lock.acquire(timeout=timeout_s):
             return False
         try:
-            self.guard.fault(f"the loop stood still for {self.beat_age_s():.3f} s")
+            # what it was about to send must not follow the safety action
+            self._stood_still = f"the loop stood still for {self.silence_s():.3f} s"
+            self.guard.fault(self._stood_still)
             self._rest()
         finally:
             self.lock.release()
@@ -213,9 +219,13 @@ class Loop:
 
     def abandon(self, timeout_s: float) -> bool:
         """The same for the last time: whatever the loop sends if it wakes up later goes nowhere."""
-        has_rested = self.rest_from_outside(timeout_s)
-        self._send = lambda verdict, now_ns: None
-        return has_rested
+        is_ours = self.lock.acquire(timeout=timeout_s)
+        try:
+            return is_ours and self.rest_from_outside(timeout_s)
+        finally:
+            self._send = lambda verdict, now_ns: None
+            if is_ours:
+                self.lock.release()
 
     def stop(self) -> None:
         """Make `run` return."""
@@ -229,7 +239,7 @@ class Loop:
         self._start_ns = None
         self._drift = self._clock() - time.monotonic_ns()
         with self.lock:
-            self.guard.begin(self._clock())
+            self.guard.start(self._clock())
         try:
             while not self._stop.is_set():
                 self._beat_ns = time.monotonic_ns()
@@ -250,14 +260,22 @@ class Loop:
 
     def _round(self) -> None:
         self._look_at_clock()
+        with self.lock:
+            reason, self._stood_still = self._stood_still, ""
+        if reason:
+            self._due.clear()
+            self._fail(reason, "the loop stood still")
         self._receive()
         self._tend_link()
         now = self._clock()
-        while len(self._due) > 1 and now >= self._due[1].time_ns:  # we were held up: never catch up
-            self.report.counts["commands left out"] += 1
-            self._due.popleft()
-        if self._due and now >= self._due[0].time_ns - self.config.early_ns:
-            self._publish(self._due.popleft())
+        self._leave_out(now)
+        if self.state == "driving":
+            with self.lock:
+                if self.guard.forbids(now) in _AT_ONCE:
+                    self._rest()
+        due_ns = self._due.next_ns
+        if due_ns is not None and now >= due_ns - self.config.early_ns:
+            self._publish(self._due.pop())
             return
         tick = self._ticker.next(now)
         if tick is not None:
@@ -269,41 +287,63 @@ class Loop:
             self._rest()  # no frames, no ticks: the robot still hears from us
         self._wait(now)
 
+    def _leave_out(self, now: int) -> None:
+        """Drop commands whose time is over, because we were held up: never catch up."""
+        count, late_ns = self._due.leave_out(now)
+        self.report.counts["commands left out"] += count
+        if late_ns >= self._due.slot_ns:
+            self._fail(f"a command was {late_ns / 1e6:.0f} ms late", "the loop was held up")
+
     def _silent_until(self) -> int | None:
         """When the robot must hear from us; None if a command is due before it has waited for two periods."""
-        if self._due and self._due[0].time_ns <= self._sent_ns + _PROMISED * self.contract.period_ns:
+        sent_ns = min(self._sent_ns, self._clock())  # it may be of a clock that was ahead
+        due_ns = self._due.next_ns
+        if due_ns is not None and due_ns <= sent_ns + _PROMISED * self.contract.period_ns:
             return None
-        return self._sent_ns + round(_SILENCE * self.contract.period_ns)
+        return sent_ns + round(_SILENCE * self.contract.period_ns)
 
     def _look_at_clock(self) -> None:
         drift = self._clock() - time.monotonic_ns()
         jump, self._drift = drift - self._drift, drift
-        if abs(jump) > _JUMP_NS and not self._restart:
+        if abs(jump) > _JUMP_NS:
             self.jumped(f"the clock jumped by {jump / 1e9:.3f} s")
         with self.lock:
-            reason, self._restart = self._restart, ""
-            if not reason:
-                return
-            self.guard.begin(self._clock())
+            jumped, reason = self._jump, self._jump or self._restart
+            is_start, start_ns = bool(self._restart), self._start_ns
+            self._jump = self._restart = ""
+        if not reason:
+            return
         self._log(reason)
         self.state = "waiting"
         self.report.reasons[reason.split(" by ")[0]] += 1
-        if "clock" in reason:
-            self.inbox.clear(held=self._held)
-            self._rest()
+        if jumped:
+            is_dated_now = start_ns is not None and abs(start_ns - self._clock()) < _NEAR_NS
+            self._start_ns = start_ns if is_start and is_dated_now else None
+            self._begin_clock(jumped)
         self._forget_keeping_request()
         self._ticker.begin(self._start_ns)
         if self._start_ns is not None:  # the frame of tick 0 mostly comes before the message that starts it
             for stamp_ns in self.inbox.since(
-                self._camera, self._start_ns - (self._longest[self._camera] or 0)
+                self._camera, self._start_ns - (self._eyes.longest[self._camera] or 0)
             ):
                 self._ticker.frame(stamp_ns)
+
+    def _begin_clock(self, reason: str) -> None:
+        """Nothing that was dated before the jump counts."""
+        with self.lock:
+            self.guard.begin(self._clock())
+        self._is_safe, self._recovered = False, 0
+        self._eyes.forget()
+        self.inbox.clear(held=self._held)
+        if self.keeps_real_time:  # in simulation that is how an episode begins
+            self._fail(reason, "the clock was set")
+        self._rest()
 
     def _forget_keeping_request(self) -> None:
         """Forget, but a request at the server is still there: its answer must be taken and ignored."""
         busy = self._link is not None and self._link.is_busy
         asked = self._asked
-        self._forget()
+        self._forget_past()
         self._asked = asked if busy else None
         self._ignore = busy
 
@@ -372,6 +412,8 @@ class Loop:
             return
         (tick, began), self._asked = self._asked, None
         self.report.add("answer", time.monotonic_ns() - began)
+        if not np.isfinite(reply.plan).all():
+            self._last_asked = _NEVER  # its memory may hold it for as long as it looks back
         if reply.failure:
             self._fail(f"the inference server failed: {reply.failure}", "the server failed")
             return
@@ -386,7 +428,7 @@ class Loop:
         self.report.counts["ticks"] += 1
         if not tick.is_fresh:
             self.report.counts["ticks without a frame of their own"] += 1
-        self._due.append(_Due(tick.anchor_ns + self.contract.latency_ns, tick))
+        self._due.add(Due(tick.anchor_ns + self.contract.latency_ns, tick))
         if self._link is not None and (self._ignore or not self._link.is_busy):
             self._waits, self._patience_ns = tick, self._clock() + self._grace_ns
             self._hand_over()
@@ -409,7 +451,13 @@ class Loop:
         """Hand the observation of a tick to the server, which is free."""
         assert self._link is not None
         began = time.monotonic_ns()
-        if not self._prepare(tick):
+        try:
+            self._eyes.fill(self._link.cameras, self._link.vectors, tick)
+        except NoSample:  # the guard says that it is stale; for the importer too an episode ends here
+            self._last_asked = _NEVER
+            return
+        except UserError as error:
+            self._fail(str(error), "an observation could not be used")
             return
         self.report.add("prepare", time.monotonic_ns() - began)
         forget = tick.number - self._last_asked > self.config.forget_after
@@ -421,35 +469,6 @@ class Loop:
             return
         self._asked, self._last_asked = (tick, began), tick.number
 
-    def _prepare(self, tick: Tick) -> bool:
-        """Put the observation of a tick into shared memory; False if a stream has none that can be used."""
-        assert self._link is not None
-        targets = self._link.cameras | self._link.vectors
-        for name, target in targets.items():
-            sample = self.inbox.at(name, tick.stamp_ns if name == self._camera else tick.anchor_ns)
-            if sample is None or self._is_too_old(name, sample, tick):  # the guard says that it is stale
-                self._last_asked = _NEVER  # for the importer too an episode ends here
-                return False
-            try:
-                if name in self._link.cameras:
-                    self._look(name, sample)
-                    depth_m = self._depth_m[name]
-                    target[...] = look(sample.message, target.shape[:2], depth_m, self._decode)
-                elif np.isfinite(sample.message).all():
-                    target[...] = sample.message
-                else:
-                    raise ValueError("it holds NaN or infinity")
-            except (UserError, ValueError, TypeError, AttributeError, cv2.error) as error:
-                self._fail(f"{name} cannot be used: {error}", "an observation could not be used")
-                return False
-        return True
-
-    def _is_too_old(self, name: str, sample: Sample, tick: Tick) -> bool:
-        """Whether a sample does not count for a tick any more, as `align.sample` has it."""
-        longest = self._longest[name]
-        time_ns = tick.time_ns if name == self._camera else tick.anchor_ns
-        return longest is not None and time_ns - sample.stamp_ns > longest
-
     def _fail(self, reason: str, kind: str) -> None:
         """Safety actions from now on, until enough answers in a row have come in time."""
         self.report.reasons[kind] += 1
@@ -457,49 +476,60 @@ class Loop:
             self.guard.fault(reason)
         self._is_safe, self._recovered = True, 0
 
-    def _look(self, camera: str, sample: Sample) -> None:
-        """Compare a picture with the one before, byte by byte."""
-        data = np.frombuffer(sample.message.data, np.uint8)
-        before = self._raw.get(camera)
-        if before is None or before[0] != sample.stamp_ns:
-            is_same = before is not None and np.array_equal(before[1], data)
-            self._raw[camera] = (sample.stamp_ns, data)
-            with self.lock:
-                self.guard.look(camera, is_same)
+    def _see_again(self, camera: str, is_same: bool) -> None:
+        with self.lock:
+            self.guard.look(camera, is_same)
 
     # -- a command --
 
-    def _publish(self, due: _Due) -> None:
+    def _publish(self, due: Due) -> None:
         values = due.values if due.tick is None else self._decide(due)
         began = time.monotonic_ns()
         with self.lock:
             verdict = self.guard.check(values, max(due.time_ns, self._clock()))
             self.report.add("guard", time.monotonic_ns() - began)
             while (now := self._clock()) < due.time_ns:
-                if self._restart:
+                if self._restart or self._jump:
                     return
+            if self._stood_still or now >= due.time_ns + self._due.slot_ns:  # held up since we looked
+                self._due.add(due)  # to be left out, and said
+                return
             began = time.monotonic_ns()
-            self._send(verdict, now)
-            self._sent_ns, self._spoke_ns = now, time.monotonic_ns()
+            self._hand_on(verdict, now)
             self.report.add("publish", time.monotonic_ns() - began)
         self._after(due, verdict, now)
 
-    def _after(self, due: _Due, verdict: Verdict, now: int) -> None:
+    def _hand_on(self, verdict: Verdict, now: int) -> None:
+        """Send; only what has been sent counts as sent."""
+        self._send(verdict, now)
+        self.guard.sent(now)
+        self._sent_ns, self._spoke_ns = now, time.monotonic_ns()
+
+    def _after(self, due: Due, verdict: Verdict, now: int) -> None:
         # what was not sent, or not sent whole, leaves open what the robot does
         self._command = verdict.values if verdict.send.all() else None
-        if due.tick is None:
-            return
-        self.report.command(now)
-        self.report.add("lateness", now - due.time_ns)
+        if due.tick is not None:
+            self.report.command(now)
+            self.report.add("lateness", now - due.time_ns)
+            if not verdict.is_safe:
+                self.report.add("latency", now - due.tick.stamp_ns)
+            self._conclude(verdict)
+
+    def _conclude(self, verdict: Verdict) -> None:
+        """Say what changed, and lose trust in what has just failed."""
         self.report.counts["safe"] += verdict.is_safe
-        if not verdict.is_safe:
-            self.report.add("latency", now - due.tick.stamp_ns)
         state = verdict.rules[0] if verdict.is_safe else "driving"
+        if state == "no_command" and self.state == "waiting":
+            return
         if state != self.state:
             self._log(f"safety action ({state}): {verdict.reason}" if verdict.is_safe else state)
         self.state = state
+        if state in _DOUBTS:
+            if not self._is_safe:
+                self._fail(verdict.reason, state)
+            self._recovered = 0
 
-    def _decide(self, due: _Due) -> np.ndarray | None:
+    def _decide(self, due: Due) -> np.ndarray | None:
         """The command for a tick: its own answer, or the plan of the last good one for this moment."""
         assert due.tick is not None
         if self._link is not None and self._link.is_busy:
@@ -507,7 +537,7 @@ class Loop:
         lead = self._lead(due.tick)
         if lead == 0:
             self._misses = 0
-            self._recover()
+            self._recover(self._good is not None and bool(np.isfinite(self._good[1]).all()))
         else:
             self._misses += 1
             self._recovered = 0
@@ -517,7 +547,7 @@ class Loop:
         if lead is None or self._good is None:
             return None
         plan = self._good[1]
-        self._between(due, plan[lead:])
+        self._due.add_between(due, plan[lead:])
         return plan[lead]
 
     def _lead(self, tick: Tick) -> int | None:
@@ -527,30 +557,20 @@ class Loop:
         lead = tick.number - self._good[0].number
         return lead if 0 <= lead < len(self._good[1]) else None
 
-    def _recover(self) -> None:
-        self._recovered += 1
+    def _recover(self, is_good: bool) -> None:
+        """An answer came in time; whether it can be used as well."""
+        self._recovered = self._recovered + 1 if is_good else 0
         if self._is_safe and self._recovered < self.config.recover_after:
             return
         self._is_safe = False
         with self.lock:
             self.guard.fault("")
 
-    def _between(self, due: _Due, plan: np.ndarray) -> None:
-        """Queue the commands between this tick's and the next one's."""
-        count = self.config.commands_per_tick
-        if count < 2 or len(plan) < 2:
-            return
-        for j in range(1, count):
-            share = np.where(self._blend, j / count, 0.0)
-            values = plan[0] + share * (plan[1] - plan[0])
-            self._due.append(_Due(due.time_ns + j * self.contract.period_ns // count, None, values))
-        self._due = deque(sorted(self._due, key=lambda d: d.time_ns))
-
     # -- waiting and resting --
 
     def _wait(self, now: int) -> None:
-        times = [d.time_ns - self.config.early_ns for d in list(self._due)[:1]]
-        deadline = self._ticker.deadline()
+        due_ns, deadline = self._due.next_ns, self._ticker.deadline()
+        times = [] if due_ns is None else [due_ns - self.config.early_ns]
         times += [] if deadline is None else [deadline]
         silent_until = self._silent_until()
         times += [] if silent_until is None else [silent_until]
@@ -566,9 +586,10 @@ class Loop:
         with self.lock:
             now = self._clock()
             self._command = None  # what the robot does now is not what the model chose
-            self._sent_ns = now
-            self._send(self.guard.check(None, now), now)
-            self._spoke_ns = time.monotonic_ns()
+            self._sent_ns = now  # also if it fails: not again at once
+            verdict = self.guard.check(None, now)
+            self._hand_on(verdict, now)
+            self._conclude(verdict)
 
     def _rest_anyhow(self) -> None:
         """The same where nothing may end the loop: a failing middleware may work again at the next try."""

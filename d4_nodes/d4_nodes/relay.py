@@ -124,6 +124,11 @@ class Relay:
         """The clock that dates observations, ns."""
         return self._clock()
 
+    @property
+    def keeps_real_time(self) -> bool:
+        """Whether it measures periods by the monotonic clock."""
+        return self._pace is time.monotonic_ns
+
     def beat_age_s(self) -> float:
         """Seconds since the relay last went round, 0 once it has ended as it was asked to."""
         return 0.0 if self._is_over else (time.monotonic_ns() - self._beat_ns) / 1e9
@@ -144,9 +149,13 @@ class Relay:
 
     def abandon(self, timeout_s: float) -> bool:
         """The same for the last time: whatever the relay sends if it wakes up later goes nowhere."""
-        has_rested = self.rest_from_outside(timeout_s)
-        self._send = lambda verdict, now_ns: None
-        return has_rested
+        is_ours = self.lock.acquire(timeout=timeout_s)
+        try:
+            return is_ours and self.rest_from_outside(timeout_s)
+        finally:
+            self._send = lambda verdict, now_ns: None
+            if is_ours:
+                self.lock.release()
 
     def stop(self) -> None:
         """Make `run` return."""
@@ -157,6 +166,8 @@ class Relay:
 
     def run(self) -> None:
         """Go round until `stop`; then send the safety action, last of all."""
+        with self.lock:
+            self.guard.start(self._clock())
         self.begin()
         try:
             while not self._stop.is_set():
@@ -284,6 +295,7 @@ class Relay:
                 self.guard.tally["no_command"].reason = why
             checked = time.monotonic_ns()
             self._send(verdict, now)
+            self.guard.sent(now)
             self._sent_ns = time.monotonic_ns()
             self.report.add("guard", checked - began)
             self.report.add("publish", time.monotonic_ns() - checked)

@@ -43,7 +43,7 @@ class Runner(Generic[_Driver]):
         self, loop: _Driver, settings: Realtime = Realtime(), log: Callable[[str], None] = print
     ) -> None:
         self.loop, self.settings, self._log = loop, settings, log
-        self._watchdog = Watchdog(loop)
+        self._watchdog = Watchdog(loop, self._prepare)
         self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
 
     def start(self) -> None:
@@ -96,9 +96,12 @@ class Runner(Generic[_Driver]):
         self.loop.report.write(path, rules)
         return path
 
-    def _run(self) -> None:
+    def _prepare(self) -> list[str]:
         s = self.settings
-        for line in realtime.prepare_thread(s.priority, s.cores, s.lock_memory):
+        return realtime.prepare_thread(s.priority, s.cores, s.lock_memory)
+
+    def _run(self) -> None:
+        for line in self._prepare():
             self._log(f"warning: {line}")
         with realtime.quiet_interpreter():
             self.loop.run()

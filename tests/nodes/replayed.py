@@ -183,9 +183,8 @@ class _Replay(Loop):
                 self._round()
             if self.now_ns >= until_ns:
                 return
-            times = [due.time_ns for due in self._due] + [until_ns, self.now_ns + _STEP]
-            deadline = self._ticker.deadline()
-            times += [] if deadline is None else [deadline]
+            times = [until_ns, self.now_ns + _STEP]
+            times += [time for time in (self._due.next_ns, self._ticker.deadline()) if time is not None]
             times += [] if self._waits is None else [self._patience_ns]
             self.now_ns = max(self.now_ns + 1, min(time for time in times if time > self.now_ns))
 

@@ -33,6 +33,8 @@ class Scripted:
         shared["plan"][:] = np.broadcast_to(plan, shared["plan"].shape)
         if fault == "nan":
             shared["plan"][:, 0] = np.nan
+        elif fault == "nan now and then":
+            shared["plan"][:, 0] += np.nan if self._count % 2 else 0.0
         elif fault == "huge":
             shared["plan"][:] = 1e9
         elif fault == "raise":

@@ -176,13 +176,38 @@ def test_emergency_stop_during_motion(rig) -> None:
     rig.until_driving()
 
 
-def test_the_clock_jumps(rig, monkeypatch) -> None:
-    """In simulation: everything is dated an hour later from one moment to the next."""
-    shift = 3600 * 10**9
+@pytest.mark.parametrize("shift_s", [3600, -3600])
+def test_the_clock_jumps(rig, shift_s) -> None:
+    """Everything is dated an hour later or earlier from one moment to the next."""
+    shift, since = shift_s * 10**9, time.time_ns()
     rig.camera.shift_ns = shift
     rig.loop._clock = lambda: time.time_ns() + shift
-    rig.until(lambda: any("clock jumped" in line for line in rig.said), 2)
-    rig.until(lambda: rig.motors.commands[-1][0] > time.time_ns() + shift // 2, 2)
+    rig.until(lambda: rig.report.reasons["the clock was set"] == 1, 2)
+    rig.until(lambda: len(commands_after(rig, since + shift, shift_s)) > 7, 2)
+    first = commands_after(rig, since + shift, shift_s)
+    assert first[0][0] - since - shift < 1e9 * (TWO_PERIODS_S + SLACK_S)
+    assert [is_safe for _, is_safe, _ in first[:4]] == [True] * 4  # until enough good ticks have come
+    rig.until_driving()
+
+
+def commands_after(rig, since: int, shift_s: int) -> list:
+    """Commands dated by the new clock."""
+    half = abs(shift_s) * 10**9 // 2
+    return [c for c in rig.motors.commands if c[0] >= since and c[0] < since + half]
+
+
+def test_the_clock_jumps_as_an_episode_begins(rig) -> None:
+    """The jump was overlooked: no command went out for as long as the old clock was ahead."""
+    shift = -30 * 10**9
+    with rig.loop.lock:  # the loop sees both at once
+        rig.loop.begin(time.time_ns())
+        rig.camera.shift_ns = shift
+        rig.loop._clock = lambda: time.time_ns() + shift
+    longest, end = 0.0, time.monotonic() + 1.0
+    while time.monotonic() < end:
+        longest = max(longest, rig.loop.silence_s())
+        time.sleep(0.005)
+    assert longest < TWO_PERIODS_S + SLACK_S
     rig.until_driving()
 
 
@@ -206,6 +231,7 @@ def test_a_loop_that_stands_still_is_replaced_by_the_watchdog(rig) -> None:
     rig.until(lambda: rig.watchdog.count > 0, 2)
     assert rig.safe_after_s(since) < TWO_PERIODS_S + SLACK_S
     rig.until_driving()
+    assert rig.report.counts["safety actions of the watchdog"] == rig.watchdog.count
 
 
 def test_a_loop_that_hangs_right_before_it_sends_leaves_no_longer_pause(rig) -> None:
