@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 
 from d4_datasets import minecraft
+from d4_datasets.errors import UserError
 from d4_sim.minecraft import keys
+from d4_sim.minecraft.benchmark import Plan, require_told
 from d4_sim.minecraft.check import mine_rl
 from d4_sim.minecraft.environment import Environment
 from d4_sim.minecraft.minerl import ENGINE, SCRIPT
+from d4_sim.minecraft.tasks import LADDER
 
 PYTHON = os.environ.get("D4_MINERL_PYTHON", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="D4_MINERL_PYTHON names no interpreter that has MineRL")
@@ -87,5 +90,28 @@ def test_the_worker_opens_the_environment_without_the_game(tmp_path, monkeypatch
     try:
         assert environment.receive() is None
         assert not environment.realtime
+        require_told(Plan(engine=ENGINE, options={}, rungs=LADDER, ticks=72_000), environment)
+    finally:
+        environment.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("MineRLObtainDiamondShovel-v0", "has no counter that tells place_crafting_table"),
+        ("MineRLBasaltFindCave-v0", "has no counter that tells mine_log"),
+        ("MineRLTreechop-v0", "is not played with the 23 keys"),
+        ("MineRLNoSuchThing-v0", "MineRL makes no environment MineRLNoSuchThing-v0"),
+    ],
+)
+def test_other_environments_of_the_package_are_refused(tmp_path, monkeypatch, name, sentence) -> None:
+    """They have fewer keys, a smaller picture, or no counters, and would be played to no end."""
+    monkeypatch.setenv("DISPLAY", os.environ.get("DISPLAY", ":0"))
+    options = {"python": PYTHON, "env": name}
+    plan = Plan(engine=ENGINE, options=options, rungs=LADDER, ticks=72_000)
+    environment = Environment(ENGINE, options, tmp_path / "log")
+    try:
+        with pytest.raises(UserError, match=sentence):
+            require_told(plan, environment) if environment.receive() is None else None
     finally:
         environment.close()

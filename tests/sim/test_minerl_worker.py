@@ -12,20 +12,34 @@ import pytest
 
 from d4_datasets import minecraft
 from d4_datasets.errors import UserError
+from d4_sim.minecraft.benchmark import Plan, require_told
 from d4_sim.minecraft.environment import Environment, Lost
+from d4_sim.minecraft.game import Rung
 from d4_sim.minecraft.keeper import descendants
 from d4_sim.minecraft.minerl import ENGINE
-from d4_sim.minecraft.tasks import Watch
+from d4_sim.minecraft.tasks import LADDER, Watch
 
 STAND_IN = '''
 import os
 import numpy as np
+
+from types import SimpleNamespace as Space
+KEYS = """ESC attack back camera drop forward inventory jump left pickItem right sneak sprint swapHands use
+    hotbar.1 hotbar.2 hotbar.3 hotbar.4 hotbar.5 hotbar.6 hotbar.7 hotbar.8 hotbar.9""".split()
+COUNTERS = ["mine_block", "craft_item", "use_item", "full_stats", "inventory", "location_stats"]
 
 class Env:
     """As MineRL answers: numbers as arrays, a game that is lost only told in `info`."""
     def __init__(self, name):
         self.name, self.seeds, self.tick = name, [], 0
         self.unwrapped = self
+        keys = KEYS[:9] if name == "Treechop" else KEYS
+        self.action_space = Space(spaces=dict.fromkeys(keys))
+        seen = {"pov": Space(shape=(64, 64, 3) if name == "Small" else (360, 640, 3))}
+        if name != "Basalt":
+            seen.update(dict.fromkeys(["inventory"] if name == "Shovel" else COUNTERS))
+        self.observation_space = Space(spaces=seen)
+        self.spec = Space(max_episode_steps=18000 if name == "Short" else None)
     def seed(self, seed, seed_spaces=True):
         assert isinstance(seed, int) and not seed_spaces
         self.seeds.append(seed)
@@ -52,6 +66,8 @@ class Env:
         pass
 
 def make(name):
+    if name == "None-v0":
+        raise KeyError("No registered env with id: None-v0")
     return Env(name)
 '''
 
@@ -140,6 +156,51 @@ def test_a_missing_display_is_said(stand_in, monkeypatch) -> None:
             environment.receive()
     finally:
         environment.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("Treechop", "Treechop is not played with the 23 keys and the camera: it lacks, .* hotbar.1"),
+        ("Small", r"Small shows pictures of \(64, 64, 3\), not of \(360, 640, 3\)"),
+        ("None-v0", "MineRL makes no environment None-v0: 'No registered env"),
+    ],
+)
+def test_environments_that_no_person_plays_are_refused(stand_in, name, sentence) -> None:
+    """Any registered one was accepted."""
+    environment = start(stand_in, env=name)
+    try:
+        with pytest.raises(UserError, match=sentence):
+            environment.receive()
+    finally:
+        environment.close()
+
+
+def plan(name: str, task: str | None = None, minutes: float = 60) -> Plan:
+    rungs = LADDER if task is None else (Rung(task, None),)
+    return Plan(engine=ENGINE, options={"env": name}, rungs=rungs, ticks=round(1200 * minutes))
+
+
+def test_environments_that_do_not_tell_the_tasks_are_refused(stand_in) -> None:
+    """Without counters the ladder would wait at placing a table for ever, and a limit ends it early."""
+    ready = {}
+    for name in ("Human", "Shovel", "Basalt", "Short"):
+        ready[name] = start(stand_in, env=name)
+    try:
+        for environment in ready.values():
+            assert environment.receive() is None
+        require_told(plan("Human"), ready["Human"])
+        with pytest.raises(UserError, match="Shovel has no counter that tells place_crafting_table"):
+            require_told(plan("Shovel"), ready["Shovel"])
+        require_told(plan("Shovel", "mine_log"), ready["Shovel"])
+        with pytest.raises(UserError, match="Basalt has no counter that tells mine_log"):
+            require_told(plan("Basalt", "mine_log"), ready["Basalt"])
+        with pytest.raises(UserError, match="Short ends an episode after 15 minutes: give --minutes 15"):
+            require_told(plan("Short"), ready["Short"])
+        require_told(plan("Short", minutes=15), ready["Short"])
+    finally:
+        for environment in ready.values():
+            environment.close()
 
 
 @pytest.mark.skipif(shutil.which("Xvfb") is None, reason="Xvfb is not installed")

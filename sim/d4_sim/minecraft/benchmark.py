@@ -27,6 +27,7 @@ from d4_sim.minecraft.keys import require_keyboard_and_mouse, to_action
 from d4_sim.minecraft.policies import Policy
 from d4_sim.minecraft.recorder import Recorder
 from d4_sim.minecraft.results import Results
+from d4_sim.minecraft.tasks import is_told
 
 REPEATS = 2
 _FALSE_STARTS = 3  # in a row, when no episode has ever begun
@@ -139,6 +140,7 @@ class Benchmark:
     def _answer(self, place: _Place, environment: Environment) -> None:
         seen = environment.receive()
         if seen is None:  # the word that it is ready
+            require_told(self.plan, environment)
             self._begin(place)
             return
         assert place.todo is not None
@@ -273,6 +275,25 @@ def require_ready(plan: Plan, policy: Policy) -> None:
     require_fit(plan.engine, policy.contract, policy.name)
     for rung in plan.rungs:
         policy.task_number(rung.task)
+
+
+def require_told(plan: Plan, environment: Environment) -> None:
+    """Check that an environment that is ready tells of all tasks, and plays as long as an episode is.
+
+    Raises:
+        UserError: a task would be asked for for ever, or episodes would end early.
+    """
+    name = plan.options.get("env", plan.engine.title)
+    if environment.tells is not None:
+        for rung in plan.rungs:
+            if not is_told(rung.task, environment.tells):
+                raise UserError(
+                    f"{name} has no counter that tells {rung.task}, which would be asked for for ever: "
+                    "leave out --env, or, if it shows the inventory, ask with --prompt for what leaves an item"
+                )
+    if environment.most_ticks is not None and environment.most_ticks < plan.ticks:
+        minutes = environment.most_ticks / 60 / plan.engine.rate_hz
+        raise UserError(f"{name} ends an episode after {minutes:g} minutes: give --minutes {minutes:g}")
 
 
 def require_fit(engine: Engine, contract: Contract, name: str) -> None:

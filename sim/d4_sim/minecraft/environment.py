@@ -58,11 +58,19 @@ class Environment:
         engine: what to open.
         options: for its `opens`, or for the script: `python` is the interpreter.
         log: file that takes what the process prints.
+
+    Attributes:
+        realtime: whether the game goes on between two steps; known once it is ready, as what follows.
+        tells: the families of counters that it has ("mine_block", ...), and "inventory"; None if it does not
+            say, and then it has what its tasks need.
+        most_ticks: after which it ends every episode, None if it does not.
     """
 
     def __init__(self, engine: Engine, options: Mapping[str, Any], log: Path) -> None:
         self.engine, self.log = engine, log
         self.realtime = False
+        self.tells: frozenset[str] | None = None
+        self.most_ticks: int | None = None
         mine, its = socket.socketpair()
         self._life, life = os.pipe()[::-1]  # the keeper reads its end until this process is gone
         command = [sys.executable, keeper.__file__, str(its.fileno()), str(life)]
@@ -127,6 +135,8 @@ class Environment:
             raise Lost(text.rstrip("."))
         if kind == wire.HELLO:
             self.realtime = bool(said.get("realtime"))
+            self.tells = frozenset(said["tells"]) if "tells" in said else None
+            self.most_ticks = said.get("most_ticks")
             return None
         return Seen(_picture(said, data), said)
 

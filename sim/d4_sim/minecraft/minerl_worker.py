@@ -35,6 +35,7 @@ KEYS = (
 )  # fmt: skip
 # where the environment has the counters that recordings call minecraft.<family>:minecraft.<name>
 FAMILIES = ("mine_block", "craft_item", "use_item")
+POV = (360, 640, 3)  # height, width, colours
 _DISPLAY_S = 20.0
 
 
@@ -61,9 +62,10 @@ def counters(seen: dict[str, Any]) -> dict[str, int] | None:
 def say(seen: dict[str, Any], over: bool, monitors: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     """An observation as the JSON and the data of a message; the picture shows the pointer already."""
     pov = np.ascontiguousarray(seen["pov"], np.uint8)
-    items = {
-        name: int(count) for name, count in seen.get("inventory", {}).items() if count > 0 and name != "air"
-    }
+    items = None
+    if "inventory" in seen:
+        held = seen["inventory"].items()
+        items = {name: int(count) for name, count in held if count > 0 and name != "air"}
     place = seen.get("location_stats", {})
     more = {name: float(place[name]) for name in ("yaw", "pitch", "xpos", "ypos", "zpos") if name in place}
     said = {
@@ -74,6 +76,34 @@ def say(seen: dict[str, Any], over: bool, monitors: dict[str, Any]) -> tuple[dic
     return said, pov.tobytes()
 
 
+def require_person(env: Any, name: str) -> None:
+    """Check that an environment is played and seen as by a person: all keys, and the whole picture.
+
+    Raises:
+        SystemExit: it is not; the message says what is different.
+    """
+    keys, shape = set(env.action_space.spaces), tuple(env.observation_space.spaces["pov"].shape)
+    odd = sorted(keys ^ {*KEYS, "camera"})
+    if odd:
+        raise SystemExit(
+            f"{name} is not played with the 23 keys and the camera: it lacks, or has beside them, "
+            f"{', '.join(odd)}; leave out --env"
+        )
+    if shape != POV:
+        raise SystemExit(f"{name} shows pictures of {shape}, not of {POV}; leave out --env")
+
+
+def hello(env: Any) -> dict[str, Any]:
+    """What an environment tells and how long it lasts, for the first message."""
+    seen = env.observation_space.spaces
+    tells = [name for name in (*FAMILIES, "inventory") if name in seen]
+    if "full_stats" in seen:
+        tells.append("custom")  # as recordings call them
+    spec = getattr(env, "spec", None)
+    most = getattr(spec, "max_episode_steps", None)
+    return {"realtime": False, "tells": tells, "most_ticks": None if most is None else int(most)}
+
+
 class Player:
     """One MineRL environment."""
 
@@ -81,7 +111,11 @@ class Player:
         import gym
         import minerl  # noqa: F401 - registers its environments
 
-        self.env = gym.make(name)
+        try:
+            self.env = gym.make(name)
+        except Exception as error:
+            raise SystemExit(f"MineRL makes no environment {name}: {error}".splitlines()[0]) from None
+        require_person(self.env, name)
         self._display: subprocess.Popen | None = None
         if not os.environ.get("DISPLAY"):
             self._start_display()
@@ -130,7 +164,7 @@ def serve(line: Any, wire: Any, options: dict[str, Any]) -> None:
     """Answer until the benchmark closes or is gone."""
     player = Player(options.get("env") or ENV)
     try:
-        line.send(wire.HELLO, {"realtime": False})
+        line.send(wire.HELLO, hello(player.env))
         while True:
             kind, said, data = line.receive()
             if kind == wire.RESET:

@@ -6,7 +6,7 @@ recordings and events of live games come out of the same table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,17 @@ class Watch:
             if (task in done if items is None else _holds(items, task))
         )
         return Told(done, reached)
+
+
+def is_told(task: str, tells: Collection[str]) -> bool:
+    """Whether a game tells when a task is done.
+
+    Args: tells: families of its counters ("mine_block", ...), and "inventory" if it shows that. Without any
+        counters of blocks and items the inventory counts.
+    """
+    if not {"mine_block", "craft_item", "use_item"} & set(tells):
+        return "inventory" in tells and bool(minecraft.TASKS[task].items)
+    return all(key.split(":")[0].removeprefix("minecraft.") in tells for key in minecraft.TASKS[task].stats)
 
 
 def _holds(items: Mapping[str, Any], task: str) -> bool:
