@@ -150,19 +150,30 @@ class Windows:
     def split(self, holdout: float = 0.05, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Split the episodes into (train, holdout) ids, int64 and sorted, always the same for the same seed.
 
-        Labelled and unlabelled episodes are split apart, so that both kinds stand on both sides. A kind with
-        one episode only stays in train; of two or more, at least one is held out (unless `holdout` is 0).
+        Neighbours in a recording look alike: where there are enough recordings, whole ones are held out, so
+        that none stands on both sides. Labelled and unlabelled ones are split apart, so that both kinds do. A
+        kind with one episode only stays in train; of two or more, at least one is held out (unless `holdout`
+        is 0).
         """
         if not 0.0 <= holdout < 1.0:
             raise UserError(f"holdout is {holdout}; it is a share of the episodes, at least 0 and below 1")
-        rng = np.random.default_rng(seed)
-        held = np.zeros(len(self.episode_start), bool)
+        rng, unit = np.random.default_rng(seed), self._units(holdout)
+        labelled = np.bincount(unit, self.labelled) > 0
+        held = np.zeros(len(labelled), bool)
         for kind in (True, False):
-            episodes = rng.permutation(np.flatnonzero(self.labelled == kind))
-            if holdout > 0 and len(episodes) > 1:
-                count = min(max(1, round(holdout * len(episodes))), len(episodes) - 1)
-                held[episodes[:count]] = True
-        return np.flatnonzero(~held), np.flatnonzero(held)
+            units = rng.permutation(np.flatnonzero(labelled == kind))
+            if holdout > 0 and len(units) > 1:
+                held[units[: min(max(1, round(holdout * len(units))), len(units) - 1)]] = True
+        return np.flatnonzero(~held[unit]), np.flatnonzero(held[unit])
+
+    def _units(self, holdout: float) -> np.ndarray:
+        """int64 [E]: number of an episode's recording, if a share of the recordings of each kind is one or
+        more; else its own."""
+        recording = np.unique(self.sources, return_inverse=True)[1].reshape(-1)
+        labelled = np.bincount(recording, self.labelled) > 0
+        counts = [(labelled == kind).sum() for kind in (True, False)]
+        enough = all(not count or count * holdout >= 1 for count in counts)
+        return recording if enough else np.arange(len(recording))
 
     def of(self, recordings: str) -> np.ndarray:
         """Which episodes come from recordings whose name fits a pattern of the shell, bool [E]."""

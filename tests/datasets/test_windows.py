@@ -111,6 +111,25 @@ def test_split_is_deterministic_and_stratified(windows: Windows) -> None:
         windows.split(1.0)
 
 
+@given(st.lists(st.tuples(st.integers(1, 4), st.booleans()), min_size=1, max_size=40), st.floats(0.02, 0.5))
+@settings(deadline=None, max_examples=50)
+def test_no_recording_stands_on_both_sides_if_there_are_enough(recordings, holdout) -> None:
+    """Pieces of one five-minute recording were trained on and held out."""
+    logs = object.__new__(Windows)
+    logs.sources = [f"bag-{k}" for k, (count, _) in enumerate(recordings) for _ in range(count)]
+    logs.labelled = np.array([known for count, known in recordings for _ in range(count)])
+    logs.episode_start = np.arange(len(logs.sources))
+    train, held = logs.split(holdout)
+    assert sorted([*train, *held]) == list(range(len(logs.sources)))
+    kinds = [sum(known is kind for _, known in recordings) for kind in (True, False)]
+    sides = [{logs.sources[k] for k in side} for side in (train, held)]
+    if all(not count or count * holdout >= 1 for count in kinds):
+        assert not sides[0] & sides[1]
+        assert len(sides[1]) == sum(min(max(1, round(holdout * n)), n - 1) for n in kinds if n > 1)
+    else:
+        assert len(train) >= 1
+
+
 @given(st.floats(0, 1), st.floats(0, 1))
 @settings(deadline=None, max_examples=20)
 def test_kept_labels_are_nested_and_leave_other_episodes_alone(windows: Windows, a: float, b: float) -> None:
