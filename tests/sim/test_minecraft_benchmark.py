@@ -24,9 +24,11 @@ from d4_datasets.errors import UserError
 from d4_sim.minecraft import benchmark, cli, game
 from d4_sim.minecraft.environment import Environment, Lost, Seen
 from d4_sim.minecraft.episode import Episode, sight, world_seed
+from d4_sim.minecraft.game import Rung
 from d4_sim.minecraft.keeper import descendants
 from d4_sim.minecraft.policies import load_policy
-from d4_sim.minecraft.results import Results, read_episodes, rows, table, wilson, write_table
+from d4_sim.minecraft.results import Results, ladder_key, read_episodes, rows, table, wilson, write_table
+from d4_sim.minecraft.tasks import LADDER
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "minecraft.yaml"
@@ -64,6 +66,7 @@ def about(ticks: int = 40) -> dict:
         "ticks": ticks,
         "minutes": ticks / 1200,
         "prompts": "ladder",
+        "ladder": ladder_key(LADDER),
         "seed": 0,
     }
 
@@ -278,6 +281,28 @@ def test_the_table_has_published_columns_for_minecraft_only(tmp_path) -> None:
     assert (found["log"].reached, found["diamond"].reached, found["diamond"].time) == (4, 0, None)
     with pytest.raises(UserError, match="no finished episode"):
         write_table(tmp_path, fake_game.ENGINE, about())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"minutes": 5.0}, "Episodes of at most 5 minutes"),
+        (
+            {"ladder": ladder_key([Rung("mine_log", None)]), "prompts": "mine_log throughout"},
+            "mine_log throughout",
+        ),
+        ({"options": {"env": "MineRLOther-v0"}}, "Options of the game: env = MineRLOther-v0."),
+    ],
+)
+def test_another_protocol_stands_beside_no_published_columns(change, says) -> None:
+    """They stood beside five minutes of one prompt in another environment, which was named nowhere."""
+    episodes = [{"episode": 0, "reached": {"log": 100}, "ticks": 6000}]
+    assert "WM+BC" in table(game.engine("minerl"), about(72000), episodes)
+    other = table(game.engine("minerl"), about(72000) | change, episodes)
+    assert "WM+BC" not in other
+    assert "arXiv" not in other
+    assert "these compare with none of them" in other
+    assert says in other
 
 
 # ---- policies

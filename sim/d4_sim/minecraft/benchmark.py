@@ -289,7 +289,7 @@ def require_told(plan: Plan, environment: Environment) -> None:
             if not is_told(rung.task, environment.tells):
                 raise UserError(
                     f"{name} has no counter that tells {rung.task}, which would be asked for for ever: "
-                    "leave out --env, or, if it shows the inventory, ask with --prompt for what leaves an item"
+                    "leave out --env, or, if it shows the inventory, --prompt a task that leaves an item"
                 )
     if environment.most_ticks is not None and environment.most_ticks < plan.ticks:
         minutes = environment.most_ticks / 60 / plan.engine.rate_hz

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shlex
 import shutil
@@ -363,13 +361,14 @@ def _of_world(game: Engine) -> Contract | None:
 
 def _about(plan: Any, policy: str, contract: Contract, prompt: str | None) -> dict[str, Any]:
     """What a folder of results is of; what differs here must not be mixed."""
-    rungs = json.dumps([[rung.task, rung.count] for rung in plan.rungs])
+    from d4_sim.minecraft.results import ladder_key
+
     prompts = f"{prompt} throughout" if prompt else f"ladder of {len(plan.rungs)} prompts"
     apart = {name: value for name, value in plan.options.items() if name not in ("python", "display")}
     return ({"options": apart} if apart else {}) | {
         "engine": plan.engine.name, "policy": policy, "contract": contract.hash, "seed": plan.seed,
         "ticks": plan.ticks, "minutes": plan.ticks / 60 / plan.engine.rate_hz, "prompts": prompts,
-        "ladder": hashlib.sha256(rungs.encode()).hexdigest()[:12], "repeats": plan.repeats,
+        "ladder": ladder_key(plan.rungs), "repeats": plan.repeats,
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -13,8 +14,8 @@ from typing import Any
 from d4_core import checkpoint
 from d4_core.stats import bootstrap_mean
 from d4_datasets.errors import UserError
-from d4_sim.minecraft.game import Engine
-from d4_sim.minecraft.tasks import PUBLISHED, SOURCE
+from d4_sim.minecraft.game import Engine, Rung
+from d4_sim.minecraft.tasks import LADDER, PUBLISHED, PUBLISHED_ENV, PUBLISHED_MINUTES, SOURCE
 
 FORMAT = 1
 _ABOUT, _TABLE, _NUMBERS = "benchmark.json", "table.md", "results.json"
@@ -157,7 +158,7 @@ def rows(engine: Engine, episodes: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def table(engine: Engine, about: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]]) -> str:
-    """The results as Markdown, beside the published ones where it is the same game.
+    """The results as Markdown, beside the published ones where game and protocol are the same.
 
     Raises:
         UserError: there is no finished episode.
@@ -166,7 +167,7 @@ def table(engine: Engine, about: Mapping[str, Any], episodes: Sequence[Mapping[s
         raise UserError("there is no finished episode to make a table of")
     found = rows(engine, episodes)
     unit = "minutes" if engine.kind == "game" else "ticks"
-    others = PUBLISHED if engine.published else ()
+    others = PUBLISHED if is_comparable(engine, about) else ()
     lines = [
         f"# {engine.title}: {len(episodes)} episodes of {about['policy']}\n",
         _protocol(engine, about, episodes),
@@ -194,10 +195,31 @@ def table(engine: Engine, about: Mapping[str, Any], episodes: Sequence[Mapping[s
     where = checkpoint.origin()
     commit = f", commit {where['commit']}" if where["commit"] else ""
     lines.append(f"Written {where['date']} on {where['machine']}{commit}, seed {about['seed']}.\n")
-    lines.append(f"Published columns: {SOURCE}.\n" if others else _NOT_MINECRAFT.format(title=engine.title))
+    alone = _OTHER_PROTOCOL if engine.published else _NOT_MINECRAFT.format(title=engine.title)
+    lines.append(f"Published columns: {SOURCE}.\n" if others else alone)
     return "\n".join(lines)
 
 
+def ladder_key(rungs: Sequence[Rung]) -> str:
+    """The same for the same prompts."""
+    text = json.dumps([[rung.task, rung.count] for rung in rungs])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def is_comparable(engine: Engine, about: Mapping[str, Any]) -> bool:
+    """Whether a measurement is by the protocol of the published figures: game, environment, hour, ladder."""
+    return (
+        engine.published
+        and about["minutes"] == PUBLISHED_MINUTES
+        and about.get("ladder") == ladder_key(LADDER)
+        and about.get("options", {}).get("env", PUBLISHED_ENV) == PUBLISHED_ENV
+    )
+
+
+_OTHER_PROTOCOL = (
+    f"Published figures are of {PUBLISHED_MINUTES} minutes with the ladder of {len(LADDER)} prompts in "
+    f"{PUBLISHED_ENV}: these compare with none of them.\n"
+)
 _NOT_MINECRAFT = "{title} is another game than Minecraft: these figures compare with no published ones.\n"
 
 
@@ -206,6 +228,8 @@ def _protocol(engine: Engine, about: Mapping[str, Any], episodes: Sequence[Mappi
     repeated = sum(int(e.get("crashes", 0)) for e in episodes)
     counted = sum(bool(e.get("cut")) for e in episodes)
     text = f"Episodes of at most {minutes}, empty inventory, sampled actions, prompts: {about['prompts']}. "
+    if given := about.get("options"):
+        text += f"Options of the game: {', '.join(f'{name} = {value}' for name, value in given.items())}. "
     if repeated or counted:
         text += (
             f"Environments hung or died {repeated} times; such an episode was played again from its "
