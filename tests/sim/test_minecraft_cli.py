@@ -258,6 +258,37 @@ def test_what_minecraft_does_not_start_without(monkeypatch) -> None:
     check.require_minerl("python")
 
 
+def test_a_missing_gpu_says_how_to_get_one(monkeypatch) -> None:
+    monkeypatch.setattr(check, "ask", lambda *words: "")
+    assert "install its driver" in check.gpu().value
+    monkeypatch.setattr(check, "ask", lambda *words: "NVIDIA H100\n")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "NVIDIA H100, which this torch cannot use" in check.gpu().value
+    assert "pip install --force-reinstall torch" in check.gpu().value
+
+
+@pytest.mark.parametrize("name", game._ENGINES)
+def test_every_engine_can_be_checked(command, name) -> None:
+    """`luanti_wild` and `crafter_peaceful` were invalid choices."""
+    done = command("check", "--engine", name, PATH="/nowhere")
+    assert done.returncode in (0, 1), done.stderr
+    assert done.stdout.startswith(game.engine(name).title + ":")
+
+
+def test_parts_take_the_gpus_of_a_machine_in_turn(monkeypatch) -> None:
+    """All of them took the first."""
+    import torch
+
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    found = [cli._device("auto", (part, 4)) for part in range(4)]
+    assert [device.index for device in found] == [0, 1, 0, 1]
+    assert taken[-1] == torch.device("cuda", 1)
+    assert cli._device("cpu", (1, 4)).type == "cpu"
+
+
 def test_a_program_that_hangs_is_not_there(monkeypatch) -> None:
     monkeypatch.setattr(check, "_ASK_S", 0.2)
     assert check.ask("sleep", "10") == ""
@@ -272,6 +303,7 @@ def test_a_program_that_hangs_is_not_there(monkeypatch) -> None:
         (["random", "--contract", EXAMPLE, "--part", "5/4"], "--part 5/4 is not like 1/4"),
         (["random", "--contract", EXAMPLE, "--episodes", "0"], "--episodes must be at least 1"),
         (["random", "--contract", EXAMPLE, "--minutes", "0"], "must be above 0 minutes"),
+        (["random", "--engine", "crafter", "--minutes", "5"], "Crafter ends after 500 ticks: --minutes may"),
         (["random", "--contract", EXAMPLE, "--set", "fast"], "--set fast is not like name=value"),
         (
             ["random", "--contract", EXAMPLE, "--set", "fast=1"],

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +197,31 @@ def test_what_was_recorded_stays_when_the_game_is_lost(tmp_path) -> None:
         )
     (lines,) = tmp_path.glob("*.jsonl")
     assert len(lines.read_text().splitlines()) == 12
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_what_was_recorded_stays_when_the_process_is_told_to_end(tmp_path, number) -> None:
+    """SIGTERM killed it: up to five minutes were lost, and hidden files stayed for ever."""
+    code = f"""
+import pathlib, fake_game
+from d4_sim.minecraft.record import Script, Settings, play
+settings = Settings(out=pathlib.Path({str(tmp_path)!r}), ticks=10**6, episode_ticks=10**6, episodes=1, seed=0,
+                    most_late=1.0)
+print(play(fake_game.ENGINE, {{}}, Script(fake_game.Scripted), settings).ticks)
+"""
+    left = tmp_path / ".tmp-99999999-fake-000007-000.mp4"  # of a process that was killed
+    left.touch()
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(p.stat().st_size for p in tmp_path.glob(".tmp-*.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(number)
+    said, _ = child.communicate(timeout=60)
+    assert child.returncode == 0
+    (lines,) = tmp_path.glob("*.jsonl")
+    assert len(lines.read_text().splitlines()) >= int(said) > 0
+    assert stepwise.count_frames(lines.with_suffix(".mp4")) == len(lines.read_text().splitlines())
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_players_that_are_not_there(tmp_path, monkeypatch) -> None:

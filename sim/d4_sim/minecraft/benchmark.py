@@ -25,7 +25,7 @@ from d4_sim.minecraft.episode import Episode, sight, world_seed, write_events
 from d4_sim.minecraft.game import Engine, Rung
 from d4_sim.minecraft.keys import require_keyboard_and_mouse, to_action
 from d4_sim.minecraft.policies import Policy
-from d4_sim.minecraft.recorder import Recorder
+from d4_sim.minecraft.recorder import Recorder, remove_orphans
 from d4_sim.minecraft.results import Results
 from d4_sim.minecraft.tasks import is_told
 
@@ -93,6 +93,8 @@ class Benchmark:
         self._total, self._finished, self._since = len(self._ahead), 0, time.monotonic()
         if self._ahead:
             self.policy.warm_up()
+        if self.plan.keep is not None:
+            remove_orphans(self.plan.keep)
         places = [_Place(number) for number in range(min(jobs, len(self._ahead)))]
         try:
             while self._assign(places):

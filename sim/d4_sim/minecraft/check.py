@@ -102,9 +102,19 @@ def display() -> Found:
 
 def gpu() -> Found:
     """Not needed, but a policy of some size and the game both want one."""
+    import torch
+
     names = ask("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").strip().splitlines()
     if not names:
-        return Found("GPU", "none: policies and the game run on the CPU, far below 20 ticks a second")
+        return Found(
+            "GPU", "none: policies and the game run on the CPU, far below 20 ticks a second; with an NVIDIA "
+            "card, install its driver (Debian: apt-get install nvidia-driver) until nvidia-smi names it",
+        )  # fmt: skip
+    if not torch.cuda.is_available():
+        return Found(
+            "GPU", f"{', '.join(names)}, which this torch cannot use: {sys.executable} -m pip install "
+            "--force-reinstall torch --index-url https://download.pytorch.org/whl/cu128",
+        )  # fmt: skip
     drawn = (
         "" if shutil.which("vglrun") else "; the game draws on it with VirtualGL (vglrun), which is not here"
     )
@@ -151,11 +161,12 @@ def package(module: str, name: str) -> Found:
 
 def needs(python: str) -> dict[str, list[Callable[[], list[Found]]]]:
     """What each engine needs, by its name."""
+    luantis = [lambda: [luanti()], lambda: [package("Xlib", "python-xlib")], lambda: [xvfb()]]
+    crafters = [lambda: [package("crafter", "crafter")]]
     return {
         "minerl": [lambda: [java()], lambda: mine_rl(python), lambda: [display()], lambda: [memory()],
                    lambda: [gpu()]],
-        "luanti": [lambda: [luanti()], lambda: [package("Xlib", "python-xlib")], lambda: [xvfb()]],
-        "crafter": [lambda: [package("crafter", "crafter")]],
+        "luanti": luantis, "luanti_wild": luantis, "crafter": crafters, "crafter_peaceful": crafters,
     }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ class Check:
     Exit code 1 if something is missing for the --engine that was named.
     """
 
-    engine: Literal["all", "minerl", "luanti", "crafter"] = "all"
+    engine: Literal["all", EngineName] = "all"
     """What to look at."""
     python: str = ""
     """Interpreter that has MineRL."""
@@ -80,7 +80,8 @@ class Benchmark:
     repeats: int = 2
     """How often an episode is played again whose environment hung or died, before it counts as it stood."""
     part: str = "1/1"
-    """Play a part of the episodes: 1/4 to 4/4 in four processes, one per GPU, with the same --out."""
+    """Play a part of the episodes: 1/4 to 4/4 in four processes with the same --out. Each takes a GPU of its
+    own where there are several; CUDA_VISIBLE_DEVICES=2 gives it that one."""
     keep: Path | None = None
     """Also record the episodes, as d4-ingest takes them."""
     python: str | None = None
@@ -96,7 +97,6 @@ class Benchmark:
 
     def run(self) -> int:
         """Play what is missing, then the table."""
-        from d4_core.pipeline import pick_device
         from d4_sim.minecraft import benchmark
         from d4_sim.minecraft.policies import load_policy
         from d4_sim.minecraft.results import Results, write_table
@@ -109,7 +109,7 @@ class Benchmark:
                 f"--keep records games of keyboard and mouse; for {game.title} there is d4-record"
             )
         contract = Contract.load(self.contract) if self.contract else _of_world(game)
-        policy = load_policy(self.checkpoint, self.jobs, pick_device(self.device), contract)
+        policy = load_policy(self.checkpoint, self.jobs, _device(self.device, part), contract)
         rungs = (Rung(self.prompt, None),) if self.prompt else game.ladder
         minutes = game.minutes if self.minutes is None else self.minutes
         plan = benchmark.Plan(
@@ -320,10 +320,28 @@ def _part(text: str) -> tuple[int, int]:
     return int(first) - 1, int(count)
 
 
+def _device(name: str, part: tuple[int, int]) -> Any:
+    """The device of a part: the parts of a benchmark take the GPUs of a machine in turn."""
+    import torch
+
+    from d4_core.pipeline import pick_device
+
+    device = pick_device(name)
+    if device.type == "cuda" and part[1] > 1:
+        device = torch.device("cuda", part[0] % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return device
+
+
 def _ticks(game: Engine, minutes: float) -> int:
     if not 0 < minutes <= 10_000:
         raise UserError("the length of an episode must be above 0 minutes")
-    return max(1, round(minutes * 60 * game.rate_hz))
+    ticks = max(1, round(minutes * 60 * game.rate_hz))
+    if game.kind == "world" and ticks > (most := round(game.minutes * 60 * game.rate_hz)):
+        raise UserError(
+            f"{game.title} ends after {most} ticks: --minutes may be at most {most / 60 / game.rate_hz:.3g}"
+        )
+    return ticks
 
 
 def _options(game: Engine, args: Any) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from d4_sim.minecraft.environment import Environment, Lost, Seen
 from d4_sim.minecraft.episode import world_seed
 from d4_sim.minecraft.game import PERIOD_S, Engine, View, named
 from d4_sim.minecraft.hands import Window
-from d4_sim.minecraft.recorder import Recorder
+from d4_sim.minecraft.recorder import Recorder, remove_orphans
+from d4_sim.stages import handled_by
 
 PERSON, SCRIPTED = "person", "scripted"
 
@@ -172,10 +173,27 @@ class Settings:
 def play(engine: Engine, options: Mapping[str, Any], player: Player, settings: Settings) -> Session:
     """Record a session; every process has ended when this returns or fails.
 
+    A signal that ends processes ends the session: what was played until then is kept.
+
     Raises:
         UserError: the game does not start, hangs or dies; what was finished before stays.
     """
-    session = Session()
+    remove_orphans(settings.out)
+    session, told = Session(), []
+
+    def stop(number: int, _: Any) -> None:
+        told.append(number)
+        if len(told) == 1:  # what is being written then is to be finished
+            raise KeyboardInterrupt
+
+    with handled_by(stop):
+        _play(engine, options, player, settings, session)
+    return session
+
+
+def _play(
+    engine: Engine, options: Mapping[str, Any], player: Player, settings: Settings, session: Session
+) -> None:
     log = settings.out / "logs" / "environment.log"
     environment = Environment(engine, options, log)
     try:
@@ -199,7 +217,6 @@ def play(engine: Engine, options: Mapping[str, Any], player: Player, settings: S
     finally:
         environment.close()
         player.close()
-    return session
 
 
 def _episode(

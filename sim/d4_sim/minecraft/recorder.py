@@ -207,3 +207,11 @@ class Recorder:
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".tmp-{os.getpid()}-{path.name}")
+
+
+def remove_orphans(folder: Path) -> None:
+    """Remove what processes that are gone were writing: nobody will finish it."""
+    for path in folder.glob(".tmp-[0-9]*-*"):
+        process = path.name.split("-")[1]
+        if path.suffix in (".mp4", ".jsonl") and process.isdigit() and not Path(f"/proc/{process}").exists():
+            path.unlink(missing_ok=True)
