@@ -123,7 +123,9 @@ def server(folder: str, get: Mapping[str, str], *options: str) -> tuple[str, lis
 def lifecycle_node(
     executable: str, get: Mapping[str, str], parameters: Mapping[str, Any]
 ) -> list[LaunchDescriptionEntity]:
-    """A lifecycle node, and its way to `active` if `autostart`."""
+    """A lifecycle node, and its way to `active` if `autostart`: once, however that ends. Whoever configures
+    it later has to activate it, too: no robot drives because somebody only configured it.
+    """
     values = {**parameters, "use_sim_time": switch("use_sim_time", get["use_sim_time"])}
     node = LifecycleNode(
         package="d4_nodes", executable=executable, name=get["name"], namespace=get["namespace"],
@@ -137,20 +139,31 @@ def lifecycle_node(
         matcher = matches_action(node)
         return EmitEvent(event=ChangeState(lifecycle_node_matcher=matcher, transition_id=transition))
 
-    def after(start: str, goal: str, then: LaunchDescriptionEntity) -> RegisterEventHandler:
-        return RegisterEventHandler(
-            OnStateTransition(target_lifecycle_node=node, start_state=start, goal_state=goal, entities=[then])
-        )
-
     where = "/".join(part.strip("/") for part in (get["namespace"], get["name"]) if part.strip("/"))
     again = f"the node waits, see above why; then `ros2 lifecycle set /{where}"
+
+    def configured(context: Any) -> list[LaunchDescriptionEntity]:
+        if context.locals.event.goal_state == "inactive":
+            return [change(Transition.TRANSITION_ACTIVATE)]
+        return [LogInfo(msg=f"not configured: {again} configure`, and `activate` when it is")]
+
+    refused = LogInfo(msg=f"not activated: {again} activate`")
     return [
         node,
-        after("configuring", "inactive", change(Transition.TRANSITION_ACTIVATE)),
-        after("configuring", "unconfigured", LogInfo(msg=f"not configured: {again} configure`")),
-        after("activating", "inactive", LogInfo(msg=f"not activated: {again} activate`")),
+        RegisterEventHandler(
+            OnStateTransition(
+                target_lifecycle_node=node, start_state="configuring",
+                entities=[OpaqueFunction(function=configured)], handle_once=True,
+            )
+        ),
+        RegisterEventHandler(
+            OnStateTransition(
+                target_lifecycle_node=node, start_state="activating", goal_state="inactive",
+                entities=[refused],
+            )
+        ),
         change(Transition.TRANSITION_CONFIGURE),
-    ]
+    ]  # fmt: skip
 
 
 def ends_all(process: Any, what: str) -> RegisterEventHandler:
