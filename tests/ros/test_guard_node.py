@@ -13,10 +13,11 @@ import pytest
 pytest.importorskip("rclpy")
 pytestmark = pytest.mark.ros
 
+from d4_interfaces.msg import PolicyStatus  # noqa: E402
 from geometry_msgs.msg import Twist  # noqa: E402
 from policy_rig import PERIOD_S, ROBOT, SLACK_S, TWO_PERIODS_S, PolicyProcess, World  # noqa: E402
 from sensor_msgs.msg import Joy  # noqa: E402
-from std_msgs.msg import Bool, Float64MultiArray  # noqa: E402
+from std_msgs.msg import Bool, Empty, Float64MultiArray  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 
 from d4_nodes.ros import qos  # noqa: E402
@@ -113,6 +114,7 @@ def test_commands_pass_and_the_safety_action_is_last(driving):
     report = json.loads(path.read_text())
     assert report["counts"]["commands"] > 20
     assert report["stages_ms"]["relay"]["p50"] < 5
+    assert (report["metadata"]["shadow"], report["metadata"]["guard"]) == (False, True)
     assert world.activate()
     world.until_state("driving")
 
@@ -170,6 +172,79 @@ def test_emergency_stop_by_topic_and_service(driving):
     world.until_state("driving")
     assert world.call(Trigger, "guard/stop", Trigger.Request()).success
     assert world.until_state("emergency_stop").reason == "the service stop was called"
+
+
+def test_the_emergency_stop_is_heard_from_every_kind_of_publisher(driving):
+    """A best-effort button was never heard, and nothing said so."""
+    _, world, _ = driving
+    for number, profile in enumerate((qos.sensor(), qos.EVENT, qos.LATCHED)):
+        button = world.node.create_publisher(Bool, "emergency_stop", profile)
+        world.until(lambda button=button: button.get_subscription_count() > 0)
+        heard = f"heard from {number + 2} publishers"  # the world has one, too
+        world.until(lambda heard=heard: world.diagnostics.get("guard: emergency stop") == (0, heard), 5)
+        button.publish(Bool(data=True))
+        world.until_state("emergency_stop")
+        assert world.call(Trigger, "guard/reset_stop", Trigger.Request()).success
+        world.until_state("driving")
+
+
+def test_a_stop_is_not_lost_among_others(driving):
+    """The newest message alone does not count: nine more come before anybody looks."""
+    _, world, _ = driving
+    for _ in range(10):
+        for i in range(10):
+            world.stop.publish(Bool(data=i == 0))
+        world.until_state("emergency_stop")
+        assert world.call(Trigger, "guard/reset_stop", Trigger.Request()).success
+        world.until_state("driving")
+
+
+def test_a_stop_that_was_latched_before_the_node_began(make):
+    before = World(node="guard")
+    before.pause = True
+    try:
+        button = before.node.create_publisher(Bool, "emergency_stop", qos.LATCHED)
+        button.publish(Bool(data=True))
+        _, world, _ = make()
+        assert world.configure()
+        assert world.activate()
+        world.until_state("emergency_stop")
+    finally:
+        before.close()
+
+
+def test_a_stop_of_another_type_is_said(driving):
+    process, world, _ = driving
+    other = World(node="guard")
+    other.pause = True
+    try:
+        other.node.create_publisher(Empty, "emergency_stop", qos.EVENT)
+        text = "1 of 3 publishers cannot be heard: /world publishes std_msgs/msg/Empty, not std_msgs/msg/Bool"
+        world.until(lambda: world.diagnostics.get("guard: emergency stop") == (1, text), 5)
+        assert text in process.said()
+    finally:
+        other.close()
+
+
+def test_a_process_that_falls_silent(make):
+    """The rule was there, and no parameter to use it."""
+    process, world, _ = make("-p", "alive_topic:=policy/status", "-p", "watchdog_ms:=400.0")
+    assert world.configure()
+    assert world.activate()
+    reason = world.until_state("watchdog").reason  # it has never spoken
+    assert reason.startswith("the process behind policy/status has shown no life for")
+    status = world.node.create_publisher(PolicyStatus, "policy/status", qos.LATCHED)
+    timer = world.node.create_timer(0.1, lambda: status.publish(PolicyStatus(state="driving")))
+    world.until_state("driving")
+    time.sleep(1.0)
+    assert world.status[-1].state == "driving"
+    since = time.time_ns()
+    timer.cancel()
+    assert world.zero_after_s(since) < 0.4 + TWO_PERIODS_S + SLACK_S
+    world.until_state("watchdog")
+    assert world.deactivate()
+    [path] = process.reports()
+    assert json.loads(path.read_text())["guard"]["watchdog"]["count"] > 0
 
 
 def test_dead_man_switch(make):
@@ -265,12 +340,19 @@ def test_by_the_clock_of_a_simulation(make):
     assert world.configure()
     assert world.activate()
     world.until_state("driving")
+    since = time.time_ns()
     world.offset_ns -= 3600 * 10**9  # the simulation begins again
+    assert world.zero_after_s(since) < TWO_PERIODS_S + SLACK_S
+    world.until(lambda: "safety action (no_command): the clock jumped" in process.said())
+    rested = len(world.twists)
+    world.until(lambda: any(x > 0 for _, x, _ in world.twists[rested:]))
     policy.pause = True
     world.until_state("no_command")
     policy.pause = False
     world.until_state("driving")
-    assert "jumped" in process.said()
+    assert world.deactivate()
+    [path] = process.reports()
+    assert json.loads(path.read_text())["reasons"]["the clock jumped"] == 1
 
 
 def test_the_emergency_stop_outlives_cleanup_and_is_heard_before_configuring(make):

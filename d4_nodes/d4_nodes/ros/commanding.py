@@ -24,7 +24,7 @@ from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_nodes.codec import Codec
 from d4_nodes.guard import RULES, Guard, GuardConfig, Verdict
-from d4_nodes.health import Thresholds
+from d4_nodes.health import OK, WARN, Finding, Thresholds
 from d4_nodes.parameters import Parameter
 from d4_nodes.ros import qos
 from d4_nodes.ros.lifecycle import Complaints, ManagedNode
@@ -35,6 +35,7 @@ from d4_nodes.watchdog import Driver
 _Driver = TypeVar("_Driver", bound=Driver)
 _DELIVERY_S = 0.2
 _STATUS_S = 1.0  # a status is said twice a second
+_STOP_TYPE = "std_msgs/msg/Bool"
 
 
 class CommandingNode(ManagedNode, Generic[_Driver]):
@@ -56,11 +57,11 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
         self._status = self.create_publisher(PolicyStatus, "~/status", qos.LATCHED)
         self.create_service(Trigger, "~/stop", self._on_stop)
         self.create_service(Trigger, "~/reset_stop", self._on_reset_stop)
-        self.create_subscription(Bool, "emergency_stop", self._on_emergency_stop, qos.EVENT)
-        # one that was pressed before this node began counts too
-        self.create_subscription(
-            Bool, "emergency_stop", self._on_emergency_stop, qos.LATCHED, event_callbacks=qos.silent()
-        )
+        for profile in qos.STOP:
+            subscription = self.create_subscription(
+                Bool, "emergency_stop", self._on_emergency_stop, profile, event_callbacks=qos.silent()
+            )
+        self._stop_topic = subscription.topic_name
         self._every(0.05, self._on_status)
 
     # -- transitions --
@@ -179,6 +180,20 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
 
     # -- stop and dead-man switch --
 
+    def _standing(self) -> list[Finding]:
+        """Who can press the emergency stop, whether the node is active or not."""
+        infos = self.get_publishers_info_by_topic(self._stop_topic)
+        deaf = [info for info in infos if info.topic_type != _STOP_TYPE]  # every quality of service fits
+        heard = len(infos) - len(deaf)
+        values = {"topic": self._stop_topic, "publishers": str(len(infos)), "heard": str(heard)}
+        if deaf:
+            who = f"{deaf[0].node_namespace.rstrip('/')}/{deaf[0].node_name} publishes {deaf[0].topic_type}"
+            text = f"{len(deaf)} of {len(infos)} publishers cannot be heard: {who}, not {_STOP_TYPE}"
+            self._complain(f"{self._stop_topic}: {text}")
+            return [Finding("emergency stop", WARN, text, values)]
+        text = f"heard from {heard} publishers" if heard else "no publisher, only the service can stop"
+        return [Finding("emergency stop", OK, text, values)]
+
     def _on_emergency_stop(self, msg: Bool) -> None:
         if msg.data:
             self._stop("the topic emergency_stop says so")
@@ -195,8 +210,9 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
         return response
 
     def _stop(self, reason: str) -> None:
+        if not self._stop_reason:  # one press is heard by several subscriptions, and a button may repeat it
+            self.get_logger().warning(f"emergency stop: {reason}")
         self._stop_reason = self._stop_reason or reason
-        self.get_logger().warning(f"emergency stop: {reason}")
         self._tell(lambda guard: guard.stop(reason))
 
     def _on_joy(self, msg: Joy) -> None:
@@ -228,6 +244,10 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
             ahead_ms=self._get("ahead_ms"), dead_man=self._get("dead_man_button") >= 0,
             dead_man_ms=self._get("dead_man_ms"), send=not self._get("shadow"), **more,
         )  # fmt: skip
+
+    def _about(self) -> dict[str, Any]:
+        """What a report must say of how its run was driven."""
+        return {"node": self.get_name(), "shadow": self._get("shadow"), "guard": self._get("guard")}
 
     def _thresholds(self) -> Thresholds:
         return Thresholds(

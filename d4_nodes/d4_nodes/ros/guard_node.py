@@ -48,6 +48,9 @@ class GuardNode(CommandingNode[Relay]):
         for topic in self._codec.topics:
             callback = functools.partial(self._on_command, topic)
             self._listen(f"{prefix}/{local(topic.name)}", topic.type, callback, qos.sensor())
+        if self._get("alive_topic"):
+            self._listen(self._get("alive_topic"), self._get("alive_type"), self._on_alive, qos.sensor())
+            self._on_alive(None)  # from now on it is watched, also if it never speaks
         wanted = ", ".join(f"{prefix}/{local(topic.name)}" for topic in self._codec.topics)
         return f"commands are expected on {wanted}"
 
@@ -55,8 +58,8 @@ class GuardNode(CommandingNode[Relay]):
         assert self.guard is not None
         self._refuse_rivals()
         self._look_for_rivals()
-        self.guard.config = self._guard_config()
-        report = Report(contract.rate_hz, contract.latency_ms, {"node": self.get_name()})
+        self.guard.config = self._guard_config(watchdog_ms=self._get("watchdog_ms"))
+        report = Report(contract.rate_hz, contract.latency_ms, self._about())
         self._relay = Relay(
             contract, self.guard, inbox_of(contract), self._send, self._now, report, self._log_driver,
             self._now if self._is_simulated else time.monotonic_ns, 0.002 if self._is_simulated else 0.02,
@@ -75,6 +78,11 @@ class GuardNode(CommandingNode[Relay]):
             self.runner.loop.command(topic.name, read(topic, msg))
         except UserError as error:
             self._complain(f"{topic.name}: {error}: dropped")
+
+    def _on_alive(self, msg: Any) -> None:
+        """Whatever the other process says there, it lives."""
+        who = f"process behind {self._get('alive_topic')}"
+        self._tell(lambda guard: guard.alive(who, self._now()))
 
     def _advice(self, topic: str) -> str:
         return f"let them publish on {self._get('input_prefix').strip('/')}/{local(topic)}"

@@ -15,6 +15,11 @@ PARAMETERS = (
               "ends in the safety action"),
     Parameter("frozen_frames", 2, "a camera that repeats a picture so often is frozen; 0: never", (0, 1000)),
     Parameter("ahead_ms", 20.0, "a stamp so far ahead of the clock is wrong, ms", (0, 10_000)),
+    Parameter("alive_topic", "", "any topic of the other process, such as policy/status: silence there means "
+              "that it is dead; empty: no process is watched", fixed="configured"),
+    Parameter("alive_type", "d4_interfaces/msg/PolicyStatus", "type of alive_topic", fixed="configured"),
+    Parameter("watchdog_ms", 1500.0, "longest silence on alive_topic, ms; a policy node's status comes every "
+              "500 ms", (1, 60_000)),
     Parameter("dead_man_button", -1, "button of `joy` to be held for commands to pass; -1: none", (-1, 63),
               fixed="configured"),
     Parameter("dead_man_ms", 500.0, "it counts as released if `joy` is silent so long, ms", (1, 10_000)),

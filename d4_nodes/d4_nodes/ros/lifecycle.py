@@ -160,6 +160,10 @@ class ManagedNode(LifecycleNode, abc.ABC):
     def _findings(self) -> list[Finding]:
         """What diagnostics say of what runs; empty if nothing does."""
 
+    def _standing(self) -> list[Finding]:
+        """What diagnostics say besides, whether anything runs or not."""
+        return []
+
     @property
     @abc.abstractmethod
     def is_running(self) -> bool:
@@ -337,4 +341,5 @@ class ManagedNode(LifecycleNode, abc.ABC):
         idle = [Finding(self.subject, level, self.refusal or "inactive", {})]
         robot = "" if self.contract is None else self.contract.name
         stamp = self.get_clock().now().to_msg()
-        self._diagnostics.publish(diagnostics(self._findings() or idle, self.get_name(), robot, stamp))
+        findings = [*(self._findings() or idle), *self._standing()]
+        self._diagnostics.publish(diagnostics(findings, self.get_name(), robot, stamp))

@@ -72,7 +72,8 @@ class PolicyNode(CommandingNode[Loop]):
         self._refuse_rivals()
         measured = self._measured = self._measure(contract)
         self.guard.config = self._guard_config(watchdog_ms=self._get("watchdog_ms"))
-        report = Report(contract.rate_hz, contract.latency_ms, {**self._card, "node": self.get_name()})
+        slow = {"allow_slow": not measured.fits, "decision_ms": measured._asdict()}
+        report = Report(contract.rate_hz, contract.latency_ms, {**self._card, **self._about(), **slow})
         config = LoopConfig(
             max_misses=self._get("max_misses"), recover_after=self._get("recover_after"),
             commands_per_tick=self._get("commands_per_tick"), decision_ms=measured.p99,

@@ -16,6 +16,9 @@ except ImportError:  # Humble
 
 EVENT = QoSProfile(depth=10)  # tasks, starts, stops: none may be lost
 LATCHED = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+# a stop is heard from whoever says it: reliably where that is offered, also what was said before the node
+# began, and the last profile fits every publisher
+STOP = (EVENT, LATCHED, QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT))
 _PERIODS = 2
 
 
@@ -61,7 +64,7 @@ def subscription_events(topic: str, complain: Callable[[str], None]) -> Any:
 
 
 def silent() -> Any:
-    """Says nothing: for a second subscription that need not fit every publisher."""
+    """Says nothing: for one of several subscriptions, which need not fit every publisher."""
     return SubscriptionEventCallbacks(use_default_callbacks=False)
 
 
