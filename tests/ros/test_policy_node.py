@@ -84,6 +84,7 @@ def test_from_unconfigured_to_driving_and_back_twice(make):
         assert report["counts"]["commands"] >= 20
         assert report["NUM_MISSED_FRAMES"] <= 3
         assert report["metadata"]["weights"] == "w0"
+        assert (report["metadata"]["shadow"], report["metadata"]["guard"]) == (False, True)
         assert world.cleanup()
     assert process.end() == 0
 
@@ -153,6 +154,75 @@ def test_another_policy_after_a_restart_is_refused(driving, server, tmp_path):
         other.kill()
 
 
+@pytest.mark.parametrize("fault", ["nan", "raise", "sleep 0.3"])
+def test_model_faults(driving, server, fault):
+    _, world = driving
+    since = time.time_ns()
+    server.faults.write_text(fault)
+    # the next request has it, at most a period later; a slow one is covered by the plan for one tick more
+    assert world.zero_after_s(since) < 2 * TWO_PERIODS_S + SLACK_S
+    assert world.until_state("not_finite" if fault == "nan" else "fault").reason
+    server.faults.unlink()
+    world.until_state("driving")
+    world.until(lambda: world.twists[-1][1] > 0)
+
+
+def test_commands_beyond_the_limits_are_cut(driving, server):
+    process, world = driving
+    server.faults.write_text("huge")
+    world.until(lambda: world.twists[-1][1:] == (1.0, 2.0))
+    assert all(abs(x) <= 1.0 and abs(z) <= 2.0 for _, x, z in world.twists)
+    assert world.deactivate()
+    [path] = process.reports()
+    assert json.loads(path.read_text())["guard"]["limit"]["count"] > 0
+
+
+def test_a_server_that_stands_still_and_goes_on(driving, server):
+    _, world = driving
+    since = time.time_ns()
+    server.kill(signal.SIGSTOP)
+    assert world.zero_after_s(since) < 2 * TWO_PERIODS_S + SLACK_S
+    assert "no life" in world.until_state("watchdog").reason
+    server.kill(signal.SIGCONT)
+    world.until_state("driving")
+
+
+def test_deactivated_while_the_server_computes(driving, server):
+    process, world = driving
+    server.faults.write_text("sleep 3")
+    world.until_state("fault")  # the request whose answer is late is still at the server
+    server.faults.unlink()
+    began = time.monotonic()
+    assert world.deactivate()
+    assert time.monotonic() - began < 1.5
+    time.sleep(0.2)
+    assert world.twists[-1][1:] == (0.0, 0.0)
+    count = len(world.twists)
+    time.sleep(0.2)
+    assert len(world.twists) == count
+    assert len(process.reports()) == 1
+    assert world.activate()  # once the server has finished what nobody waits for any more
+    world.until_state("driving")
+
+
+def test_a_node_that_dies_leaves_the_server_to_the_next(driving, server, tmp_path):
+    """Killed with a request at the server, which then has nobody to answer."""
+    process, world = driving
+    server.faults.write_text("sleep 1")
+    world.until_state("fault")
+    process.end(signal.SIGKILL)
+    server.faults.unlink()
+    second, world_of_second = PolicyProcess(tmp_path, "-r", "__node:=second"), World(node="second")
+    try:
+        world.pause = True  # one camera is enough
+        assert world_of_second.configure(), second.said()
+        assert world_of_second.activate(), second.said()
+        world_of_second.until_state("driving")
+    finally:
+        world_of_second.close()
+        second.end(signal.SIGKILL)
+
+
 @pytest.mark.parametrize("fault", ["pause", "freeze", "encoding", "size", "ahead", "back"])
 def test_camera_faults(driving, fault):
     _, world = driving
@@ -180,7 +250,7 @@ def test_contract_mismatch_is_refused_with_the_reason(make, tmp_path):
     process, world = make("-p", f"contract:={other}")
     assert not world.configure()
     assert world.state() == "unconfigured"
-    world.until(lambda: "contract" in world.status[-1].reason)
+    world.until(lambda: world.status and "contract" in world.status[-1].reason)
     assert "Traceback" not in process.said()
 
 
@@ -192,7 +262,8 @@ def test_a_second_node_of_the_same_name_does_not_drive(make, tmp_path):
         world.until(lambda: world.node.get_node_names().count("policy") == 2)
         time.sleep(1.0)  # until they know of each other, too
         assert not world.activate()  # whichever of the two has answered
-        world.until(lambda: any("another node" in s.reason or "not" in s.reason for s in world.status))
+        sentence = "another node is called /policy too: start one of them only"
+        world.until(lambda: any(s.reason == sentence for s in world.status))
         assert not any(x for _, x, _ in world.twists)
     finally:
         second.end(signal.SIGKILL)
@@ -231,13 +302,17 @@ def test_dead_man(make):
 
 
 def test_shadow_mode_sends_nothing_and_counts(make):
-    _, world = make("-p", "shadow:=true")
+    process, world = make("-p", "shadow:=true", "-p", "guard:=false")
     assert world.configure()
     assert world.activate()
     status = world.until_state("driving")
     assert status.shadow
     world.until(lambda: world.status[-1].commands > 5)
     assert not world.twists
+    assert world.deactivate()
+    [path] = process.reports()
+    metadata = json.loads(path.read_text())["metadata"]
+    assert (metadata["shadow"], metadata["guard"]) == (True, False)
 
 
 def test_commands_between_ticks(make):
@@ -267,22 +342,28 @@ def test_namespace_and_remapping(make):
 
 
 def test_simulated_time_that_jumps_back(make):
-    _, world = make("-p", "use_sim_time:=true", simulated=True)
+    process, world = make("-p", "use_sim_time:=true", simulated=True)
     world.offset_ns = 1_000_000_000_000 - time.time_ns()
     time.sleep(0.5)
     assert world.configure()
     assert world.activate()
     world.until_state("driving")
-    for seconds in (-30, 60):
+    for number, seconds in enumerate((-30, 60)):
+        world.until(lambda: world.twists[-1][1] > 0)
         since = time.time_ns()
         world.offset_ns += seconds * 10**9
         assert world.zero_after_s(since) < TWO_PERIODS_S + SLACK_S
-        world.until_state("driving")
+        world.until(lambda number=number: process.said().count("the clock jumped by") == number + 1)
+        rested = len(world.twists)
+        world.until(lambda rested=rested: any(x > 0 for _, x, _ in world.twists[rested:]))
+    assert world.deactivate()
+    [path] = process.reports()
+    assert json.loads(path.read_text())["reasons"]["the clock jumped"] == 2
 
 
 def test_slow_server_is_refused_unless_allowed(make, server):
     server.faults.write_text("sleep 0.04")
-    _, world = make()
+    process, world = make()
     assert world.configure()
     assert not world.activate()
     world.until(lambda: "too few" in world.status[-1].reason)
@@ -291,17 +372,24 @@ def test_slow_server_is_refused_unless_allowed(make, server):
     assert world.activate()
     world.until(lambda: world.status[-1].allow_slow)
     assert world.deactivate()
+    slow = json.loads(process.reports()[-1].read_text())["metadata"]
     server.faults.unlink()
     assert world.activate()
     world.until_state("driving")
     assert not world.status[-1].allow_slow  # it need not
+    assert world.deactivate()
+    fast = json.loads(process.reports()[-1].read_text())["metadata"]
+    assert slow["allow_slow"]
+    assert not fast["allow_slow"]
+    assert slow["decision_ms"]["p99"] > slow["decision_ms"]["budget"]
+    assert fast["decision_ms"]["p99"] <= fast["decision_ms"]["budget"]
 
 
 def test_no_server_is_one_sentence(make, server):
     server.kill()
     process, world = make("-p", "server_wait_s:=1.0")
     assert not world.configure()
-    world.until(lambda: "no inference server listens" in world.status[-1].reason)
+    world.until(lambda: world.status and "no inference server listens" in world.status[-1].reason)
     assert "Traceback" not in process.said()
 
 
