@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from d4_datasets.errors import UserError
 from d4_sim.crafter import experiment, page
-from d4_sim.crafter.milestones import LADDER, MILESTONES, Prompted, first_ticks
+from d4_sim.crafter.milestones import LADDER, MILESTONES, Prompted, Watched, crafter_score, first_ticks
 from d4_sim.crafter.world import CHAIN, SURVIVAL
+from d4_sim.driver import ScriptedPolicy
 from d4_sim.minecraft.game import Rung
 from d4_sim.stages import MODULES, keys
+from d4_sim.vector import run_episodes
 
 ARGS = experiment.Args(out=Path("somewhere"), seeds=3)
 
@@ -103,6 +105,25 @@ def test_the_ladder_leads_to_the_diamond_and_takes_what_the_recipes_take() -> No
         assert counts[f"collect_{thing}"] == sum(uses.get(thing, 0) for uses in [*made, *placed])
 
 
+def test_the_score_is_that_of_crafters_paper() -> None:
+    """A geometric mean of the rates in per cent, each plus one."""
+    assert crafter_score([0.0] * 22) == 0
+    assert crafter_score([1.0] * 22) == pytest.approx(100)
+    assert crafter_score([1.0] * 11 + [0.0] * 11) == pytest.approx(101**0.5 - 1)
+
+
+def test_all_achievements_are_counted_episode_by_episode() -> None:
+    """Nine of the 22 were known to nobody."""
+    pytest.importorskip("crafter", reason="the package crafter is not installed")
+    watched = Watched(ScriptedPolicy("expert", 0))
+    batch = run_episodes("crafter", [1, 2], [9, 9], watched, 60)
+    counted = watched.achievements()
+    assert len(counted) == 22
+    assert {*MILESTONES} < {*counted}
+    for task, name in enumerate(MILESTONES):
+        assert counted[name] == batch.reward[:, 1:, task].sum(1).tolist()
+
+
 # ---- the plan
 
 
@@ -160,6 +181,7 @@ def write_run(out: Path, seed: int, policies: dict[str, list[int]]) -> None:
         name: {
             "return": counts, "success": [0] * len(counts), "fallen": [1] * len(counts),
             "ticks": [100] * len(counts),
+            "achievements": {"collect_wood": counts, "defeat_zombie": [0] * len(counts)},
             "first": [[10 * k if k < n else None for k in range(len(MILESTONES))] for n in counts],
         }
         for name, counts in policies.items()
@@ -184,6 +206,8 @@ def test_the_page_has_the_papers_table(tmp_path: Path) -> None:
     diamond = [line for line in lines if line.startswith("| collect_diamond")]
     assert diamond[0] == "| collect_diamond | 0 [0, 0] | 0 [0, 0] | 100 [100, 100] |"
     assert diamond[1] == "| collect_diamond | - | - | 90 |"
+    assert "| defeat_zombie | 0 | 0 | 0 |" in lines
+    assert "| **score** | 9.0 (9.0, 9.0) | 9.0 (9.0, 9.0) | 9.0 |" in lines
     assert "+38 [" in next(line for line in lines if line.startswith("| make_wood_pickaxe | +"))
     assert json.loads((tmp_path / "results.json").read_text())["ladder"]["1"]["policies"]["wm_bc"]
 

@@ -373,6 +373,10 @@ def test_crafter_is_played_under_its_own_name(tmp_path, capsys) -> None:
     said = capsys.readouterr().out
     assert "# Crafter without zombies and skeletons: 2 episodes of random" in said
     assert "Dreamer" not in said
+    assert "All 22 achievements of the game" in said
+    assert "| defeat skeleton" in said
+    numbers = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(numbers["achievements"]) == 22
     about = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert (about["ticks"], about["engine"]) == (60, "crafter_peaceful")
 

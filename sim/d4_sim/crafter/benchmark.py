@@ -9,7 +9,7 @@ import tyro
 
 from d4_core import threads
 from d4_datasets.errors import UserError, run_cli
-from d4_sim.crafter.milestones import LADDER, MILESTONES, Prompted, first_ticks
+from d4_sim.crafter.milestones import LADDER, MILESTONES, Prompted, Watched, first_ticks
 from d4_sim.evaluate import EvalArgs, Evaluation
 
 SCRIPTED = ("data", "expert")
@@ -19,7 +19,8 @@ class Benchmark(Evaluation):
     """See `d4_sim.evaluate.Evaluation`; a row's `return` is the number of milestones that were reached.
 
     Rows hold `first`, the tick of every milestone in every episode (None: never), `ticks`, how long the
-    episodes were, and `fallen`, whether the player died. What scripted players are asked for is theirs: the
+    episodes were, `fallen`, whether the player died, and `achievements`, how often each of the game's 22
+    happened. What scripted players are asked for is theirs: the
     expert goes for the diamond, those of the log mix for what they would in a recording.
     """
 
@@ -30,7 +31,7 @@ class Benchmark(Evaluation):
 
         session, _ = self._session(name)
         tasks = self.tasks if name == "data" else np.full(len(self.seeds), MILESTONES.index(LADDER[-1].task))
-        policy = session if name in SCRIPTED else Prompted(session)
+        policy = Watched(session if name in SCRIPTED else Prompted(session))
         batch = run_episodes(self.world, self.seeds.tolist(), tasks.tolist(), policy, self.horizon)
         first = [first_ticks(r, n) for r, n in zip(batch.reward, batch.length.tolist(), strict=True)]
         return {
@@ -39,6 +40,7 @@ class Benchmark(Evaluation):
             "fallen": batch.terminal.any(1).astype(int).tolist(),
             "ticks": (batch.length - 1).tolist(),
             "first": first,
+            "achievements": policy.achievements(),
         }
 
 

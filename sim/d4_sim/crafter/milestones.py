@@ -30,6 +30,41 @@ def first_ticks(reward: np.ndarray, length: int | None = None) -> list[int | Non
     return [int(column.argmax()) if column.any() else None for column in happened.T]
 
 
+def crafter_score(shares: Sequence[float]) -> float:
+    """The score of Crafter's paper: the geometric mean of success rates, all plus one per cent.
+
+    Args: shares: of the episodes with each of the 22 achievements, 0 .. 1.
+    """
+    return float(np.expm1(np.mean(np.log1p(100 * np.asarray(shares, float)))))
+
+
+class Watched:
+    """A policy that remembers its worlds, for what they tell when their episodes are over."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        self.worlds: Sequence[Any] = ()
+
+    def bind(self, worlds: Sequence[World]) -> None:
+        """The worlds that are played."""
+        self.worlds = worlds
+        if hasattr(self.policy, "bind"):
+            self.policy.bind(worlds)
+
+    def reset(self, n: int, tasks: np.ndarray) -> None:
+        """As the policy does."""
+        self.policy.reset(n, tasks)
+
+    def act(self, images: np.ndarray, vectors: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray:
+        """The policy's actions."""
+        return self.policy.act(images, vectors, alive)
+
+    def achievements(self) -> dict[str, list[int]]:
+        """How often each achievement happened, by name, episode by episode."""
+        told = [world.achievements for world in self.worlds]
+        return {name: [each[name] for each in told] for name in told[0]}
+
+
 class Prompted:
     """A session that is asked for the tasks of a ladder: a policy for `d4_sim.vector.run_episodes`.
 

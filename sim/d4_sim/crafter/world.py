@@ -60,6 +60,11 @@ class Crafter:
         return {}
 
     @property
+    def achievements(self) -> dict[str, int]:
+        """How often each of the game's 22 achievements happened in this episode, tasks or not."""
+        return {name: int(count) for name, count in self._game.player.achievements.items()}
+
+    @property
     def rewards(self) -> np.ndarray:
         """How often each task's event happened in the tick that led here, float32 [K]."""
         return (self._counts - self._before).astype(np.float32)

@@ -36,7 +36,8 @@ class Seen:
     Attributes:
         image: uint8 [H, W, 3].
         said: everything else, JSON: of a game `items`, `stats`, `gui`, `pointer`, `slot`, `over`, `late_ms`,
-            `more` as in `View`; of a world `vectors`, `done` (amounts by task) and `over`.
+            `more` as in `View`; of a world `vectors`, `done` (amounts by task), `over`, and `achievements`
+            (counts since the episode began, of more than its tasks) where it has such.
     """
 
     image: np.ndarray

@@ -48,6 +48,7 @@ class Episode:
         events: every tick in which a task was accomplished or a milestone reached.
         late_ms, action_ms, missed: as views say it (`View`): how late each view was, and each action, and how
             many ticks passed unseen.
+        achievements: counts of a world that has more than its tasks; None of others.
         ended: why it is over: "time", "game" (the player died, or the game says so), or empty.
     """
 
@@ -63,6 +64,7 @@ class Episode:
         self.late_ms: list[float] = []
         self.action_ms: list[float] = []
         self.missed = 0
+        self.achievements: dict[str, int] | None = None
 
     @property
     def task(self) -> str:
@@ -87,6 +89,7 @@ class Episode:
         if told.amounts or fresh:
             self.events.append(Event(self.ticks, told.amounts, fresh))
         self._time(seen)
+        self.achievements = seen.said.get("achievements", self.achievements)
         if seen.over or self.ticks >= self.limit:
             self.ended = "time" if self.ticks >= self.limit else "game"
         changed = self._ladder.step(told.amounts)
@@ -114,7 +117,8 @@ class Episode:
 
     def result(self) -> dict[str, Any]:
         """What is kept of it, JSON."""
-        return {
+        more = {} if self.achievements is None else {"achievements": self.achievements}
+        return more | {
             "episode": self.number, "seed": self.seed, "ticks": self.ticks, "ended": self.ended,
             "reached": self.reached, "rung": self.rung, "prompts": self.prompts,
         }  # fmt: skip

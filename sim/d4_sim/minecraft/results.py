@@ -192,12 +192,33 @@ def table(engine: Engine, about: Mapping[str, Any], episodes: Sequence[Mapping[s
             ],
         ),
     ]
+    if shares := achievements(episodes):
+        lines += _achievements(shares)
     where = checkpoint.origin()
     commit = f", commit {where['commit']}" if where["commit"] else ""
     lines.append(f"Written {where['date']} on {where['machine']}{commit}, seed {about['seed']}.\n")
     alone = _OTHER_PROTOCOL if engine.published else _NOT_MINECRAFT.format(title=engine.title)
     lines.append(f"Published columns: {SOURCE}.\n" if others else alone)
     return "\n".join(lines)
+
+
+def achievements(episodes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Share of the episodes with each achievement of a world that has more of them than tasks."""
+    told = [e["achievements"] for e in episodes if "achievements" in e]
+    names = told[0] if told else ()
+    return {name: sum(each.get(name, 0) > 0 for each in told) / len(episodes) for name in names}
+
+
+def _achievements(shares: Mapping[str, float]) -> list[str]:
+    from d4_sim.crafter.milestones import crafter_score
+
+    cells = [[name.replace("_", " "), f"{100 * share:.1f}"] for name, share in shares.items()]
+    score = crafter_score(list(shares.values()))
+    return [
+        f"All {len(shares)} achievements of the game, in per cent of the episodes; its score, "
+        f"exp(mean(ln(1 + s))) - 1 over these rates s, is {score:.1f}:\n",
+        _markdown(["achievement", "this policy"], cells),
+    ]
 
 
 def ladder_key(rungs: Sequence[Rung]) -> str:
@@ -305,6 +326,8 @@ def write_table(out: Path, engine: Engine, about: Mapping[str, Any]) -> str:
             for r in rows(engine, episodes)
         },
     }  # fmt: skip
+    if shares := achievements(episodes):
+        numbers["achievements"] = shares
     _write(out / _TABLE, text)
     _write(out / _NUMBERS, json.dumps(numbers, indent=1) + "\n")
     return text

@@ -80,9 +80,10 @@ class WorldHost:
         vectors = {name: [float(v) for v in values] for name, values in observation.vectors.items()}
         done = {self._world.tasks[k]: float(rewards[k]) for k in np.flatnonzero(np.asarray(rewards) > 0)}
         image = np.ascontiguousarray(observation.image)
-        return {
-            "shape": list(image.shape), "vectors": vectors, "done": done, "over": over
-        }, image.tobytes()  # fmt: skip
+        said = {"shape": list(image.shape), "vectors": vectors, "done": done, "over": over}
+        if (counts := getattr(self._world, "achievements", None)) is not None:
+            said["achievements"] = counts
+        return said, image.tobytes()
 
     def close(self) -> None:
         """Nothing to end."""
