@@ -2,15 +2,17 @@
 and a policy over recorded frames again (`replay`).
 
 Everything is what a robot runs, but for the camera, which is a thread here, and the motors, which only note
-what comes. Camera and transport can be made to jitter, and the server slow.
+what comes. Camera, transport and the server's answers can be made late and to jitter.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,7 +43,9 @@ _NUM_PICTURES = 32
 
 @dataclass(kw_only=True)
 class LatencyArgs:
-    """Run the loop for a while against a simulated camera and report what it kept of its promise."""
+    """Run the loop for a while against a simulated camera and report what it kept of its promise; after
+    Ctrl-C, of what it did until then.
+    """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """Checkpoint or run folder."""
@@ -61,6 +65,10 @@ class LatencyArgs:
     """Capture to arrival."""
     transport_jitter_ms: float = 0.0
     """Standard deviation of that; it never gets below 0."""
+    server_delay_ms: float = 0.0
+    """How much later the server answers."""
+    server_jitter_ms: float = 0.0
+    """Standard deviation of that; it never gets below 0."""
     commands_per_tick: int = 1
     """Commands per tick, interpolated."""
     priority: int = 0
@@ -74,7 +82,7 @@ class LatencyArgs:
     out: Path | None = None
     """Write the report as JSON here, too."""
     seed: int = 0
-    """Decides pictures and jitter."""
+    """Decides pictures, jitter and what the server draws."""
 
 
 @dataclass(kw_only=True)
@@ -106,8 +114,13 @@ class ServerProcess:
         assert self.process.stdout is not None
         timer = threading.Timer(timeout_s, self.process.kill)
         timer.start()
-        line = self.process.stdout.readline()
-        timer.cancel()
+        try:
+            line = self.process.stdout.readline()
+        except BaseException:  # Ctrl-C: nobody else would end it
+            self.__exit__()
+            raise
+        finally:
+            timer.cancel()
         if not line:
             code = self.process.wait()
             raise UserError(f"the inference server ended with code {code} before it was ready, see above")
@@ -226,6 +239,8 @@ def latency(args: LatencyArgs) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="d4-bench-") as folder:
         path = Path(folder) / "d4.sock"
         command = [args.server_python, "-m", "d4_nodes.server", str(args.checkpoint), "--socket", str(path)]
+        command += ["--delay-ms", str(args.server_delay_ms), "--jitter-ms", str(args.server_jitter_ms)]
+        command += ["--seed", str(args.seed)]
         command += [] if args.threads is None else ["--threads", str(args.threads)]
         with ServerProcess(command) as server:
             return _measure(args, path, server)
@@ -236,63 +251,103 @@ def _measure(args: LatencyArgs, path: Path, server: ServerProcess) -> dict[str, 
     contract = with_times(own, args.rate_hz, args.latency_ms)
     size = args.source or contract.images[0].size
     assert size is not None
-    link = Link(path, own)
-    try:
-        noise = image(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
-        pictures = {camera.name: functools.partial(decode, noise) for camera in contract.images}
-        measured = activation.measure(link, contract, pictures, args.transport_ms)
-        print(activation.require(measured, contract, args.allow_slow))
-        print(f"step: {server.ready.get('step', 'unknown')}")
-    finally:
-        link.close()
-    report = Report(contract.rate_hz, contract.latency_ms, server.ready)
+    with contextlib.closing(Link(path, own)) as link:
+        decision = _decision(args, link, contract, size)
+    print(f"step: {server.ready.get('step', 'unknown')}")
+    arguments = {k: str(v) for k, v in dataclasses.asdict(args).items()}
+    about = {**server.ready, "allow_slow": not decision.fits, "arguments": arguments}
+    report = Report(contract.rate_hz, contract.latency_ms, about)
     guard, motors = Guard(contract, GuardConfig()), Motors(contract)
     loop = Loop(
-        contract, guard, inbox_of(contract), motors, lambda: Link(path, own),
-        time.time_ns, report, LoopConfig(commands_per_tick=args.commands_per_tick),
+        contract, guard, inbox_of(contract), motors, lambda: Link(path, own), time.time_ns, report,
+        LoopConfig(commands_per_tick=args.commands_per_tick, decision_ms=decision.p99),
     )  # fmt: skip
     reference = reference_lateness(contract.period_ns / 1e9)
-    _drive(args, loop, Camera(loop, args, size))
+    is_whole = _drive(args, loop, Camera(loop, args, size))
     rules = {name: dataclasses.asdict(tally) for name, tally in guard.tally.items()}
-    result = report.to_dict(rules)
-    result["decision_ms"] = measured._asdict()
-    result["reference_sleep_ms"] = reference.summary_ms()
-    result["command_gap_ms"], result["commands_outside_contract"] = motors.gaps.summary_ms(), motors.outside
+    result = report.to_dict(rules) | {
+        "interrupted": not is_whole, "decision_ms": decision._asdict(),
+        "reference_sleep_ms": reference.summary_ms(), "command_gap_ms": motors.gaps.summary_ms(),
+        "commands_outside_contract": motors.outside,
+    }  # fmt: skip
+    result["ratios"] = _ratios(result)
     print(report.text(rules))
-    _print_ratios(result)
+    for name, ratio in result["ratios"].items():
+        print(f"{name}: {ratio:.3f}")
     if args.out is not None:
-        report.about["arguments"] = {k: str(v) for k, v in dataclasses.asdict(args).items()}
-        report.write(args.out, rules)
+        _write(args.out, result)
     return result
 
 
-def _drive(args: LatencyArgs, loop: Loop, camera: Camera) -> None:
-    """Run camera, watchdog and loop for a while; the loop has this thread."""
+def _decision(
+    args: LatencyArgs, link: Link, contract: Contract, size: tuple[int, int]
+) -> activation.Measured:
+    """What a decision takes, as the policy node measures it; UserError if that is too long."""
+    noise = image(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
+    pictures = {camera.name: functools.partial(decode, noise) for camera in contract.images}
+    measured = activation.measure(link, contract, pictures, args.transport_ms)
+    print(activation.require(measured, contract, args.allow_slow))
+    return measured
+
+
+def _drive(args: LatencyArgs, loop: Loop, camera: Camera) -> bool:
+    """Run camera, watchdog and loop for a while; the loop has this thread. False if Ctrl-C came first, which
+    lets the loop come to its end; a second one does not wait for that.
+    """
     for line in realtime.prepare_thread(args.priority):
         print(f"warning: {line}")
-    watchdog, timer = Watchdog(loop), threading.Timer(args.seconds, loop.stop)
+    is_over = threading.Event()
+    interrupts: list[int] = []
+
+    def stop_in_time() -> None:
+        is_over.wait(args.seconds)
+        loop.stop()
+
+    def interrupt(number: int, _: object) -> None:
+        signal.signal(number, before)
+        interrupts.append(number)
+        is_over.set()
+
+    watchdog = Watchdog(loop, lambda: realtime.prepare_thread(args.priority))
+    timer = threading.Thread(target=stop_in_time, name="timer", daemon=True)
+    before = signal.signal(signal.SIGINT, interrupt)
     with realtime.quiet_interpreter():
         for part in (camera, watchdog, timer):
             part.start()
         try:
             loop.run()
         finally:
-            timer.cancel()
+            signal.signal(signal.SIGINT, before)
+            is_over.set()
             camera.stop()
             watchdog.stop()
+    return not interrupts
 
 
-def _print_ratios(result: dict[str, Any]) -> None:
-    stages, sleep = result["stages_ms"], result["reference_sleep_ms"]
+def _ratios(result: dict[str, Any]) -> dict[str, float]:
+    """What does not depend on how fast the machine is, by its name."""
+    stages, sleep, ratios = result["stages_ms"], result["reference_sleep_ms"], {}
     if stages["answer"]["count"] and stages["encode"]["count"]:
         inside = stages["encode"]["p50"] + stages["plan"]["p50"]
-        print(f"answer / time inside the session, p50: {stages['answer']['p50'] / inside:.2f}")
+        ratios["answer / time inside the session, p50"] = stages["answer"]["p50"] / inside
     if stages["lateness"]["count"]:
-        print(f"lateness / lateness of a bare sleep, p99: {stages['lateness']['p99'] / sleep['p99']:.2f}")
-    ends = result["minutes"][:1] + result["minutes"][-1:]
-    if len(result["minutes"]) > 1:
-        ratio = ends[1]["answer_p50_ms"] / ends[0]["answer_p50_ms"]
-        print(f"answer p50, minute {len(result['minutes'])} / minute 1: {ratio:.3f}")
+        ratios["lateness / lateness of a bare sleep, p99"] = stages["lateness"]["p99"] / sleep["p99"]
+    if len(minutes := result["minutes"]) > 1:
+        ratio = minutes[-1]["answer_p50_ms"] / minutes[0]["answer_p50_ms"]
+        ratios[f"answer p50, minute {len(minutes)} / minute 1"] = ratio
+    return ratios
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    """Write the report as JSON, whole or not at all; NaN and infinity, which JSON does not know, as null."""
+    known = json.loads(json.dumps(result), parse_constant=lambda name: None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        aside.write_text(json.dumps(known, indent=1) + "\n")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -308,11 +363,14 @@ def _main() -> int:
 
 
 def _latency(args: tyro.conf.OmitArgPrefixes[LatencyArgs]) -> int:
-    """Measure the loop."""
+    """Measure the loop; exit code 130 if Ctrl-C ended it."""
     try:
-        latency(args)
+        result = latency(args)
     except WireError as error:
         raise UserError(str(error)) from error
+    if result["interrupted"]:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

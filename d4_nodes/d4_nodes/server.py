@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from d4_core.models import Models
 
 HEARTBEAT_S = 0.01
+_LONGEST_MS = 1000.0  # of an answer's delay
 _MOST_GUESTS = 32  # connections at a time; one of them is served
 
 
@@ -50,13 +51,17 @@ class ServeArgs:
     """Where to listen; default: d4-<contract name>.sock in the user's runtime folder, for a tokenizer
     d4-<contract name>-tokenizer.sock."""
     seed: int = 0
-    """Decides context noise and action samples, anew in every episode."""
+    """Decides context noise and action samples, anew in every episode, and jitter."""
     argmax: bool = False
     """Take the likeliest action instead of a sample."""
     device: str = "auto"
     """auto, cpu or cuda."""
     threads: int | None = None
     """Compute threads; default: the free cores."""
+    delay_ms: float = 0.0
+    """Answer so much later, which only a measurement wants."""
+    jitter_ms: float = 0.0
+    """Standard deviation of that; it never gets below 0."""
 
 
 class Brain(Protocol):
@@ -160,6 +165,31 @@ class TokenizerBrain:
             seen = observe(self.tokenizer, images, vectors, self.tokenizer.latents.device)
             shared["latents"][:] = self.tokenizer.encode_step(seen, self._cache)[0].cpu().numpy()
         shared["spans"][:] = time.perf_counter_ns() - began
+
+
+class Delayed:
+    """A brain that answers later, to see what becomes of the robot.
+
+    Args:
+        delay_ms, jitter_ms: mean and standard deviation; an answer is never early. `seed` decides them.
+
+    Raises:
+        UserError: either is negative or more than a second.
+    """
+
+    def __init__(self, brain: Brain, delay_ms: float, jitter_ms: float, seed: int = 0) -> None:
+        for name, value in (("delay_ms", delay_ms), ("jitter_ms", jitter_ms)):
+            if not 0 <= value <= _LONGEST_MS:
+                raise UserError(f"{name} is {value:g}: give 0 to {_LONGEST_MS:g} ms")
+        self.kind, self.contract, self.fields = brain.kind, brain.contract, brain.fields
+        self.card = {**brain.card, "delay_ms": delay_ms, "jitter_ms": jitter_ms}
+        self._brain, self._delay_ms, self._jitter_ms = brain, delay_ms, jitter_ms
+        self._rng = np.random.default_rng(seed)
+
+    def decide(self, shared: Memory) -> None:
+        """Answer, and rest before it is told."""
+        self._brain.decide(shared)
+        time.sleep(max(0.0, self._delay_ms + self._jitter_ms * self._rng.standard_normal()) / 1e3)
 
 
 def _load(folder: Path, device: str) -> tuple[Models, dict[str, Any]]:
@@ -367,12 +397,16 @@ def main() -> None:
 def _main() -> int:
     args = tyro.cli(ServeArgs, prog="d4-serve")
     threads.configure(args.threads)
+    brain: Brain
     if args.tokenizer:
-        encoder = TokenizerBrain(args.checkpoint, args.device)
-        serve(encoder, args.socket or wire.default_socket(f"{encoder.contract.name}-tokenizer"))
+        brain = TokenizerBrain(args.checkpoint, args.device)
+        name = f"{brain.contract.name}-tokenizer"
     else:
         brain = PolicyBrain(args.checkpoint, args.seed, args.argmax, args.device)
-        serve(brain, args.socket or wire.default_socket(brain.contract.name))
+        name = brain.contract.name
+    if args.delay_ms or args.jitter_ms:
+        brain = Delayed(brain, args.delay_ms, args.jitter_ms, args.seed)
+    serve(brain, args.socket or wire.default_socket(name))
     return 0
 
 
