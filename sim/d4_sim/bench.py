@@ -18,10 +18,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from d4_core import threads
+from d4_core.config import override, preset
 from d4_datasets.errors import UserError, run_cli
 from d4_sim.chains import PHASES, Chains
 from d4_sim.crafter import experiment
 from d4_sim.lanes import Runner
+from d4_sim.mujoco_world import MujocoWorld
 from d4_sim.stages import Interrupted, Stage, command, keys
 from d4_sim.world import contract_text, make_world, world_class, world_names
 
@@ -82,7 +84,7 @@ class Size:
     expert_episodes: int = 40
     planner_episodes: int = 10
     set: tuple[str, ...] = ()
-    disturb: tuple[str, ...] = ("latency=100", "jitter=40", "noise=0.1", "drop=0.2", "light=0.6")
+    disturb: tuple[str, ...] = ("latency=100", "jitter=40", "noise=0.1", "drop=0.2", "look=1", "light=0.6")
     minutes: float = 0.0
 
 
@@ -226,9 +228,9 @@ class Plan(Chains):
             typical_s = 0.4 * size.planner_episodes * horizon
             work = drive("planner", planner_episodes=size.planner_episodes)
             self.add(f"{name}/planner", [latest], typical_s, work, weight=self.shape.trainers)
-        if size.disturb:
-            typical_s = 0.02 * size.eval_episodes * horizon * len(DISTURBED) * len(size.disturb)
-            again = [drive(*DISTURBED, disturb=tuple(each.split("+"))) for each in size.disturb]
+        if disturb := fitting(world, size.disturb):
+            typical_s = 0.02 * size.eval_episodes * horizon * len(DISTURBED) * len(disturb)
+            again = [drive(*DISTURBED, disturb=tuple(each.split("+"))) for each in disturb]
             self.add(f"{name}/disturbed", [latest], typical_s, *again, weight=self.shape.trainers)
         if not self.shape.keep:
             last = [stage.name for stage in self.stages if latest in stage.needs] or [latest]
@@ -236,6 +238,12 @@ class Plan(Chains):
 
     def _many(self) -> dict[str, Any]:
         return {"jobs": self.shape.recorders} if self.shape.recorders > 1 else {}
+
+
+def fitting(world: str, disturb: tuple[str, ...]) -> tuple[str, ...]:
+    """The disturbances that a world has: only those of MuJoCo can look different."""
+    is_mujoco = issubclass(world_class(world), MujocoWorld)
+    return tuple(each for each in disturb if is_mujoco or "look=" not in each)
 
 
 def plan(shape: Shape, worlds: tuple[str, ...]) -> list[Stage]:
@@ -292,9 +300,10 @@ def _check(args: Args, worlds: tuple[str, ...]) -> None:
         raise UserError("expert and planner drive some of the shared starts: give them no more episodes")
     if args.jobs != "auto" and args.jobs < 1:
         raise UserError(f"--jobs {args.jobs} must be at least 1, or auto")
+    override(preset(size.model), list(size.set))
     for world in worlds:
         make_world(world)
-        for each in size.disturb:
+        for each in fitting(world, size.disturb) if args.disturb is None else size.disturb:
             make_world(f"{world}+{each}")
 
 

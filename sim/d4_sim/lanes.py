@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from d4_datasets.errors import UserError
 from d4_sim import stages
 from d4_sim.stages import Interrupted, Stage, State, clock, handled_by
 
@@ -63,6 +64,9 @@ class Runner:
         jobs: slots; a stage takes as many as its `weight` says, and at most all of them.
         only: beginnings of the names of stages to run; empty: all of them.
         seconds: nothing is begun later than this, and what is still at work then is told to save and leave.
+
+    Raises:
+        UserError: `only` names no stage.
     """
 
     def __init__(
@@ -75,6 +79,11 @@ class Runner:
         seconds: float | None = None,
     ) -> None:
         self.out, self.stages, self.jobs, self.only, self.seconds = out, list(planned), jobs, only, seconds
+        for name in only:
+            if not any(stage.name.startswith(name) for stage in planned):
+                raise UserError(
+                    f"--only {name} begins no stage: they are {', '.join(stage.name for stage in planned)}"
+                )
         self.console = Console(highlight=False, soft_wrap=True)
         (out / "logs").mkdir(parents=True, exist_ok=True)
         self.state = State(out, self.stages, keys, force=True)

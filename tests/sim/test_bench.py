@@ -131,6 +131,7 @@ def test_a_disk_that_is_too_small_is_one_sentence_before_the_work(tmp_path: Path
         ({"expert_episodes": 5}, "give them no more episodes"),
         ({"jobs": 0}, "--jobs 0 must be at least 1"),
         ({"disturb": ("wind=3",)}, "'wind=3' is no disturbance"),
+        ({"set": ("nonsense=3",)}, "nonsense"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_at_once(tmp_path, changes, sentence) -> None:
@@ -140,7 +141,29 @@ def test_what_a_later_stage_would_refuse_is_refused_at_once(tmp_path, changes, s
     assert not (tmp_path / "out").exists()
 
 
+def test_worlds_look_different_where_they_can() -> None:
+    """No default row had other looks, and Crafter cannot have them."""
+    for name in ("night", "h200"):
+        assert "look=1" in PRESETS[name].disturb
+    planned = {s.name: s for s in plan(Shape(out=OUT, size=Size(seeds=1)), ("push", "crafter"))}
+    looks = {
+        world: [c for c in planned[f"{world}-0/disturbed"].commands if "look=1" in c]
+        for world in ("push", "crafter")
+    }
+    assert [len(found) for found in looks.values()] == [1, 0]
+    assert len(planned["crafter-0/disturbed"].commands) == len(Size().disturb) - 1
+
+
 # ---- runner
+
+
+def test_a_name_that_begins_no_stage_is_said(tmp_path) -> None:
+    """`--only zzz` ended with "nothing for a page yet" and without an error."""
+    todo = works(1, 1)
+    Runner(tmp_path / "out", todo, keys(todo), jobs=1, only=("s1",))
+    with pytest.raises(UserError, match="--only zzz begins no stage: they are s0, s1"):
+        Runner(tmp_path / "none", todo, keys(todo), jobs=1, only=("s1", "zzz"))
+    assert not (tmp_path / "none").exists()
 
 
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
