@@ -7,11 +7,13 @@ go on where they were; whatever is there at the end is on one page (`d4_sim.benc
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +27,7 @@ from d4_sim.crafter import experiment
 from d4_sim.lanes import Runner
 from d4_sim.mujoco_world import MujocoWorld
 from d4_sim.stages import Interrupted, Stage, command, keys
+from d4_sim.study_results import read_json
 from d4_sim.world import contract_text, make_world, world_class, world_names
 
 POLICIES = ("data", "bc_scratch", "vpt", "wm_bc", "imagination")
@@ -33,6 +36,8 @@ DISTURBED = ("wm_bc", "imagination")  # driven under disturbances, too
 _BYTES_PER_FRAME = 19_000  # bags and unpacked frames, of 64x64 pixels
 _KEPT_PER_FRAME = 2_000  # videos and tables of the dataset
 _BYTES_OF_RUN = 250_000_000  # checkpoints, films and the report
+
+MUJOCO = "mujoco.json"  # versions of it, in the folder of a bench
 
 PresetName = Literal["night", "h200", "toy"]
 _SMALL = ("push", "reacher_easy", "cartpole_swingup")
@@ -279,6 +284,7 @@ def bench(args: Args) -> int:
     for world in worlds:
         (args.out / f"{world}.yaml").write_text(contract_text(world), encoding="utf-8")
     _require_space(shape, len(worlds))
+    _note_mujoco(args.out)
     own_keys = keys(plan(Shape(out=Path("out"), size=size, keep=args.keep), worlds))
     runner = Runner(args.out, plan(shape, worlds), own_keys, jobs, args.only, size.minutes * 60 or None)
     try:
@@ -305,6 +311,20 @@ def _check(args: Args, worlds: tuple[str, ...]) -> None:
         make_world(world)
         for each in fitting(world, size.disturb) if args.disturb is None else size.disturb:
             make_world(f"{world}+{each}")
+
+
+def _note_mujoco(out: Path) -> None:
+    """Keep the versions of MuJoCo that a bench was made with, for its page; say that there are several."""
+    path, here = out / MUJOCO, version("mujoco")
+    known = list(read_json(path) or [])
+    if here not in known:
+        path.write_text(json.dumps([*known, here]) + "\n")
+    if known and known != [here]:
+        print(
+            f"warning: {out} was begun with MuJoCo {known[0]} and this is {here}: pictures may differ, see "
+            "docs/mujoco.md",
+            file=sys.stderr,
+        )
 
 
 def _require_space(shape: Shape, worlds: int) -> None:

@@ -25,7 +25,8 @@ FILMED = DISTURBED = ("imagination", "wm_bc")
 def collect(out: Path, worlds: tuple[str, ...], seeds: int) -> dict[str, Any]:
     """Every number of a bench as JSON values; what has not been run is left out.
 
-    Keys: `chains` {world: {seed: run}}, the reference's policies in every run, and `stages` {name: seconds}.
+    Keys: `chains` {world: {seed: run}}, the reference's policies in every run, `stages` {name: seconds}, and
+    `mujoco`, the versions that it was made with.
     """
     chains: dict[str, dict[str, Any]] = {}
     for world in worlds:
@@ -38,7 +39,8 @@ def collect(out: Path, worlds: tuple[str, ...], seeds: int) -> dict[str, Any]:
         }
     done = read_json(out / "stages.json") or {}
     seconds = {name: entry["seconds"] for name, entry in done.items() if entry["done"]}
-    return {"chains": chains, "runs": {}, "stages": seconds}
+    versions = read_json(out / "mujoco.json") or []
+    return {"chains": chains, "runs": {}, "stages": seconds, "mujoco": versions}
 
 
 def disturbed(run: Path) -> dict[str, Any]:
@@ -162,6 +164,10 @@ def _about(results: Mapping[str, Any], worlds: tuple[str, ...], size: Size) -> s
         f"{size.expert_episodes} (once per world) and the planner in the world model "
         f"{size.planner_episodes}. {clock(sum(results['stages'].values()))} of work in all.\n"
     ]
+    if versions := results["mujoco"]:
+        lines.append(f"MuJoCo {', '.join(versions)}.\n")
+    if len(versions) > 1:
+        lines.append("**Several versions of MuJoCo**: their pictures may differ.\n")
     missing = [f"{world} ({done[world]} of {size.seeds})" for world in worlds if done[world] < size.seeds]
     if missing:
         lines.append(f"**Not complete**: chains of {', '.join(missing)}.\n")

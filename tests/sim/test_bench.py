@@ -270,6 +270,18 @@ def test_the_page_has_every_policy_and_says_what_is_missing(out: Path) -> None:
     assert kept["chains"]["push"]["0"]["policies"]["random"]["return"]
 
 
+def test_the_page_names_the_versions_of_mujoco(out: Path, monkeypatch, capsys) -> None:
+    """Pictures are not the same in all of them: record, train and judge with one."""
+    for number in ("3.9.0", "3.9.0", "4.0.0"):
+        monkeypatch.setattr(bench, "version", lambda name, number=number: number)
+        assert "warning" not in capsys.readouterr().err
+        bench._note_mujoco(out)
+    assert "was begun with MuJoCo 3.9.0 and this is 4.0.0" in capsys.readouterr().err
+    text = bench_page.write_page(out, ("push",), SIZE).read_text()
+    assert "MuJoCo 3.9.0, 4.0.0." in text
+    assert "**Several versions of MuJoCo**" in text
+
+
 def test_nothing_is_written_without_results(tmp_path: Path) -> None:
     assert bench_page.write_page(tmp_path, ("push",), SIZE) is None
     assert list(tmp_path.iterdir()) == []
