@@ -29,6 +29,9 @@ from launch.launch_description_sources import PythonLaunchDescriptionSource  # n
 FOLDER = Path(tempfile.mkdtemp(prefix="d4-launch-"))
 D4_PYTHON = os.environ.get("D4_PYTHON", sys.executable)
 
+# what a report counts when the model did not decide, or not see, as it would again
+LATE = ("missed", "commands left out", "ticks the server was not free for")
+
 
 def include(name: str, **arguments: str) -> IncludeLaunchDescription:
     path = os.path.join(get_package_share_directory("d4_bringup"), "launch", f"{name}.launch.py")
@@ -129,7 +132,8 @@ class TestAfterwards(unittest.TestCase):
         same = re.search(r"(\d+) of \d+ commands are the same", said)
         others = re.search(r"(\d+) differ", said)
         assert same, said
-        assert int(same[1]) >= 20
-        if counts.get("ticks the server was not free for"):
-            self.skipTest("the server did not see every frame: what it remembers cannot be repeated")
-        assert others is None or int(others[1]) <= counts.get("safe", 0) + counts.get("missed", 0), said
+        late = sum(counts.get(name, 0) for name in LATE)
+        if late > 3:  # a few are when all end, the server perhaps before the node
+            self.skipTest(f"this machine was too busy to drive in time, {late} times: {said}")
+        assert int(same[1]) >= 20, said
+        assert others is None or int(others[1]) <= counts.get("safe", 0) + late, said
