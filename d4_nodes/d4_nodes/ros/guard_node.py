@@ -23,6 +23,7 @@ from d4_datasets.errors import UserError
 from d4_nodes.codec import Topic
 from d4_nodes.health import Finding
 from d4_nodes.inbox import inbox_of
+from d4_nodes.output import never_blocking
 from d4_nodes.relay import Relay, RelayExaminer, read
 from d4_nodes.report import Report
 from d4_nodes.ros import qos
@@ -102,7 +103,9 @@ class GuardNode(CommandingNode[Relay]):
 
 def main() -> None:
     """Entry point of `ros2 run d4_nodes guard_node`."""
-    sys.exit(spin(GuardNode))
+    with never_blocking():
+        code = spin(GuardNode)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

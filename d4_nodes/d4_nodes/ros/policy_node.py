@@ -30,6 +30,7 @@ from d4_nodes.health import Examiner, Finding
 from d4_nodes.inbox import inbox_of
 from d4_nodes.link import Link
 from d4_nodes.loop import Loop, LoopConfig
+from d4_nodes.output import never_blocking
 from d4_nodes.report import Histogram, Report
 from d4_nodes.ros import qos
 from d4_nodes.ros.commanding import CommandingNode
@@ -71,7 +72,7 @@ class PolicyNode(CommandingNode[Loop]):
         assert self.guard is not None
         self._refuse_rivals()
         measured = self._measured = self._measure(contract)
-        self.guard.config = self._guard_config(watchdog_ms=self._get("watchdog_ms"))
+        self.guard.config = self._guard_config(watchdog_ms=self._get("watchdog_ms") or None)
         slow = {"allow_slow": not measured.fits, "decision_ms": measured._asdict()}
         report = Report(contract.rate_hz, contract.latency_ms, {**self._card, **self._about(), **slow})
         config = LoopConfig(
@@ -220,7 +221,9 @@ def task_of(contract: Contract, name: str) -> int:
 
 def main() -> None:
     """Entry point of `ros2 run d4_nodes policy_node`."""
-    sys.exit(spin(PolicyNode))
+    with never_blocking():
+        code = spin(PolicyNode)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ PARAMETERS = (
     Parameter("commands_per_tick", 1, "commands per tick, interpolated towards the next", (1, 100)),
     Parameter("frozen_frames", 2, "a camera that repeats a picture so often is frozen; 0: never", (0, 1000)),
     Parameter("ahead_ms", 20.0, "a stamp so far ahead of the clock is wrong, ms", (0, 10_000)),
-    Parameter("watchdog_ms", 100.0, "oldest sign of life of the inference server, ms", (1, 10_000)),
+    Parameter("watchdog_ms", 0.0, "oldest sign of life of the server, ms; 0: 1.5 periods", (0, 10_000)),
     Parameter("dead_man_button", -1, "button of `joy` to be held for commands to pass; -1: none", (-1, 63),
               fixed="configured"),
     Parameter("dead_man_ms", 500.0, "it counts as released if `joy` is silent so long, ms", (1, 10_000)),
