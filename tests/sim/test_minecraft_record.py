@@ -26,11 +26,14 @@ from d4_datasets.errors import UserError
 from d4_datasets.ingest import ingest
 from d4_datasets.windows import Windows
 from d4_sim.minecraft import cli, game
+from d4_sim.minecraft.benchmark import Benchmark, Plan
 from d4_sim.minecraft.environment import Seen
 from d4_sim.minecraft.hands import Hands
+from d4_sim.minecraft.policies import load_policy
 from d4_sim.minecraft.record import Again, Person, Script, Settings, make_player, play
 from d4_sim.minecraft.recorder import Lines, Recorder
 from d4_sim.minecraft.replay import read_recorded
+from d4_sim.minecraft.results import Results
 
 IMAGE = np.zeros((36, 64, 3), np.uint8)
 
@@ -170,6 +173,28 @@ def test_from_a_played_game_to_a_dataset(tmp_path, capsys) -> None:
     assert logs.reward[:41, tasks.index("craft_planks")].sum() > 2
     levels = np.asarray(logs.images["pov"][:41]).mean((1, 2, 3))
     assert np.abs(np.diff(levels) % 256 - 1).max() < 1.5  # a frame a tick, none twice
+
+
+def test_labels_of_a_recording_are_the_events_of_the_live_game(tmp_path) -> None:
+    """The same play three times: as it was judged, as its recording is replayed, and as it is ingested."""
+    engine, contract = fake_game.ENGINE, minecraft_files.contract()
+    plan = Plan(engine=engine, options={}, rungs=engine.ladder, ticks=40, keep=tmp_path / "kept")
+    results = Results(tmp_path / "out", {"seed": 0})
+    Benchmark(plan, load_policy("random", 1, "cpu", contract), results, lambda _: None).play([0], 1)
+    live = read_recorded(tmp_path / "out" / "events" / "000000.jsonl")
+    (part,) = (tmp_path / "kept").glob("*.jsonl")
+    replayed = read_recorded(part)
+    done = {tick: dict(told.amounts) for tick, told in live.told if told.amounts}
+    assert len(done) > 5
+    assert done == {tick: dict(told.amounts) for tick, told in replayed.told if told.amounts}
+    for name in ("log", "planks"):
+        first = [next(tick for tick, told in each.told if name in told.reached) for each in (live, replayed)]
+        assert first == [results.episodes()[0]["reached"][name]] * 2
+    ingest([tmp_path / "kept"], contract, tmp_path / "dataset", jobs=1)
+    logs = Windows(tmp_path / "dataset")
+    names = logs.contract.task_names
+    labels = {t: {names[k] for k in np.flatnonzero(row)} for t, row in enumerate(logs.reward) if row.any()}
+    assert labels == {tick: {*amounts} for tick, amounts in done.items()}
 
 
 def settings(tmp_path: Path, **changes) -> Settings:
