@@ -91,8 +91,9 @@ class Runner(Generic[_Driver]):
         self._log(self.loop.report.text(rules))
         if folder is None:
             return None
-        name = time.strftime("%Y-%m-%dT%H-%M-%S", time.localtime())
-        path = folder / f"{self.loop.contract.name}-{name}-{os.getpid()}.json"
+        now_ns = time.time_ns()
+        name = time.strftime("%Y-%m-%dT%H-%M-%S", time.localtime(now_ns // 10**9))
+        path = folder / f"{self.loop.contract.name}-{name}.{now_ns // 10**6 % 1000:03d}-{os.getpid()}.json"
         self.loop.report.write(path, rules)
         return path
 

@@ -2,13 +2,17 @@
 
 import json
 import math
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from d4_nodes.guard import Guard
 from d4_nodes.report import Histogram, Report
+from d4_nodes.runner import Runner
 
 
 @given(st.lists(st.floats(1e3, 1e11), min_size=1, max_size=300), st.sampled_from([0.5, 0.99, 0.999]))
@@ -44,3 +48,14 @@ def test_the_report_says_what_happened(tmp_path) -> None:
     assert "3 missed" in text
     assert "stale acted 2 times" in text
     assert "limit" not in text
+
+
+def test_two_runs_in_one_second_leave_two_reports(contract, tmp_path, monkeypatch) -> None:
+    """The file of the second replaced that of the first."""
+    loop = SimpleNamespace(contract=contract, lock=threading.RLock(), report=Report(20.0, 30.0))
+    loop.guard = Guard(contract)
+    seconds = iter([1_700_000_000_100_000_000, 1_700_000_000_350_000_000])
+    monkeypatch.setattr("d4_nodes.runner.time.time_ns", lambda: next(seconds))
+    runner = Runner(loop, log=lambda _: None)
+    assert runner.conclude(tmp_path) != runner.conclude(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
