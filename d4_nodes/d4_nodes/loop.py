@@ -137,13 +137,8 @@ class Loop:
         self._restart = self._jump = self._stood_still = ""  # what other threads have seen
         self._beat_ns = self._spoke_ns = time.monotonic_ns()
         self._sent_ns = clock()  # as `_spoke_ns`, by the loop's clock
-        self._forget()
-
-    def _forget(self) -> None:
-        """Nothing is known, and nothing is held against anybody."""
-        self._forget_past()
         self._is_safe, self._recovered = False, 0
-        self._eyes.forget()
+        self._forget_past()
 
     def _forget_past(self) -> None:
         """Back to the beginning of an episode; doubts stay."""
@@ -247,8 +242,8 @@ class Loop:
                     self._round()
                 except Exception as error:
                     self._log(f"the loop failed: {error!r}")
-                    self.report.reasons["the loop failed"] += 1
-                    self._forget()
+                    self._forget_past()
+                    self._fail(f"the loop failed: {error!r}", "the loop failed")
                     self._rest_anyhow()
                     time.sleep(self.contract.period_ns / 4e9)  # an error that stays must not flood
         finally:

@@ -347,8 +347,12 @@ def test_an_error_in_the_loop_is_no_end(rig) -> None:
         rig.loop._round = real
         raise ZeroDivisionError
 
-    rig.loop._round = broken
+    rig.loop._round, since = broken, time.time_ns()
     rig.until(lambda: rig.report.reasons["the loop failed"] == 1, 2)
+    assert rig.until_safe() == "fault"
+    assert "ZeroDivisionError" in rig.guard.tally["fault"].reason
+    rig.until(lambda: len([c for c in rig.motors.commands if c[0] >= since]) > 5, 2)
+    assert sum(is_safe for t, is_safe, _ in rig.motors.commands if t >= since) >= 4
     rig.until_driving()
 
 
