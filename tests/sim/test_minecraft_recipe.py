@@ -49,7 +49,7 @@ def test_the_recipe_names_its_costs(tmp_path) -> None:
     assert "1 GPU" in lines[8]
     assert "256 GPUs" in lines[8]
     assert "once over the data takes --scale" in lines[9]
-    assert "ingest: 4.2 days with --jobs 1" in lines[10]
+    assert "ingest: 7.1 days with --jobs 1" in lines[10]
     words = [words for stage in recipe.plan(big, NONE) for words in stage.commands]
     assert [w[0] for w in words] == ["d4-fetch", "d4-ingest", "d4-audit", *["d4-train"] * 4]
     many = [w for stage in recipe.plan(plain(tmp_path, gpus=8), NONE) for w in stage.commands]
