@@ -40,7 +40,9 @@ def xlib() -> Any:
         import Xlib.ext.xtest
         import Xlib.XK
     except ImportError:
-        raise UserError("keyboard and mouse need python-xlib: pip install 'd4[luanti]'") from None
+        raise UserError(
+            "keyboard and mouse need python-xlib: pip install 'python-xlib>=0.33,<0.34'"
+        ) from None
     return Xlib
 
 
