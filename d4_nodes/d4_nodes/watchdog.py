@@ -16,7 +16,7 @@ from d4_nodes.report import Report
 
 _LOOKS = 8  # a period
 _STILL = 0.75  # periods: a loop goes round more often
-_SILENT = 1.75  # periods: with the time between two looks, less than the two that are promised
+_SILENT = 1.6  # periods: with the time between two looks well below the two that are promised
 _MUTE = 2.25  # periods: whatever the loop does, it does not drive
 
 

@@ -17,6 +17,7 @@ PERIOD_S = 0.05
 FAULTS = (
     "server killed", "server stopped", "camera stops", "camera freezes", "stamps ahead", "stamps back",
     "wrong picture", "nan", "huge", "raise", "sleep 0.3", "emergency stop", "new episode", "clock jumps",
+    "loop stands still", "nan now and then", "start and jump",
 )  # fmt: skip
 
 
@@ -55,6 +56,14 @@ def inject(rig, fault: str, seconds: float) -> None:
         rig.loop.begin(time.time_ns())
     elif fault == "clock jumps":
         rig.loop.jumped("the clock jumped by the test")
+    elif fault == "start and jump":
+        with rig.loop.lock:
+            rig.loop.begin(time.time_ns() + round(seconds * 1e10))
+            rig.loop.jumped("the clock jumped by the test")
+    elif fault == "loop stands still":
+        real = rig.loop._round
+        rig.loop._round = lambda: (setattr(rig.loop, "_round", real), time.sleep(seconds))
+        time.sleep(seconds)
     else:
         rig.faults.write_text(fault)
         time.sleep(seconds)
@@ -88,4 +97,5 @@ def test_soak(rig) -> None:
     print(json.dumps(told))
     assert rig.motors.outside == 0
     assert gaps["max"] < 2e3 * PERIOD_S
+    assert rig.report.stages["lateness"].largest < 1e9 * PERIOD_S  # nothing is sent whose time is over
     assert rig.report.reasons["the loop failed"] == 0
