@@ -123,7 +123,8 @@ class Loop:
         self._held = tuple(s.name for s in contract.observations if s.holds_for_ever)
         left = contract.latency_ns // 2
         if config.decision_ms is not None:
-            left = max(0, contract.latency_ns - round(1e6 * config.decision_ms))
+            # where decisions take too long (`allow_slow`), frames must still be given time to arrive
+            left = max(left // 2, contract.latency_ns - round(1e6 * config.decision_ms))
         self._ticker = Ticker(contract.period_ns, left)
         self._grace_ns = min(left, contract.period_ns // 4)  # for what was captured with a picture
         self._patience_ns = 0  # ... until then

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from d4_nodes.bench import ServerProcess, image
+from d4_nodes.guard import Guard
 from d4_nodes.inbox import Inbox, Sample
 from d4_nodes.link import Link
+from d4_nodes.loop import Loop, LoopConfig
+from d4_nodes.report import Report
 from d4_nodes.runner import Runner
 from d4_nodes.wire import WireError
 
@@ -26,6 +29,22 @@ def test_it_drives_at_its_rate_and_latency(rig) -> None:
     latency = rig.report.stages["latency"]
     assert latency.smallest >= 30e6
     assert latency.quantile_ms(0.5) < 33
+
+
+def test_decisions_that_take_too_long_leave_frames_the_time_to_arrive(contract, tmp_path) -> None:
+    """Every tick took the frame before its own, which came when nothing was left of the latency."""
+    config = LoopConfig(decision_ms=40.0)
+    loop = Loop(
+        contract, Guard(contract), Inbox(("eye", "joints")), lambda *_: None, lambda: None, time.time_ns,
+        Report(20.0, 30.0), config,
+    )  # fmt: skip
+    loop._ticker.frame(1_000_000_000)
+    assert loop._ticker.next(1_000_000_000) is not None
+    assert loop._ticker.next(1_055_000_000) is None  # its own frame is on its way
+    loop._ticker.frame(1_050_000_000)
+    tick = loop._ticker.next(1_056_000_000)
+    assert tick is not None
+    assert tick.is_fresh
 
 
 def test_a_frame_in_time_is_answered_by_its_own_plan(rig) -> None:
