@@ -23,8 +23,9 @@ _STUCK = 12  # ticks of walking without getting anywhere
 class Chopper:
     """Goes to the tree and chops it down, log by log, by keyboard and mouse.
 
-    No two play alike: some are hasty, some look around first or stroll in between. What they see is what
-    `View.more` has: their yaw, pitch and place, and the logs that are left.
+    No two play alike: some are hasty, some look around first or stroll in between, up to the sky and down to
+    their feet, and find back: who learns from them must know how to. What they see is what `View.more` has:
+    their yaw, pitch and place, and the logs that are left.
     """
 
     def __init__(self, seed: int) -> None:
@@ -34,9 +35,9 @@ class Chopper:
         self._shake = rng.uniform(0.0, 0.25)
         self._stand = rng.uniform(1.6, 2.2)
         self._sprints = bool(rng.random() < 0.3)
-        self._strolls = rng.uniform(0, 0.012)  # a tick
-        self._stroll_until = int(rng.integers(10, 50)) if rng.random() < 0.4 else 0
-        self._stroll_yaw, self._stroll_keys = rng.uniform(-120, 120), self._draw_stroll()
+        self._strolls = rng.uniform(0, 0.015)  # a tick
+        self._stroll_until = int(rng.integers(10, 50)) if rng.random() < 0.5 else 0
+        self._draw_stroll(120)
         self._tick, self._turned, self._hits = 0, 0, 0
         self._facing: np.ndarray | None = None  # yaw, pitch
         self._target: tuple[float, ...] | None = None
@@ -84,22 +85,27 @@ class Chopper:
     def _is_strolling(self) -> bool:
         if self._tick <= self._stroll_until:
             return True
-        if not self._hits and self._rng.random() < self._strolls:
+        if self._rng.random() < self._strolls * (0.3 if self._hits else 1.0):
             self._stroll_until = self._tick + int(self._rng.integers(8, 30))
-            self._stroll_yaw, self._stroll_keys = self._rng.uniform(-90, 90), self._draw_stroll()
+            self._draw_stroll(90)
             return True
         return False
 
-    def _draw_stroll(self) -> list[str]:
+    def _draw_stroll(self, widest: float) -> None:
+        """Where to look, degrees, and what to press."""
+        self._stroll_yaw = self._rng.uniform(-widest, widest)
+        self._stroll_pitch = self._rng.uniform(-89, 70) if self._rng.random() < 0.5 else 5.0
         keys = ["forward", "back", "left", "right", "jump", "sneak"]
-        return [key for key, p in zip(keys, (0.5, 0.1, 0.2, 0.2, 0.15, 0.05), strict=True)
-                if self._rng.random() < p]  # fmt: skip
+        self._stroll_keys = [key for key, p in zip(keys, (0.5, 0.1, 0.2, 0.2, 0.15, 0.05), strict=True)
+                             if self._rng.random() < p]  # fmt: skip
 
     def _stroll(self, action: np.ndarray) -> None:
         assert self._facing is not None
         left = np.clip(self._stroll_yaw, -3, 3) * self._turn_most / 6
         self._stroll_yaw -= left
-        self._turn(action, np.array([left / self._gain, self._rng.normal(5 - self._facing[1], 4)]))
+        self._turn(
+            action, np.array([left / self._gain, self._rng.normal(self._stroll_pitch - self._facing[1], 4)])
+        )
         action[[COLUMN[key] for key in self._stroll_keys]] = 1
 
     # ---- chopping ----
