@@ -223,7 +223,7 @@ def test_what_is_not_installed_is_one_sentence(monkeypatch, tmp_path) -> None:
     with pytest.raises(UserError, match="Xvfb is not installed: apt-get install"):
         screen.Screen(tmp_path)
     monkeypatch.setitem(sys.modules, "Xlib.display", None)
-    with pytest.raises(UserError, match="pip install 'python-xlib>=0.33"):
+    with pytest.raises(UserError, match=r"pip install 'python-xlib>=0.33"):
         screen.Screen(tmp_path)
 
 
