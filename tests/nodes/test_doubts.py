@@ -141,3 +141,26 @@ def test_a_loop_that_wakes_up_as_it_is_abandoned_sends_nothing(rig) -> None:
     count = len(rig.motors.commands)
     assert loop.abandon(1.0)
     assert len(rig.motors.commands) == count + 1
+
+
+def test_a_model_that_is_slow_for_three_seconds(rig) -> None:
+    """Two late answers are bridged by the plan; then nothing is, however long it lasts."""
+    rig.faults.write_text("sleep 0.2")
+    since = time.time_ns()
+    time.sleep(3.0)
+    rig.faults.unlink()
+    during = [is_safe for t, is_safe, _ in commands_since(rig, since)]
+    assert all(during[during.index(True) :])
+    assert during.index(True) <= 3
+    rig.until_driving()
+
+
+def test_stopping_with_a_request_at_the_server_waits_for_no_answer(rig) -> None:
+    rig.faults.write_text("sleep 1.5")
+    rig.until(lambda: rig.loop._link is not None and rig.loop._link.is_busy, 2)
+    time.sleep(0.1)
+    since = time.monotonic()
+    rig.loop.stop()
+    rig.until(lambda: not rig._thread.is_alive(), 2)
+    assert time.monotonic() - since < 1.0
+    assert rig.motors.commands[-1][1]
