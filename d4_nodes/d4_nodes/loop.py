@@ -158,7 +158,7 @@ class Loop:
         self.inbox.put(stream, Sample(stamp_ns, self._clock(), message))
 
     def tell(self, act: Callable[[Guard], None]) -> None:
-        """Tell the guard something; what it forbids by that stops at the next command."""
+        """Tell the guard something; what it forbids by that stops at once."""
         with self.lock:
             act(self.guard)
         self.inbox.wake()
