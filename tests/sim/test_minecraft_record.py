@@ -236,7 +236,10 @@ print(play(fake_game.ENGINE, {{}}, Script(fake_game.Scripted), settings).ticks)
 """
     left = tmp_path / ".tmp-99999999-fake-000007-000.mp4"  # of a process that was killed
     left.touch()
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup has SIGHUP ignored
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not any(p.stat().st_size for p in tmp_path.glob(".tmp-*.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.05)

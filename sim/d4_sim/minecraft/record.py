@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -179,20 +180,42 @@ def play(engine: Engine, options: Mapping[str, Any], player: Player, settings: S
         UserError: the game does not start, hangs or dies; what was finished before stays.
     """
     remove_orphans(settings.out)
-    session, told = Session(), []
-
-    def stop(number: int, _: Any) -> None:
-        told.append(number)
-        if len(told) == 1:  # what is being written then is to be finished
-            raise KeyboardInterrupt
-
-    with handled_by(stop):
-        _play(engine, options, player, settings, session)
+    session, end = Session(), _End()
+    with handled_by(end):
+        _play(engine, options, player, settings, session, end)
     return session
 
 
+class _End:
+    """Ends a session at a signal, once, and not while something is half written."""
+
+    def __init__(self) -> None:
+        self._told = self._is_busy = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        is_first, self._told = not self._told, True
+        if is_first and not self._is_busy:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def after(self) -> Iterator[None]:
+        """A frame and its line belong together: a signal that comes between them ends the session then."""
+        self._is_busy = True
+        try:
+            yield
+        finally:
+            self._is_busy = False
+        if self._told:
+            raise KeyboardInterrupt
+
+
 def _play(
-    engine: Engine, options: Mapping[str, Any], player: Player, settings: Settings, session: Session
+    engine: Engine,
+    options: Mapping[str, Any],
+    player: Player,
+    settings: Settings,
+    session: Session,
+    end: _End,
 ) -> None:
     log = settings.out / "logs" / "environment.log"
     environment = Environment(engine, options, log)
@@ -203,9 +226,10 @@ def _play(
             name = f"{engine.name}-{number:06d}"
             recorder = Recorder(settings.out, name, settings.most_late, engine.name)
             try:
-                goes_on = _episode(environment, player, settings, session, recorder, number)
+                goes_on = _episode(environment, player, settings, session, recorder, number, end)
             except BaseException:
-                session.parts += recorder.close()  # what was played until then is data, too
+                kept = recorder.close()  # what was played until then is data, too
+                session.parts += [part for part in kept if part not in session.parts]
                 raise
             session.episodes += 1
             if not goes_on:
@@ -221,7 +245,7 @@ def _play(
 
 def _episode(
     environment: Environment, player: Player, settings: Settings, session: Session, recorder: Recorder,
-    number: int,
+    number: int, end: _End,
 ) -> bool:  # fmt: skip
     """Play one; returns whether the player wants another."""
     seed = world_seed(settings.seed, number)
@@ -238,14 +262,16 @@ def _episode(
             goes_on = isinstance(player, Script)  # a script is done with the episode, a person with all
             break
         environment.step(action)
-        recorder.add(seen.image, seen.said, action)  # after the action is on its way
+        with end.after():
+            recorder.add(seen.image, seen.said, action)  # after the action is on its way
         arrived = _next(environment)
         assert arrived is not None
         seen, tick, session.ticks = arrived, tick + 1, session.ticks + 1
         session.time(seen.said)
-    if tick:
-        recorder.add(seen.image, seen.said, None)
-    session.parts += recorder.close()
+    with end.after():
+        if tick:
+            recorder.add(seen.image, seen.said, None)
+        session.parts += recorder.close()
     session.refused += recorder.refused
     return goes_on
 
