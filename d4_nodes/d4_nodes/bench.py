@@ -34,7 +34,7 @@ from d4_nodes.guard import Guard, GuardConfig, Verdict
 from d4_nodes.inbox import inbox_of
 from d4_nodes.link import Link
 from d4_nodes.loop import Loop, LoopConfig
-from d4_nodes.report import Histogram, Report
+from d4_nodes.report import Histogram, Report, write_json
 from d4_nodes.watchdog import Watchdog
 from d4_nodes.wire import WireError
 
@@ -275,7 +275,7 @@ def _measure(args: LatencyArgs, path: Path, server: ServerProcess) -> dict[str, 
     for name, ratio in result["ratios"].items():
         print(f"{name}: {ratio:.3f}")
     if args.out is not None:
-        _write(args.out, result)
+        write_json(args.out, result)
     return result
 
 
@@ -336,18 +336,6 @@ def _ratios(result: dict[str, Any]) -> dict[str, float]:
         ratio = minutes[-1]["answer_p50_ms"] / minutes[0]["answer_p50_ms"]
         ratios[f"answer p50, minute {len(minutes)} / minute 1"] = ratio
     return ratios
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    """Write the report as JSON, whole or not at all; NaN and infinity, which JSON does not know, as null."""
-    known = json.loads(json.dumps(result), parse_constant=lambda name: None)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        aside.write_text(json.dumps(known, indent=1) + "\n")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def main() -> None:

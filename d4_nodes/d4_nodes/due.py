@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ class Schedule:
 
     def add(self, due: Due) -> None:
         """Add a command."""
-        self._due = deque(sorted([*self._due, due], key=lambda d: d.time_ns))
+        insort(self._due, due, key=lambda d: d.time_ns)
 
     def add_between(self, due: Due, plan: np.ndarray) -> None:
         """Add those between a tick's command, the first of `plan` (n, A), and the next one's, the second."""

@@ -24,6 +24,7 @@ import numpy as np
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_datasets.messages import decode
+from d4_nodes.driver import Driver
 from d4_nodes.due import Due, Schedule
 from d4_nodes.eyes import Eyes, NoSample
 from d4_nodes.guard import Guard, Verdict
@@ -72,7 +73,7 @@ class LoopConfig:
     decision_ms: float | None = None
 
 
-class Loop:
+class Loop(Driver):
     """Runs ticks until `stop`.
 
     Args:
@@ -105,17 +106,10 @@ class Loop:
                 f"latency_ms {contract.latency_ms:g} must be below the period, "
                 f"{contract.period_ns / 1e6:g} ms: the next frame finds a frame's command in force"
             )
-        self.contract, self.guard, self.inbox, self.report, self.config = (
-            contract,
-            guard,
-            inbox,
-            report,
-            config,
-        )
-        self.lock = threading.RLock()
+        super().__init__(contract, guard, inbox, send, clock, report)
+        self.config = config
         self.task = 0
-        self.state = "waiting"
-        self._send, self._connect, self._clock, self._log = send, connect, clock, log
+        self._connect, self._log = connect, log
         self.reward = 0.0
         self._eyes = Eyes(contract, inbox, self._see_again, decode)
         self._camera = contract.images[0].name
@@ -134,9 +128,7 @@ class Loop:
         count = config.commands_per_tick
         slot_ns = contract.period_ns // count if self.keeps_real_time else _PROMISED * contract.period_ns
         self._due = Schedule(contract, count, slot_ns)
-        self._stop, self._is_over = threading.Event(), False
         self._restart = self._jump = self._stood_still = ""  # what other threads have seen
-        self._beat_ns = self._spoke_ns = time.monotonic_ns()
         self._sent_ns = clock()  # as `_spoke_ns`, by the loop's clock
         self._is_safe, self._recovered = False, 0
         self._forget_past()
@@ -157,12 +149,6 @@ class Loop:
         """A message of a stream has come."""
         self.inbox.put(stream, Sample(stamp_ns, self._clock(), message))
 
-    def tell(self, act: Callable[[Guard], None]) -> None:
-        """Tell the guard something; what it forbids by that stops at once."""
-        with self.lock:
-            act(self.guard)
-        self.inbox.wake()
-
     def begin(self, start_ns: int | None, task: int | None = None) -> None:
         """Begin an episode: the past is forgotten; tick 0 is at `start_ns`, or follows the next frame."""
         with self.lock:
@@ -176,24 +162,10 @@ class Loop:
             self._jump = reason
         self.inbox.wake()
 
-    def now(self) -> int:
-        """The clock that dates frames, ns."""
-        return self._clock()
-
     @property
     def is_connected(self) -> bool:
         """Whether there is a link to a server."""
         return self._link is not None
-
-    def beat_age_s(self) -> float:
-        """Seconds since the loop last went round, 0 once it has ended as it was asked to."""
-        if self._is_over:
-            return 0.0
-        return (time.monotonic_ns() - self._beat_ns) / 1e9
-
-    def silence_s(self) -> float:
-        """Seconds since anything was sent."""
-        return (time.monotonic_ns() - self._spoke_ns) / 1e9
 
     @property
     def keeps_real_time(self) -> bool:
@@ -212,21 +184,6 @@ class Loop:
         finally:
             self.lock.release()
         return True
-
-    def abandon(self, timeout_s: float) -> bool:
-        """The same for the last time: whatever the loop sends if it wakes up later goes nowhere."""
-        is_ours = self.lock.acquire(timeout=timeout_s)
-        try:
-            return is_ours and self.rest_from_outside(timeout_s)
-        finally:
-            self._send = lambda verdict, now_ns: None
-            if is_ours:
-                self.lock.release()
-
-    def stop(self) -> None:
-        """Make `run` return."""
-        self._stop.set()
-        self.inbox.wake()
 
     # -- the loop's own thread --
 

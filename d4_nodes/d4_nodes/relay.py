@@ -12,7 +12,6 @@ Knows no ROS: `send` is whatever moves the robot, `clock` dates observations, `p
 from __future__ import annotations
 
 import select
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import numpy as np
 from d4_datasets import fields
 from d4_datasets.contract import Contract
 from d4_nodes.codec import Topic
+from d4_nodes.driver import Driver
 from d4_nodes.guard import RULES, Guard, Verdict
 from d4_nodes.health import ERROR, OK, WARN, Examiner, Finding, Thresholds
 from d4_nodes.inbox import Inbox, Sample
@@ -48,7 +48,7 @@ def read(topic: Topic, message: Any) -> np.ndarray:
     return np.concatenate([fields.read(message, part.channel.select) for part in topic.parts])
 
 
-class Relay:
+class Relay(Driver):
     """Passes commands on until `stop`.
 
     Args:
@@ -75,10 +75,8 @@ class Relay:
         pace: Clock = time.monotonic_ns,
         longest_wait_s: float = 0.02,
     ) -> None:
-        self.contract, self.guard, self.inbox, self.report = contract, guard, inbox, report
-        self.lock = threading.RLock()
-        self.state = "waiting"
-        self._send, self._clock, self._log, self._pace = send, clock, log, pace
+        super().__init__(contract, guard, inbox, send, clock, report)
+        self._log, self._pace = log, pace
         self._longest_wait_s = longest_wait_s
         self._places: dict[str, list[int]] = {}  # topic: its entries in the action vector
         column = 0
@@ -86,8 +84,6 @@ class Relay:
             self._places.setdefault(channel.topic, []).extend(range(column, column + channel.dim))
             column += channel.dim
         self._came: deque[tuple[str, int, np.ndarray]] = deque(maxlen=_KEPT)
-        self._stop, self._is_over = threading.Event(), False
-        self._beat_ns = self._sent_ns = time.monotonic_ns()
         self._forget()
 
     def _forget(self) -> None:
@@ -114,28 +110,10 @@ class Relay:
         """A message of an observed stream; `picture` is the message of a camera, to be compared."""
         self.inbox.put(stream, Sample(stamp_ns, self._clock(), picture))
 
-    def tell(self, act: Callable[[Guard], None]) -> None:
-        """Tell the guard something; what it forbids by that stops at once."""
-        with self.lock:
-            act(self.guard)
-        self.inbox.wake()
-
-    def now(self) -> int:
-        """The clock that dates observations, ns."""
-        return self._clock()
-
     @property
     def keeps_real_time(self) -> bool:
         """Whether it measures periods by the monotonic clock."""
         return self._pace is time.monotonic_ns
-
-    def beat_age_s(self) -> float:
-        """Seconds since the relay last went round, 0 once it has ended as it was asked to."""
-        return 0.0 if self._is_over else (time.monotonic_ns() - self._beat_ns) / 1e9
-
-    def silence_s(self) -> float:
-        """Seconds since anything was sent."""
-        return (time.monotonic_ns() - self._sent_ns) / 1e9
 
     def rest_from_outside(self, timeout_s: float) -> bool:
         """Send the safety action in place of a relay that stands still; False if it holds the lock."""
@@ -146,21 +124,6 @@ class Relay:
         finally:
             self.lock.release()
         return True
-
-    def abandon(self, timeout_s: float) -> bool:
-        """The same for the last time: whatever the relay sends if it wakes up later goes nowhere."""
-        is_ours = self.lock.acquire(timeout=timeout_s)
-        try:
-            return is_ours and self.rest_from_outside(timeout_s)
-        finally:
-            self._send = lambda verdict, now_ns: None
-            if is_ours:
-                self.lock.release()
-
-    def stop(self) -> None:
-        """Make `run` return."""
-        self._stop.set()
-        self.inbox.wake()
 
     # -- the relay's own thread --
 
@@ -296,7 +259,7 @@ class Relay:
             checked = time.monotonic_ns()
             self._send(verdict, now)
             self.guard.sent(now)
-            self._sent_ns = time.monotonic_ns()
+            self._spoke_ns = time.monotonic_ns()
             self.report.add("guard", checked - began)
             self.report.add("publish", time.monotonic_ns() - checked)
             self.report.command(now)

@@ -166,17 +166,21 @@ class Report:
 
     def write(self, path: Path, rules: dict[str, Any] | None = None) -> None:
         """Write the JSON, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-        try:
-            aside.write_text(json.dumps(_finite(self.to_dict(rules)), indent=1) + "\n")
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_json(path, self.to_dict(rules))
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write a report's values as JSON, whole or not at all; NaN and infinity as null, which JSON knows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        aside.write_text(json.dumps(_finite(data), indent=1) + "\n")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinity as null, which JSON knows."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from d4_nodes import realtime
-from d4_nodes.watchdog import Driver, Watchdog
+from d4_nodes.driver import Driver
+from d4_nodes.watchdog import Watchdog
 
 _PATIENCE_S = 2.0
 _Driver = TypeVar("_Driver", bound=Driver)

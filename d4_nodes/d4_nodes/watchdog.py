@@ -7,60 +7,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import Protocol
 
-from d4_datasets.contract import Contract
-from d4_nodes.guard import Guard
-from d4_nodes.inbox import Inbox
-from d4_nodes.report import Report
+from d4_nodes.driver import Driver
 
 _LOOKS = 8  # a period
 _STILL = 0.75  # periods: a loop goes round more often
 _SILENT = 1.6  # periods: with the time between two looks well below the two that are promised
 _MUTE = 2.25  # periods: whatever the loop does, it does not drive
-
-
-class Driver(Protocol):
-    """What sends commands from a thread of its own: `d4_nodes.loop.Loop`, `d4_nodes.relay.Relay`.
-
-    Attributes:
-        state: for people: `driving`, `waiting`, or the guard's rule that acts.
-        lock: guards `guard` against other threads.
-        keeps_real_time: whether its periods are those of the monotonic clock; a simulator may stand still.
-    """
-
-    contract: Contract
-    guard: Guard
-    inbox: Inbox
-    report: Report
-    lock: threading.RLock
-    state: str
-
-    @property
-    def keeps_real_time(self) -> bool:
-        """See above."""
-        ...
-
-    def run(self) -> None:
-        """Go round until `stop`; then send the safety action, last of all."""
-
-    def stop(self) -> None:
-        """Make `run` return."""
-
-    def tell(self, act: Callable[[Guard], None]) -> None:
-        """Tell the guard something, from any thread; what it forbids by that stops at once."""
-
-    def beat_age_s(self) -> float:
-        """Seconds since it last went round, 0 once it has ended as it was asked to."""
-
-    def silence_s(self) -> float:
-        """Seconds since it last sent anything."""
-
-    def rest_from_outside(self, timeout_s: float) -> bool:
-        """Send the safety action in place of a loop that stands still; False if it holds the lock."""
-
-    def abandon(self, timeout_s: float) -> bool:
-        """The same for the last time: whatever the loop sends if it wakes up later goes nowhere."""
 
 
 class Watchdog:

@@ -1,0 +1,92 @@
+"""What loop and relay have in common: a thread that sends, and what other threads may do about it."""
+
+from __future__ import annotations
+
+import abc
+import threading
+import time
+from collections.abc import Callable
+
+from d4_datasets.contract import Contract
+from d4_nodes.guard import Guard, Verdict
+from d4_nodes.inbox import Inbox
+from d4_nodes.report import Report
+
+
+class Driver(abc.ABC):
+    """Sends commands from the thread that calls `run`.
+
+    Args:
+        contract: the robot.
+        guard: asked about every command; shared with other threads under `lock`.
+        inbox: where samples come in.
+        send: moves the robot: (verdict, time of `clock`). Called under `lock`.
+        clock: dates frames, ns.
+        report: collects measurements.
+
+    Attributes:
+        state: for people: `driving`, `waiting`, or the guard's rule that acts.
+        lock: guards `guard` and `send` against other threads.
+    """
+
+    def __init__(
+        self,
+        contract: Contract,
+        guard: Guard,
+        inbox: Inbox,
+        send: Callable[[Verdict, int], None],
+        clock: Callable[[], int],
+        report: Report,
+    ) -> None:
+        self.contract, self.guard, self.inbox, self.report = contract, guard, inbox, report
+        self.lock = threading.RLock()
+        self.state = "waiting"
+        self._send, self._clock = send, clock
+        self._stop, self._is_over = threading.Event(), False
+        self._beat_ns = self._spoke_ns = time.monotonic_ns()  # last went round, last sent anything
+
+    @abc.abstractmethod
+    def run(self) -> None:
+        """Go round until `stop`; then send the safety action, last of all."""
+
+    @abc.abstractmethod
+    def rest_from_outside(self, timeout_s: float) -> bool:
+        """Send the safety action in place of a thread that stands still; False if it holds the lock."""
+
+    @property
+    @abc.abstractmethod
+    def keeps_real_time(self) -> bool:
+        """Whether its periods are those of the monotonic clock; a simulator may stand still."""
+
+    def stop(self) -> None:
+        """Make `run` return."""
+        self._stop.set()
+        self.inbox.wake()
+
+    def abandon(self, timeout_s: float) -> bool:
+        """`rest_from_outside` for the last time: what is sent if the thread wakes up later goes nowhere."""
+        is_ours = self.lock.acquire(timeout=timeout_s)
+        try:
+            return is_ours and self.rest_from_outside(timeout_s)
+        finally:
+            self._send = lambda verdict, now_ns: None
+            if is_ours:
+                self.lock.release()
+
+    def tell(self, act: Callable[[Guard], None]) -> None:
+        """Tell the guard something; what it forbids by that stops at once."""
+        with self.lock:
+            act(self.guard)
+        self.inbox.wake()
+
+    def now(self) -> int:
+        """The clock that dates frames, ns."""
+        return self._clock()
+
+    def beat_age_s(self) -> float:
+        """Seconds since it last went round, 0 once it has ended as it was asked to."""
+        return 0.0 if self._is_over else (time.monotonic_ns() - self._beat_ns) / 1e9
+
+    def silence_s(self) -> float:
+        """Seconds since anything was sent."""
+        return (time.monotonic_ns() - self._spoke_ns) / 1e9
