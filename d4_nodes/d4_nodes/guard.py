@@ -33,6 +33,8 @@ RULES = (
     "emergency_stop", "dead_man", "watchdog", "stale", "frozen", "fault", "no_command", "not_finite", "limit",
     "slew",
 )  # fmt: skip
+# rules after which a number of good commands must come first: what came and went once may do so every time
+DOUBTS = ("watchdog", "stale", "frozen", "not_finite")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from d4_datasets.messages import decode
 from d4_nodes.driver import Driver
 from d4_nodes.due import Due, Schedule
 from d4_nodes.eyes import Eyes, NoSample
-from d4_nodes.guard import Guard, Verdict
+from d4_nodes.guard import DOUBTS, Guard, Verdict
 from d4_nodes.inbox import Inbox, Sample
 from d4_nodes.link import Link, Reply
 from d4_nodes.report import Report
@@ -39,8 +39,6 @@ _NEVER = -(10**9)  # a tick that is long ago
 _SILENCE = 1.5  # periods without any command until the safety action is sent
 _PROMISED = 2  # periods: the robot never waits longer
 _NEAR_NS = 1_000_000_000  # an episode that starts so near to now was dated by the clock as it is now
-# rules after which a number of good ticks must come first: what came and went once may do so at every tick
-_DOUBTS = ("watchdog", "stale", "frozen", "not_finite")
 _AT_ONCE = ("emergency_stop", "dead_man", "watchdog", "fault")  # act when they are noticed, not when due
 
 
@@ -477,7 +475,7 @@ class Loop(Driver):
         if state != self.state:
             self._log(f"safety action ({state}): {verdict.reason}" if verdict.is_safe else state)
         self.state = state
-        if state in _DOUBTS:
+        if state in DOUBTS:
             if not self._is_safe:
                 self._fail(verdict.reason, state)
             self._recovered = 0

@@ -4,7 +4,9 @@ One thread. A command is complete when every channel of the contract has come; i
 A channel that comes more rarely than the others is held, for two periods and no longer: then there is no
 command. When nothing complete has come for 1.5 periods the safety action goes out, and again every period, so
 that the robot never waits longer than two. What forbids every command (a stop, a stale camera) acts when it
-is noticed, not when the next command comes.
+is noticed, not when the next command comes. After silence or a doubt of the guard's (`DOUBTS`) a number of
+good commands in a row must have come before they pass again: a policy that is late every other time, or a
+camera that comes and goes, must not make the robot stop and go.
 
 Knows no ROS: `send` is whatever moves the robot, `clock` dates observations, `pace` measures periods.
 """
@@ -24,7 +26,7 @@ from d4_datasets import fields
 from d4_datasets.contract import Contract
 from d4_nodes.codec import Topic
 from d4_nodes.driver import Driver
-from d4_nodes.guard import RULES, Guard, Verdict
+from d4_nodes.guard import DOUBTS, RULES, Guard, Verdict
 from d4_nodes.health import ERROR, OK, WARN, Examiner, Finding, Thresholds
 from d4_nodes.inbox import Inbox, Sample
 from d4_nodes.report import Report
@@ -61,6 +63,7 @@ class Relay(Driver):
         log: told in one line what changed.
         pace: measures periods, ns: monotonic, or the simulation's clock.
         longest_wait_s: looks at the clocks so often even if nothing comes.
+        recover_after: so many good commands in a row until they pass again; the last of them passes.
     """
 
     def __init__(
@@ -74,10 +77,11 @@ class Relay(Driver):
         log: Callable[[str], None] = print,
         pace: Clock = time.monotonic_ns,
         longest_wait_s: float = 0.02,
+        recover_after: int = 5,
     ) -> None:
         super().__init__(contract, guard, inbox, send, clock, report)
         self._log, self._pace = log, pace
-        self._longest_wait_s = longest_wait_s
+        self._longest_wait_s, self._recover_after = longest_wait_s, recover_after
         self._places: dict[str, list[int]] = {}  # topic: its entries in the action vector
         column = 0
         for channel in contract.actions:
@@ -92,6 +96,7 @@ class Relay(Driver):
         self._newest: dict[str, tuple[int, np.ndarray]] = {}  # topic: when it came, what it wants
         self._fresh: set[str] = set()  # topics that came since the last command was made of them
         self._since = 0  # when the first of them came
+        self._owed, self._doubted = 0, ""  # good commands until they pass again, and why
         self._pictures: dict[str, Sample] = {}  # to be compared
         self._looked: dict[str, tuple[int, np.ndarray]] = {}  # stamp and bytes of the last one that was
         self._due = self._pace() + self._periods(_SILENCE)
@@ -175,7 +180,10 @@ class Relay(Driver):
             self._due = now + self.contract.period_ns
         elif now >= self._due:
             self.report.counts["missed"] += 1
-            self._pass_on(None, self._why_not(now))
+            why = self._why_not(now)
+            if self._newest:  # before the first command there is nothing to doubt
+                self._doubt(why)
+            self._pass_on(None, why)
             self._due += self.contract.period_ns * (1 + (now - self._due) // self.contract.period_ns)
         self._look()
 
@@ -187,6 +195,8 @@ class Relay(Driver):
             self.report.reasons["the clock jumped"] += 1
             self.inbox.clear()
             self.begin()
+            if self.keeps_real_time:  # in simulation that is how an episode begins
+                self._doubt("the clock jumped")
             self._pass_on(None, "the clock jumped")
 
     def _receive(self) -> None:
@@ -244,9 +254,26 @@ class Relay(Driver):
             values[columns] = self._newest[topic][1]
         came = max(self._newest[topic][0] for topic in self._fresh)
         self._fresh = set()
+        self._recover(values)
         self._pass_on(values, "")
         self._due = now + self._periods(_SILENCE)
         self.report.add("relay", self._pace() - came)
+
+    def _doubt(self, reason: str) -> None:
+        """From now on a number of good commands must come before one passes."""
+        if self.guard.config.enabled:
+            self._owed, self._doubted = self._recover_after, reason
+
+    def _recover(self, values: np.ndarray) -> None:
+        """A command has come: while some are owed it counts if it is good; the last of them passes."""
+        if not self._owed:
+            return
+        with self.lock:
+            self.guard.fault("")
+            is_good = not self.guard.forbids(self._clock()) and bool(np.isfinite(values).all())
+            self._owed = self._owed - 1 if is_good else self._recover_after
+            if self._owed:
+                self.guard.fault(f"{self._doubted}; {self._owed} good commands in a row are still missing")
 
     def _pass_on(self, values: np.ndarray | None, why: str) -> None:
         """Send a command as the guard allows, or the safety action if there is none and `why`."""
@@ -266,6 +293,8 @@ class Relay(Driver):
             self.report.counts["safe"] += verdict.is_safe
             state = verdict.rules[0] if verdict.is_safe else "driving"
             is_news, self.state = state != self.state, state
+        if state in DOUBTS:
+            self._doubt(verdict.reason)
         if is_news:
             self._log(f"safety action ({state}): {verdict.reason}" if verdict.is_safe else state)
 

@@ -30,7 +30,12 @@ SLACK_NS = 25 * MS
 class Bench:
     """A relay on clocks that stand still unless they are told: camera and joints deliver every period."""
 
-    def __init__(self, config: GuardConfig = GuardConfig(), contract: Contract = CONTRACT) -> None:  # noqa: B008
+    def __init__(
+        self,
+        config: GuardConfig = GuardConfig(),  # noqa: B008
+        contract: Contract = CONTRACT,
+        recover_after: int = 5,
+    ) -> None:
         self.mono, self.shift = 10_000 * MS, 5_000_000 * MS
         self.sent: list[tuple[int, object]] = []
         self.said: list[str] = []
@@ -39,6 +44,7 @@ class Bench:
             contract, self.guard, Inbox(tuple(s.name for s in contract.observations)),
             lambda verdict, _: self.sent.append((self.mono, verdict)), lambda: self.mono + self.shift,
             Report(contract.rate_hz, contract.latency_ms), self.said.append, lambda: self.mono, 0.0,
+            recover_after,
         )  # fmt: skip
         self.sees = self.moves = True
         self._number = 0
@@ -124,7 +130,19 @@ def test_one_bad_number_makes_the_whole_command_the_safety_action(bench, bad) ->
     assert verdict.rules == ("not_finite",)
     assert verdict.values.tolist() == [0.0, 0.0, 2.0]  # zeros, zeros, hold
     bench.spend(50)
-    assert not bench.command(0.1, 0.0, 1.0).is_safe
+    recover(bench)
+
+
+def recover(bench: Bench, count: int = 5) -> None:
+    """So many good commands must come; the last of them passes."""
+    for left in reversed(range(count)):
+        verdict = bench.command(0.1, 0.0, 1.0)
+        assert verdict.is_safe == (left > 0)
+        if left:
+            assert verdict.rules == ("fault",)
+            assert f"; {left} good commands in a row are still missing" in verdict.reason
+        bench.spend(50)
+    assert bench.relay.state == "driving"
 
 
 def test_commands_are_cut_to_limits_and_rates(bench) -> None:
@@ -157,12 +175,56 @@ def test_silence_from_the_start(bench) -> None:
     assert bench.last.send.tolist() == [True, True, False]  # there is nothing to hold yet
 
 
-def test_it_recovers_with_the_next_command(bench) -> None:
+def test_after_silence_a_number_of_commands_must_come(bench) -> None:
     bench.drive(100)
     bench.spend(200)
     assert bench.relay.state == "no_command"
+    recover(bench)
     assert not bench.command(0.1, 0.0, 0.5).is_safe
-    assert bench.relay.state == "driving"
+
+
+def test_the_first_command_passes_however_long_it_took(bench) -> None:
+    bench.spend(500)
+    assert not bench.command(0.1, 0.0, 0.5).is_safe
+
+
+def test_a_policy_that_is_late_every_other_time_never_drives_again(bench) -> None:
+    bench.drive(100)
+    count = len(bench.sent)
+    for _ in range(20):
+        bench.spend(35)  # 85 ms between two commands, 75 are allowed
+        bench.command(0.1, 0.0, 0.5)
+        bench.spend(50)
+        bench.command(0.1, 0.0, 0.5)
+        bench.spend(50)
+    assert all(verdict.is_safe for _, verdict in bench.sent[count:])
+
+
+@pytest.mark.parametrize("bad", ["nan", "stale", "frozen"])
+def test_what_is_bad_again_while_it_recovers_begins_anew(bench, bad) -> None:
+    bench.drive(200)
+    bench.spend(200)
+    for _ in range(4):
+        assert bench.command(0.1, 0.0, 0.5).is_safe
+        bench.spend(50)
+    if bad == "nan":
+        assert bench.command(np.nan, 0.0, 0.5).is_safe
+    else:
+        name = "sees" if bad == "stale" else "moves"
+        setattr(bench, name, False)
+        bench.spend(150)
+        assert bench.last.rules == (bad,)
+        setattr(bench, name, True)
+    bench.spend(50)
+    recover(bench)
+
+
+def test_how_many_commands_it_takes_is_up_to_the_user(monkeypatch) -> None:
+    bench = Bench(recover_after=1)
+    still(monkeypatch, bench)
+    bench.drive(100)
+    bench.spend(200)
+    recover(bench, 1)
 
 
 def test_a_partial_command_is_none(bench) -> None:
@@ -217,8 +279,7 @@ def test_a_stale_stream_stops_at_once_and_recovers(bench) -> None:
     assert acted - bench.sent[count][0] <= 76 * MS  # not only with the next command
     bench.sees = True
     bench.see()
-    bench.drive(100)
-    assert bench.relay.state == "driving"
+    recover(bench)
 
 
 def test_a_frozen_camera_stops_and_recovers(bench) -> None:
@@ -227,8 +288,8 @@ def test_a_frozen_camera_stops_and_recovers(bench) -> None:
     bench.drive(200)
     assert bench.last.rules == ("frozen",)
     bench.moves = True
-    bench.drive(100)
-    assert bench.relay.state == "driving"
+    bench.spend(50)
+    recover(bench)
 
 
 def test_a_camera_that_sends_every_picture_three_times_is_not_frozen(bench) -> None:

@@ -64,6 +64,7 @@ class GuardNode(CommandingNode[Relay]):
         self._relay = Relay(
             contract, self.guard, inbox_of(contract), self._send, self._now, report, self._log_driver,
             self._now if self._is_simulated else time.monotonic_ns, 0.002 if self._is_simulated else 0.02,
+            self._get("recover_after"),
         )  # fmt: skip
         self._examiner = RelayExaminer(self._relay, self._thresholds())
 

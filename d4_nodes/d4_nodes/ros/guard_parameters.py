@@ -13,6 +13,8 @@ PARAMETERS = (
     Parameter("allow_rivals", False, "activate although another policy or guard node commands the robot"),
     Parameter("guard", True, "check every command; without it only the emergency stop works, and silence "
               "ends in the safety action"),
+    Parameter("recover_after", 5, "good commands in a row until they pass again, after silence, or a camera "
+              "or command that was not to be trusted", (1, 1000)),
     Parameter("frozen_frames", 2, "a camera that repeats a picture so often is frozen; 0: never", (0, 1000)),
     Parameter("ahead_ms", 20.0, "a stamp so far ahead of the clock is wrong, ms", (0, 10_000)),
     Parameter("alive_topic", "", "any topic of the other process, such as policy/status: silence there means "
