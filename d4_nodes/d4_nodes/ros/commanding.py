@@ -22,6 +22,7 @@ from std_srvs.srv import Trigger
 
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
+from d4_nodes import realtime
 from d4_nodes.codec import Codec
 from d4_nodes.driver import Driver
 from d4_nodes.guard import RULES, Guard, GuardConfig, Verdict
@@ -273,6 +274,8 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
         if state == self._said_state and now < self._status_due:
             return
         self._said_state, self._status_due = state, now + 0.5
+        if self.runner is not None:
+            realtime.sweep()  # rclpy leaves a little garbage behind with every turn
         self._status.publish(self._make_status(state))
 
     def _make_status(self, state: str) -> PolicyStatus:
