@@ -7,13 +7,13 @@ import select
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
-from d4_datasets.messages import resize
+from d4_datasets.messages import look, resize
 from d4_nodes.link import Link
 from d4_nodes.report import Histogram
 from d4_nodes.wire import WireError
@@ -35,6 +35,17 @@ class Measured(NamedTuple):
         return self.p99 <= self.budget
 
 
+def sources(
+    contract: Contract, messages: Mapping[str, Any], decode: Callable[[Any], np.ndarray]
+) -> dict[str, Callable[[], np.ndarray]]:
+    """For `measure`, how the loop makes pictures of messages: by camera, as far as there are any."""
+    return {
+        camera.name: functools.partial(look, messages[camera.name], camera.size, camera.depth_m, decode)
+        for camera in contract.images
+        if camera.name in messages and camera.size is not None
+    }
+
+
 def measure(
     link: Link,
     contract: Contract,
@@ -54,12 +65,12 @@ def measure(
     rng = np.random.default_rng(0)
     times = Histogram()
     noise = {name: rng.integers(0, 256, target.shape, np.uint8) for name, target in link.cameras.items()}
-    sources = {name: pictures.get(name, functools.partial(np.copy, noise[name])) for name in noise}
+    makes = {name: pictures.get(name, functools.partial(np.copy, noise[name])) for name in noise}
     previous = np.clip(np.zeros(contract.action_dim, np.float32), contract.action_low, contract.action_high)
     for number in range(count + _UNCOUNTED):
         began = time.monotonic_ns()
         for name, target in link.cameras.items():
-            target[...] = resize(sources[name](), target.shape[:2])
+            target[...] = resize(makes[name](), target.shape[:2])
         link.submit(0, number == 0, previous)
         wait(link)
         if number >= _UNCOUNTED:

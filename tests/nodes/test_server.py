@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from d4_core.models import load
 from d4_core.session import PolicySession
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
+from d4_datasets.messages import decode, look
 from d4_nodes import activation, memory
 from d4_nodes.bench import ServerProcess
 from d4_nodes.link import Link
@@ -122,6 +124,20 @@ def test_too_slow_is_refused_with_the_figure(contract) -> None:
         activation.require(slow, contract, allow_slow=False)
     assert "allow_slow" in activation.require(slow, contract, allow_slow=True)
     assert "too" not in activation.require(slow._replace(p99=29.0), contract, allow_slow=False)
+
+
+def test_a_depth_picture_is_measured_as_the_loop_sees_it(contract) -> None:
+    """It was decoded without the camera's range, which is refused: no robot with such a camera activated."""
+    eye = replace(contract.images[0], depth_m=(0.5, 4.5))
+    others = tuple(o for o in contract.observations if o.name != "eye")
+    robot = replace(contract, observations=(eye, *others))
+    metres = np.full((16, 24), 2.5, np.float32)
+    msg = SimpleNamespace(height=16, width=24, encoding="32FC1", is_bigendian=0, step=96)
+    msg.data = metres.tobytes()
+    pictures = activation.sources(robot, {"eye": msg}, decode)
+    np.testing.assert_array_equal(pictures["eye"](), look(msg, (8, 12), (0.5, 4.5)))
+    assert pictures["eye"]().shape == (8, 12, 3)
+    assert activation.sources(robot, {}, decode) == {}
 
 
 def test_memory_of_another_size_is_refused(contract) -> None:

@@ -90,7 +90,7 @@ class World:
         self.target, self.simulated = node, simulated
         self.offset_ns, self.pause, self.freeze, self.encoding = 0, False, False, "rgb8"
         self.say_joints = True
-        self.size = (8, 12)
+        self.size, self.pixel = (8, 12), 3  # bytes of one
         self.twists: list[tuple[int, float, float]] = []
         self.sent: list[int] = []  # when each twist left the node, whatever kept this process from looking
         self.arms: list[tuple[int, float]] = []
@@ -154,8 +154,9 @@ class World:
         sec, nanosec = divmod(self.now(), 10**9)
         if self.say_joints:
             self.joints.publish(self.joint_state(sec, nanosec))
-        image = Image(height=height, width=width, step=3 * width, encoding=self.encoding)
-        image.data = np.resize(noise, height * width * 3).tobytes()
+        step = self.pixel * width
+        image = Image(height=height, width=width, step=step, encoding=self.encoding)
+        image.data = np.resize(noise, height * step).tobytes()
         image.header.stamp.sec, image.header.stamp.nanosec = sec, nanosec
         self.eye.publish(image)
 

@@ -504,3 +504,23 @@ def test_a_vector_that_was_said_once_before_the_node_began(make, server, tmp_pat
         world.until_state("driving")
     finally:
         again.kill()
+
+
+def test_a_depth_camera(tmp_path):
+    """Its pictures were measured without the contract's range, and the node refused to activate."""
+    robot = tmp_path / "robot.yaml"
+    robot.write_text(ROBOT.read_text().replace("size: [8, 12]", "size: [8, 12], depth_m: [0.1, 4]"))
+    server = Server(tmp_path, robot=robot)
+    process = PolicyProcess(tmp_path, "-p", f"contract:={robot}")
+    world = World()
+    world.encoding, world.pixel = "32FC1", 4
+    try:
+        assert world.configure()
+        time.sleep(0.5)  # pictures come
+        assert world.activate(), process.said()
+        world.until_state("driving")
+    finally:
+        world.close()
+        process.end(signal.SIGKILL)
+        server.kill()
+        print(process.said())

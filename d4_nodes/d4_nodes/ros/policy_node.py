@@ -11,12 +11,9 @@ publishes; neither waits for the other.
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from d4_interfaces.msg import PolicyStatus
 from d4_interfaces.srv import SetTask
 from rcl_interfaces.msg import SetParametersResult
@@ -114,10 +111,8 @@ class PolicyNode(CommandingNode[Loop]):
 
     def _measure(self, contract: Contract) -> Measured:
         """What a decision takes with pictures such as come now; refuses if that is too long."""
-        pictures: dict[str, Callable[[], np.ndarray]] = {}
-        for camera in contract.images:
-            if camera.name in self._before:
-                pictures[camera.name] = functools.partial(self._decode, self._before[camera.name][1])
+        newest = {name: sample for name, (_, sample, _) in self._before.items()}
+        pictures = activation.sources(contract, newest, self._decode)
         link = Link(self._socket, contract)
         try:
             measured = activation.measure(link, contract, pictures, self._arrives_ms(contract))
