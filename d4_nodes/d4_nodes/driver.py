@@ -12,6 +12,10 @@ from d4_nodes.guard import Guard, Verdict
 from d4_nodes.inbox import Inbox
 from d4_nodes.report import Report
 
+# more than this in one look is a jump: of a clock against monotonic time, forwards or back, or of a simulated
+# one forwards; how fast that runs is not known, but back it never goes by itself
+_JUMP_NS, _LEAP_NS = 100_000_000, 10_000_000_000
+
 
 class Driver(abc.ABC):
     """Sends commands from the thread that calls `run`.
@@ -44,6 +48,8 @@ class Driver(abc.ABC):
         self._send, self._clock = send, clock
         self._stop, self._is_over = threading.Event(), False
         self._beat_ns = self._spoke_ns = time.monotonic_ns()  # last went round, last sent anything
+        self._stood_still = ""  # what the safety action was sent for in this thread's place
+        self._looked_ns = (0, 0)  # when the clock was looked at last, by itself and monotonic
 
     @abc.abstractmethod
     def run(self) -> None:
@@ -78,6 +84,16 @@ class Driver(abc.ABC):
         with self.lock:
             act(self.guard)
         self.inbox.wake()
+
+    def _jump_ns(self) -> int:
+        """By how much the clock has jumped since this was asked last; 0 if it has not. The first answer means
+        nothing."""
+        now, monotonic = self._clock(), time.monotonic_ns()
+        step, elapsed = now - self._looked_ns[0], monotonic - self._looked_ns[1]
+        self._looked_ns = (now, monotonic)
+        if self.keeps_real_time:
+            return step - elapsed if abs(step - elapsed) > _JUMP_NS else 0
+        return step if step < 0 or step > _LEAP_NS else 0
 
     def now(self) -> int:
         """The clock that dates frames, ns."""

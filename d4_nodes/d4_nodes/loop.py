@@ -34,7 +34,6 @@ from d4_nodes.report import Report
 from d4_nodes.ticks import Tick, Ticker
 from d4_nodes.wire import WireError
 
-_JUMP_NS = 100_000_000  # clock against monotonic time: more in one look is a jump
 _NEVER = -(10**9)  # a tick that is long ago
 _SILENCE = 1.5  # periods without any command until the safety action is sent
 _PROMISED = 2  # periods: the robot never waits longer
@@ -126,7 +125,7 @@ class Loop(Driver):
         count = config.commands_per_tick
         slot_ns = contract.period_ns // count if self.keeps_real_time else _PROMISED * contract.period_ns
         self._due = Schedule(contract, count, slot_ns)
-        self._restart = self._jump = self._stood_still = ""  # what other threads have seen
+        self._restart = self._jump = ""  # what other threads have seen
         self._sent_ns = clock()  # as `_spoke_ns`, by the loop's clock
         self._is_safe, self._recovered = False, 0
         self._forget_past()
@@ -188,7 +187,7 @@ class Loop(Driver):
     def run(self) -> None:
         """Go round until `stop`; then send the safety action, last of all."""
         self._start_ns = None
-        self._drift = self._clock() - time.monotonic_ns()
+        self._jump_ns()
         with self.lock:
             self.guard.start(self._clock())
         try:
@@ -254,9 +253,7 @@ class Loop(Driver):
         return sent_ns + round(_SILENCE * self.contract.period_ns)
 
     def _look_at_clock(self) -> None:
-        drift = self._clock() - time.monotonic_ns()
-        jump, self._drift = drift - self._drift, drift
-        if abs(jump) > _JUMP_NS:
+        if jump := self._jump_ns():
             self.jumped(f"the clock jumped by {jump / 1e9:.3f} s")
         with self.lock:
             jumped, reason = self._jump, self._jump or self._restart

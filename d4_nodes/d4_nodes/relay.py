@@ -36,8 +36,7 @@ Clock = Callable[[], int]
 _SILENCE = 1.5  # periods without a complete command until the safety action is sent
 _HELD = 2.0  # periods for which a channel's last command counts
 _GRACE = 0.5  # periods that a command waits for channels of its own
-_LOOK = 0.75  # periods between two pictures that are compared: as often as a policy looks
-_JUMP_NS = 100_000_000  # clock against monotonic time: more in one look is a jump
+_APART = 0.75  # periods between two pictures that are compared, and two commands that count as two
 _KEPT = 256  # commands that may wait for the thread
 
 
@@ -61,7 +60,7 @@ class Relay(Driver):
         clock: dates observations, ns.
         report: collects measurements.
         log: told in one line what changed.
-        pace: measures periods, ns: monotonic, or the simulation's clock.
+        pace: measures periods, ns: the simulation's clock; None: monotonic time.
         longest_wait_s: looks at the clocks so often even if nothing comes.
         recover_after: so many good commands in a row until they pass again; the last of them passes.
     """
@@ -75,12 +74,13 @@ class Relay(Driver):
         clock: Clock,
         report: Report,
         log: Callable[[str], None] = print,
-        pace: Clock = time.monotonic_ns,
+        pace: Clock | None = None,
         longest_wait_s: float = 0.02,
         recover_after: int = 5,
     ) -> None:
         super().__init__(contract, guard, inbox, send, clock, report)
-        self._log, self._pace = log, pace
+        self._log, self._keeps_real_time = log, pace is None
+        self._pace: Clock = pace or (lambda: time.monotonic_ns())
         self._longest_wait_s, self._recover_after = longest_wait_s, recover_after
         self._places: dict[str, list[int]] = {}  # topic: its entries in the action vector
         column = 0
@@ -97,6 +97,7 @@ class Relay(Driver):
         self._fresh: set[str] = set()  # topics that came since the last command was made of them
         self._since = 0  # when the first of them came
         self._owed, self._doubted = 0, ""  # good commands until they pass again, and why
+        self._counted = self._pace() - self._periods(_APART)  # when the last of them came
         self._pictures: dict[str, Sample] = {}  # to be compared
         self._looked: dict[str, tuple[int, np.ndarray]] = {}  # stamp and bytes of the last one that was
         self._due = self._pace() + self._periods(_SILENCE)
@@ -118,14 +119,16 @@ class Relay(Driver):
     @property
     def keeps_real_time(self) -> bool:
         """Whether it measures periods by the monotonic clock."""
-        return self._pace is time.monotonic_ns
+        return self._keeps_real_time
 
     def rest_from_outside(self, timeout_s: float) -> bool:
         """Send the safety action in place of a relay that stands still; False if it holds the lock."""
         if not self.lock.acquire(timeout=timeout_s):
             return False
         try:
-            self._pass_on(None, f"the relay stood still for {self.beat_age_s():.3f} s")
+            # what it was about to send must not follow the safety action
+            self._stood_still = f"the relay stood still for {self.beat_age_s():.3f} s"
+            self._pass_on(None, self._stood_still)
         finally:
             self.lock.release()
         return True
@@ -146,6 +149,7 @@ class Relay(Driver):
                 except Exception as error:
                     self._log(f"the relay failed: {error!r}")
                     self.report.reasons["the relay failed"] += 1
+                    self._doubt(f"the relay failed: {error!r}")
                     self._rest_anyhow(f"the relay failed: {error!r}")
                     self._stop.wait(self.contract.period_ns / 4e9)  # a bug that stays must not fill the log
         finally:
@@ -161,7 +165,7 @@ class Relay(Driver):
 
     def begin(self) -> None:
         """Begin: streams count as fresh now, and a command is awaited."""
-        self._drift = self._clock() - time.monotonic_ns()
+        self._jump_ns()
         with self.lock:
             self.guard.begin(self._clock())
         self._forget()
@@ -169,10 +173,15 @@ class Relay(Driver):
     def round(self) -> None:
         """Do what is to be done now."""
         self._look_at_clock()
-        self._receive()
         now = self._pace()
+        if self._newest and not self._fresh and now >= self._due:  # before the first there is no doubt
+            self._doubt(self._why_not(now))
+        self._receive()
         with self.lock:
             is_forbidden = self.guard.forbids(self._clock())
+            stood_still, self._stood_still = self._stood_still, ""
+        if stood_still:
+            self._doubt(stood_still)
         if self._is_complete(now):
             self._relay(now)
         elif is_forbidden and self.state == "driving":
@@ -180,17 +189,12 @@ class Relay(Driver):
             self._due = now + self.contract.period_ns
         elif now >= self._due:
             self.report.counts["missed"] += 1
-            why = self._why_not(now)
-            if self._newest:  # before the first command there is nothing to doubt
-                self._doubt(why)
-            self._pass_on(None, why)
+            self._pass_on(None, self._why_not(now))
             self._due += self.contract.period_ns * (1 + (now - self._due) // self.contract.period_ns)
         self._look()
 
     def _look_at_clock(self) -> None:
-        drift = self._clock() - time.monotonic_ns()
-        jump, self._drift = drift - self._drift, drift
-        if abs(jump) > _JUMP_NS:
+        if jump := self._jump_ns():
             self._log(f"the clock jumped by {jump / 1e9:.3f} s")
             self.report.reasons["the clock jumped"] += 1
             self.inbox.clear()
@@ -220,7 +224,7 @@ class Relay(Driver):
         while self._pictures:
             name, sample = self._pictures.popitem()
             before = self._looked.get(name)
-            if before is not None and sample.stamp_ns - before[0] < self._periods(_LOOK):
+            if before is not None and sample.stamp_ns - before[0] < self._periods(_APART):
                 continue
             data = np.frombuffer(sample.message.data, np.uint8)
             self._looked[name] = (sample.stamp_ns, data)
@@ -254,7 +258,7 @@ class Relay(Driver):
             values[columns] = self._newest[topic][1]
         came = max(self._newest[topic][0] for topic in self._fresh)
         self._fresh = set()
-        self._recover(values)
+        self._recover(values, now)
         self._pass_on(values, "")
         self._due = now + self._periods(_SILENCE)
         self.report.add("relay", self._pace() - came)
@@ -263,21 +267,28 @@ class Relay(Driver):
         """From now on a number of good commands must come before one passes."""
         if self.guard.config.enabled:
             self._owed, self._doubted = self._recover_after, reason
+            with self.lock:
+                self.guard.fault("")  # it speaks of commands that come; until then other rules do
 
-    def _recover(self, values: np.ndarray) -> None:
-        """A command has come: while some are owed it counts if it is good; the last of them passes."""
+    def _recover(self, values: np.ndarray, now: int) -> None:
+        """A command has come: while some are owed it counts if it is good and does not come in a burst; the
+        last of them passes."""
         if not self._owed:
             return
         with self.lock:
             self.guard.fault("")
-            is_good = not self.guard.forbids(self._clock()) and bool(np.isfinite(values).all())
-            self._owed = self._owed - 1 if is_good else self._recover_after
+            if self.guard.forbids(self._clock()) or not np.isfinite(values).all():
+                self._owed = self._recover_after
+            elif now - self._counted >= self._periods(_APART):
+                self._owed, self._counted = self._owed - 1, now
             if self._owed:
                 self.guard.fault(f"{self._doubted}; {self._owed} good commands in a row are still missing")
 
     def _pass_on(self, values: np.ndarray | None, why: str) -> None:
         """Send a command as the guard allows, or the safety action if there is none and `why`."""
         with self.lock:
+            if values is not None and self._stood_still:
+                values, why = None, self._stood_still
             began, now = time.monotonic_ns(), self._clock()
             verdict = self.guard.check(values, now)
             if verdict.rules[:1] == ("no_command",) and why:

@@ -22,6 +22,7 @@ _GROWTH = 1.02
 _SMALLEST_NS = 1_000.0
 _BINS = 1 + math.ceil(math.log(1e12 / _SMALLEST_NS, _GROWTH))  # up to 1000 s
 _MINUTES = 24 * 60
+_BY_MINUTE = ("answer", "lateness", "relay")  # stages whose quantiles are kept for every minute
 
 STAGES = {
     "transport": "capture to arrival",
@@ -87,7 +88,7 @@ class Report:
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.minutes: list[dict[str, float]] = []
-        self._minute = (Histogram(), Histogram())  # answer and lateness of the minute at hand
+        self._minute = {name: Histogram() for name in _BY_MINUTE}  # of the minute at hand
         self._began, self._minute_began = time.monotonic(), time.monotonic()
         self._cpu = time.process_time()
         self._first_ns = self._last_ns = 0
@@ -95,28 +96,27 @@ class Report:
     def add(self, stage: str, ns: float) -> None:
         """One duration of a stage."""
         self.stages[stage].add(ns)
-        if stage == "answer":
-            self._minute[0].add(ns)
-        elif stage == "lateness":
-            self._minute[1].add(abs(ns))
-            self._tick()
+        if stage in self._minute:
+            self._minute[stage].add(abs(ns))
 
     def command(self, time_ns: int) -> None:
         """A command of a tick was sent at a time of the loop's clock."""
         self._first_ns = self._first_ns or time_ns
         self._last_ns = time_ns
         self.counts["commands"] += 1
+        self._tick()
 
     def _tick(self) -> None:
         now = time.monotonic()
         if now - self._minute_began < 60 or len(self.minutes) >= _MINUTES:
             return
-        answer, lateness = self._minute
+        seen = {name: histogram for name, histogram in self._minute.items() if histogram.count}
         self.minutes.append({
-            "answer_p50_ms": answer.quantile_ms(0.5), "answer_p99_ms": answer.quantile_ms(0.99),
-            "lateness_p99_ms": lateness.quantile_ms(0.99), "rss_mb": rss_mb(),
+            **{f"{name}_p50_ms": histogram.quantile_ms(0.5) for name, histogram in seen.items()},
+            **{f"{name}_p99_ms": histogram.quantile_ms(0.99) for name, histogram in seen.items()},
+            "rss_mb": rss_mb(),
         })  # fmt: skip
-        self._minute, self._minute_began = (Histogram(), Histogram()), now
+        self._minute, self._minute_began = {name: Histogram() for name in _BY_MINUTE}, now
 
     @property
     def achieved_hz(self) -> float:

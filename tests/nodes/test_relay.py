@@ -1,5 +1,6 @@
 """The relay: whatever another policy sends, what goes out is inside the contract, and it never pauses."""
 
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from d4_datasets.bags import new
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
+from d4_nodes import driver as driver_module
 from d4_nodes import relay as relay_module
 from d4_nodes.codec import Codec
 from d4_nodes.guard import Guard, GuardConfig
@@ -35,16 +37,17 @@ class Bench:
         config: GuardConfig = GuardConfig(),  # noqa: B008
         contract: Contract = CONTRACT,
         recover_after: int = 5,
+        is_simulated: bool = False,
     ) -> None:
         self.mono, self.shift = 10_000 * MS, 5_000_000 * MS
+        pace = (lambda: self.mono + self.shift) if is_simulated else None
         self.sent: list[tuple[int, object]] = []
         self.said: list[str] = []
         self.guard = Guard(contract, config)
         self.relay = Relay(
             contract, self.guard, Inbox(tuple(s.name for s in contract.observations)),
             lambda verdict, _: self.sent.append((self.mono, verdict)), lambda: self.mono + self.shift,
-            Report(contract.rate_hz, contract.latency_ms), self.said.append, lambda: self.mono, 0.0,
-            recover_after,
+            Report(contract.rate_hz, contract.latency_ms), self.said.append, pace, 0.0, recover_after,
         )  # fmt: skip
         self.sees = self.moves = True
         self._number = 0
@@ -104,7 +107,8 @@ def bench(monkeypatch) -> Bench:
 
 def still(monkeypatch, bench: Bench) -> None:
     """The relay's monotonic time is the bench's."""
-    monkeypatch.setattr(relay_module, "time", SimpleNamespace(monotonic_ns=lambda: bench.mono))
+    for module in (driver_module, relay_module):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic_ns=lambda: bench.mono))
     bench.relay.begin()
 
 
@@ -382,17 +386,14 @@ def test_a_clock_that_jumps_begins_anew(bench) -> None:
         bench.relay.round()
         assert bench.last.is_safe  # what came before the jump is not sent after it
         bench.see()
-        bench.drive(100)
-        assert not bench.last.is_safe
+        recover(bench)
     assert bench.relay.report.reasons["the clock jumped"] == 2
 
 
 def test_a_simulated_clock_that_begins_again() -> None:
     """Periods are measured by the simulation's clock there; when it goes back nothing must wait for it."""
-    bench = Bench()
+    bench = Bench(is_simulated=True)
     real = time.monotonic_ns()
-    bench.relay._pace = bench.relay._clock
-    bench.relay.begin()
     bench.drive(100)
     bench.shift -= 4_000_000 * MS
     bench.relay.round()
@@ -400,6 +401,81 @@ def test_a_simulated_clock_that_begins_again() -> None:
     bench.spend(200)
     assert len(bench.sent) - count >= 3
     assert time.monotonic_ns() - real < 5e9
+
+
+def test_a_fast_simulation_is_no_jump() -> None:
+    """Its clock went 200 ms further between two looks; that was a jump, again and again."""
+    bench = Bench(is_simulated=True)
+    for _ in range(20):
+        bench.see()
+        bench.command(0.1, 0.0, 0.5)
+        bench.mono += 200 * MS
+    assert not bench.relay.report.reasons
+
+
+def test_a_relay_held_up_before_it_sends_does_not_send_an_old_command(bench) -> None:
+    """The watchdog sent the safety action in its place, and the command of before came after that."""
+    bench.drive(200)
+    recover_ = bench.relay._recover
+
+    def stall(values, now):
+        bench.relay._recover = recover_
+        bench.mono += 2000 * MS
+        assert bench.relay.rest_from_outside(1)
+        recover_(values, now)
+
+    bench.relay._recover = stall
+    count = len(bench.sent)
+    bench.base(0.3, 0.0)
+    bench.arm(0.5)
+    bench.relay.round()
+    assert len(bench.sent) > count
+    assert all(verdict.is_safe for _, verdict in bench.sent[count:])
+    bench.see()
+    bench.spend(1)
+    recover(bench)
+
+
+def test_a_relay_that_stood_still_waits_for_good_commands(bench) -> None:
+    bench.drive(200)
+    bench.mono += 300 * MS
+    bench.relay.rest_from_outside(1)
+    bench.see()
+    recover(bench)
+
+
+def test_a_burst_is_not_a_number_of_good_commands(bench) -> None:
+    """A process that was stopped says everything at once when it goes on."""
+    bench.drive(200)
+    bench.spend(1000)
+    for _ in range(10):
+        assert bench.command(0.1, 0.0, 0.5).is_safe
+        bench.spend(1)
+    bench.spend(40)
+    recover(bench, 4)
+
+
+def test_many_commands_and_a_camera_that_comes_and_goes_never_drive(bench) -> None:
+    bench.drive(200)
+    bench.sees = False
+    bench.spend(200)
+    count = len(bench.sent)
+    for k in range(400):
+        if k % 80 == 0:
+            bench.see()
+        bench.command(0.1, 0.0, 0.5)
+        bench.spend(5)
+    assert all(verdict.is_safe for _, verdict in bench.sent[count:])
+
+
+def test_silence_while_it_recovers_is_named(bench) -> None:
+    """The reason of before stood there for as long as nothing came."""
+    bench.drive(200)
+    bench.spend(200)
+    bench.command(0.1, 0.0, 0.5)
+    bench.spend(1000)
+    assert bench.last.rules == ("no_command",)
+    assert float(re.search(r"came (\d+) ms ago", bench.last.reason)[1]) > 900
 
 
 def test_held_up_it_does_not_catch_up(bench) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import time
 from typing import Any
 
 import numpy as np
@@ -63,7 +62,7 @@ class GuardNode(CommandingNode[Relay]):
         report = Report(contract.rate_hz, contract.latency_ms, self._about())
         self._relay = Relay(
             contract, self.guard, inbox_of(contract), self._send, self._now, report, self._log_driver,
-            self._now if self._is_simulated else time.monotonic_ns, 0.002 if self._is_simulated else 0.02,
+            self._now if self._is_simulated else None, 0.002 if self._is_simulated else 0.02,
             self._get("recover_after"),
         )  # fmt: skip
         self._examiner = RelayExaminer(self._relay, self._thresholds())
