@@ -24,12 +24,13 @@ from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_nodes import realtime
 from d4_nodes.codec import Codec
+from d4_nodes.complaints import Complaints
 from d4_nodes.driver import Driver
 from d4_nodes.guard import RULES, Guard, GuardConfig, Verdict
 from d4_nodes.health import OK, WARN, Finding, Thresholds
 from d4_nodes.parameters import Parameter
 from d4_nodes.ros import qos
-from d4_nodes.ros.lifecycle import Complaints, ManagedNode
+from d4_nodes.ros.lifecycle import ManagedNode
 from d4_nodes.ros.shell import RosTypes, message_class
 from d4_nodes.runner import Realtime, Runner
 

@@ -22,6 +22,7 @@ from d4_datasets import fields, messages
 from d4_datasets.contract import Contract, Observation
 from d4_datasets.errors import UserError, sentence
 from d4_nodes import wire
+from d4_nodes.complaints import Complaints
 from d4_nodes.health import ERROR, OK, Finding
 from d4_nodes.parameters import Parameter
 from d4_nodes.ros import qos
@@ -47,21 +48,6 @@ def told(transition: _Transition) -> _Transition:
             return TransitionCallbackReturn.ERROR if text is None else TransitionCallbackReturn.FAILURE
 
     return run
-
-
-class Complaints:
-    """Says one thing at most every few seconds: a flood of warnings costs more than what it warns of."""
-
-    def __init__(self, say: Callable[[str], Any], seconds: float = 5.0) -> None:
-        self._say, self._seconds = say, seconds
-        self._said: dict[str, float] = {}
-
-    def __call__(self, text: str) -> None:
-        """Say it, unless the same was said just now; from any thread."""
-        key, now = text[:60], time.monotonic()
-        if now - self._said.get(key, -1e9) > self._seconds:
-            self._said[key] = now
-            self._say(text)
 
 
 def diagnostics(findings: Iterable[Finding], node: str, hardware: str, stamp: Any) -> DiagnosticArray:
