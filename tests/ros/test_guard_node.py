@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ros
 from d4_interfaces.msg import PolicyStatus  # noqa: E402
 from geometry_msgs.msg import Twist  # noqa: E402
 from policy_rig import PERIOD_S, ROBOT, SLACK_S, TWO_PERIODS_S, PolicyProcess, World  # noqa: E402
-from sensor_msgs.msg import Joy  # noqa: E402
+from sensor_msgs.msg import Image, Joy  # noqa: E402
 from std_msgs.msg import Bool, Empty, Float64MultiArray  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
 
@@ -373,3 +373,25 @@ def test_the_emergency_stop_outlives_cleanup_and_is_heard_before_configuring(mak
     assert world.configure()
     assert world.activate()
     world.until_state("driving")
+
+
+def test_a_camera_that_stops_and_then_dies_is_told_of_once_each(make):
+    """Every missed deadline was a warning of its own."""
+    process, world, _ = make("-p", "observation_deadline_ms:=300.0")
+    world.pause = True
+    time.sleep(TWO_PERIODS_S)
+    world.node.destroy_publisher(world.eye)  # it offers no deadline
+    world.eye = world.node.create_publisher(Image, "eye", qos.sensor(deadline_ms=300))
+    assert world.configure()
+    world.until(lambda: world.eye.get_subscription_count() > 0)
+    world.pause = False
+    time.sleep(0.5)
+    assert "/eye: deadline missed" not in process.said()
+    world.pause = True
+    world.until(lambda: "/eye: deadline missed" in process.said(), 5)
+    time.sleep(2.0)  # six deadlines
+    assert process.said().count("/eye: deadline missed") == 1
+    world.node.destroy_publisher(world.eye)
+    world.until(lambda: "/eye: a publisher shows no life any more, 0 left" in process.said(), 5)
+    time.sleep(0.5)
+    assert process.said().count("shows no life any more") == 1
