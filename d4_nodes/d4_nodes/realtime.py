@@ -9,7 +9,7 @@ import ctypes
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _PR_SET_TIMERSLACK = 29
@@ -31,7 +31,11 @@ def prepare_thread(priority: int = 0, cores: tuple[int, ...] = (), lock_memory: 
         try:
             os.sched_setaffinity(0, cores)
         except OSError as error:
-            refused.append(f"cannot run on cores {cores} alone: {error.strerror}")
+            refused.append(
+                f"cannot run on cores {_listed(cores)} alone ({error.strerror}): choose from "
+                f"{_listed(os.sched_getaffinity(0))}, which this process may use of the machine's "
+                f"{os.cpu_count()}; a container is given more with --cpuset-cpus"
+            )
     if priority:
         try:
             os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
@@ -47,6 +51,10 @@ def prepare_thread(priority: int = 0, cores: tuple[int, ...] = (), lock_memory: 
             "/etc/security/limits.d, or start a container with --ulimit memlock=-1"
         )
     return refused
+
+
+def _listed(cores: Iterable[int]) -> str:
+    return ", ".join(str(core) for core in sorted(cores))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from d4_nodes import realtime
 from d4_nodes.driver import Driver
 from d4_nodes.watchdog import Watchdog
 
+WARNING = "warning: "
 _PATIENCE_S = 2.0
 _Driver = TypeVar("_Driver", bound=Driver)
 
@@ -37,13 +38,18 @@ class Runner(Generic[_Driver]):
     Args:
         loop: to run.
         settings: real-time treatment of its thread.
-        log: told in one line what could not be had, and the report at the end.
+        log: told in one line what could not be had, which begins with `WARNING`, and the report at the end.
+
+    Attributes:
+        refused: what the system did not permit the thread, one line each; `realtime_refused` of the report.
     """
 
     def __init__(
         self, loop: _Driver, settings: Realtime = Realtime(), log: Callable[[str], None] = print
     ) -> None:
         self.loop, self.settings, self._log = loop, settings, log
+        self.refused: list[str] = []
+        loop.report.about["realtime_refused"] = self.refused
         self._watchdog = Watchdog(loop, self._prepare)
         self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
 
@@ -60,10 +66,10 @@ class Runner(Generic[_Driver]):
         if not self._thread.is_alive():
             return True
         if self.loop.abandon(_PATIENCE_S):
-            self._log("warning: the loop did not end in time; the safety action was sent in its place")
+            self._log(f"{WARNING}the loop did not end in time; the safety action was sent in its place")
         else:
             self._log(
-                "warning: the loop hangs while it sends: no safety action could be sent, the robot's own "
+                f"{WARNING}the loop hangs while it sends: no safety action could be sent, the robot's own "
                 "command timeout must stop it"
             )
         return False
@@ -103,7 +109,8 @@ class Runner(Generic[_Driver]):
         return realtime.prepare_thread(s.priority, s.cores, s.lock_memory)
 
     def _run(self) -> None:
-        for line in self._prepare():
-            self._log(f"warning: {line}")
+        self.refused += self._prepare()
+        for line in self.refused:
+            self._log(f"{WARNING}{line}")
         with realtime.quiet_interpreter():
             self.loop.run()

@@ -59,3 +59,18 @@ def test_two_runs_in_one_second_leave_two_reports(contract, tmp_path, monkeypatc
     runner = Runner(loop, log=lambda _: None)
     assert runner.conclude(tmp_path) != runner.conclude(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_the_system_refused_is_a_warning_and_in_the_report(contract, tmp_path, monkeypatch) -> None:
+    loop = SimpleNamespace(contract=contract, lock=threading.RLock(), report=Report(20.0, 30.0))
+    loop.guard, loop.run = Guard(contract), lambda: None
+    monkeypatch.setattr("d4_nodes.runner.realtime.prepare_thread", lambda *_: ["no priority", "no cores"])
+    said: list[str] = []
+    runner = Runner(loop, log=said.append)
+    runner._run()
+    assert said == ["warning: no priority", "warning: no cores"]
+    path = runner.conclude(tmp_path)
+    assert path is not None
+    assert json.loads(path.read_text())["metadata"]["realtime_refused"] == runner.refused == [
+        "no priority", "no cores",
+    ]  # fmt: skip

@@ -395,3 +395,19 @@ def test_a_camera_that_stops_and_then_dies_is_told_of_once_each(make):
     world.until(lambda: "/eye: a publisher shows no life any more, 0 left" in process.said(), 5)
     time.sleep(0.5)
     assert process.said().count("shows no life any more") == 1
+
+
+def test_what_the_system_refuses_is_a_warning(make):
+    """It was logged as information, which log_level:=warn hides."""
+    process, world, _ = make("-p", "cores:=[4000]", "--log-level", "warn")
+    assert world.configure()
+    assert world.activate()
+    world.until(lambda: world.diagnostics.get("guard: real time", (0, ""))[0] == 1, 5)
+    text = world.diagnostics["guard: real time"][1]
+    assert text.startswith("cannot run on cores 4000 alone")
+    said = process.said()
+    assert f"[guard]: {text}" in said
+    assert "[INFO]" not in said
+    assert world.deactivate()
+    report = json.loads(process.reports()[0].read_text())
+    assert report["metadata"]["realtime_refused"] == [text]

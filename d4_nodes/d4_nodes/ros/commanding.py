@@ -32,7 +32,7 @@ from d4_nodes.parameters import Parameter
 from d4_nodes.ros import qos
 from d4_nodes.ros.lifecycle import ManagedNode
 from d4_nodes.ros.shell import RosTypes, message_class
-from d4_nodes.runner import Realtime, Runner
+from d4_nodes.runner import WARNING, Realtime, Runner
 
 _Driver = TypeVar("_Driver", bound=Driver)
 _DELIVERY_S = 0.2
@@ -89,7 +89,7 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
         """Let a driver command the robot."""
         cores = tuple(core for core in self._get("cores") if core >= 0)
         settings = Realtime(priority=self._get("priority"), cores=cores, lock_memory=self._get("lock_memory"))
-        self.runner = Runner(driver, settings, lambda line: self.get_logger().info(line))
+        self.runner = Runner(driver, settings, self._log_runner)
         self.runner.start()
 
     def _halt(self) -> None:
@@ -183,6 +183,9 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
     # -- stop and dead-man switch --
 
     def _standing(self) -> list[Finding]:
+        return [self._pressable(), *self._treatment()]
+
+    def _pressable(self) -> Finding:
         """Who can press the emergency stop, whether the node is active or not."""
         infos = self.get_publishers_info_by_topic(self._stop_topic)
         deaf = [info for info in infos if info.topic_type != _STOP_TYPE]  # every quality of service fits
@@ -192,9 +195,9 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
             who = f"{deaf[0].node_namespace.rstrip('/')}/{deaf[0].node_name} publishes {deaf[0].topic_type}"
             text = f"{len(deaf)} of {len(infos)} publishers cannot be heard: {who}, not {_STOP_TYPE}"
             self._complain(f"{self._stop_topic}: {text}")
-            return [Finding("emergency stop", WARN, text, values)]
+            return Finding("emergency stop", WARN, text, values)
         text = f"heard from {heard} publishers" if heard else "no publisher, only the service can stop"
-        return [Finding("emergency stop", OK, text, values)]
+        return Finding("emergency stop", OK, text, values)
 
     def _on_emergency_stop(self, msg: Bool) -> None:
         if msg.data:
@@ -258,6 +261,20 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
         )  # fmt: skip
 
     # -- what it says --
+
+    def _treatment(self) -> list[Finding]:
+        """What the system did not permit the driver's thread."""
+        if self.runner is None:
+            return []
+        refused = self.runner.refused
+        text = "; ".join(refused) or "nothing was refused"
+        return [Finding("real time", WARN if refused else OK, text, {})]
+
+    def _log_runner(self, line: str) -> None:
+        if line.startswith(WARNING):
+            self.get_logger().warning(line[len(WARNING) :])
+        else:
+            self.get_logger().info(line)
 
     def _log_driver(self, line: str) -> None:
         if line.startswith("safety action"):
