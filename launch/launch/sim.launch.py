@@ -3,35 +3,45 @@
 ros2 launch d4_bringup sim.launch.py world:=yard
 """
 
-from launch.actions import ExecuteProcess
+from launch_ros.actions import Node
 
+from d4_nodes.launching import switch
 from d4_nodes.ros import launching
 
 PARAMETERS = [
-    ("world", "yard", "world of d4_sim: yard, yard_dusk or arm"),
-    ("episodes", "0", "episodes until the launch ends; 0: for ever"),
-    ("seed", "0", "decides the start states, as in d4-eval"),
-    ("results", "", "write return and success of every episode to this JSON file"),
-    ("speed", "1.0", "simulated seconds per second; other than 1 needs publish_clock"),
-    ("publish_clock", "false", "be the clock: publish /clock; start other nodes with use_sim_time:=true"),
-    ("wait_for_commands", "true", "begin only when commands come"),
+    ("world", "yard", "world of d4_sim: yard, yard_dusk or arm", str),
+    ("episodes", "0", "episodes until the launch ends; 0: for ever", int),
+    ("seed", "0", "decides the start states, as in d4-eval", int),
+    ("results", "", "write return and success of every episode to this JSON file", str),
+    ("speed", "1.0", "simulated seconds per second; other than 1 needs publish_clock", float),
+    ("publish_clock", "false", "publish /clock; start other nodes with use_sim_time:=true", bool),
+    ("wait_for_commands", "true", "begin only when commands come", bool),
 ]
 ARGUMENTS = [
-    *PARAMETERS,
+    *((name, default, about) for name, default, about, _ in PARAMETERS),
     launching.python_argument("sim_python", "MuJoCo, and the version that ROS has"),
     ("namespace", "", "namespace of node and topics"),
+    ("log_level", "info", "debug, info, warn or error"),
 ]
+
+
+def _value(name, text, type_):
+    """What an argument means to the node."""
+    if type_ is bool:
+        return switch(name, text)
+    try:
+        return type_(text)
+    except ValueError:
+        raise RuntimeError(f"{name}:={text} is no number") from None
 
 
 def _up(get):
-    command = [launching.interpreter(get["sim_python"], "sim_python"), "-m", "d4_nodes.ros.sim_node"]
-    command += ["--ros-args", "-r", f"__ns:=/{get['namespace'].strip('/')}"]
-    for name, _, _ in PARAMETERS:
-        # a whole number is no double to ROS: speed:=2 must work all the same
-        value = str(float(get[name])) if name == "speed" else get[name]
-        if value:
-            command += ["-p", f"{name}:={value}"]
-    sim = ExecuteProcess(cmd=command, name="d4_sim", output="screen", emulate_tty=True)
+    sim = Node(
+        executable=launching.interpreter(get["sim_python"], "sim_python"),
+        arguments=["-m", "d4_nodes.ros.sim_node", "--ros-args", "--log-level", get["log_level"]],
+        exec_name="d4_sim", namespace=get["namespace"], output="screen", emulate_tty=True,
+        parameters=[{name: _value(name, get[name], type_) for name, _, _, type_ in PARAMETERS}],
+    )  # fmt: skip
     return [sim, launching.ends_all(sim, "the simulation")]
 
 
