@@ -16,13 +16,35 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "launch" / "security"
 YARD = ROOT / "sim" / "d4_sim" / "yard.yaml"
 SERVER = ROOT / "tests" / "nodes" / "scripted_server.py"
-NODES = {"policy": "policy_node", "guard": "guard_node", "sim": "sim_node"}
+NODES = {"policy": "policy_node", "guard": "guard_node", "tokenizer": "tokenizer_node"}  # with a life cycle
+# what a tokenizer's server says of itself, without one behind it
+TOKENIZER = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from d4_datasets.contract import Contract
+from d4_nodes import memory
+from d4_nodes.server import serve
+
+contract = Contract.load(sys.argv[1])
+card = {"weights": "w0", "tokens": 2, "channels": 2}
+fields = memory.latents_layout(contract, 2, 2)
+brain = SimpleNamespace(
+    kind="tokenizer", contract=contract, card=card, fields=fields, decide=lambda shared: None
+)
+serve(brain, Path(sys.argv[2]))
+"""
 SINCE_JAZZY = "get_type_description"
 RULES = {
     "publish": ("topics", "get_publisher_names_and_types_by_node"),
     "subscribe": ("topics", "get_subscriber_names_and_types_by_node"),
     "reply": ("services", "get_service_names_and_types_by_node"),
     "request": ("services", "get_client_names_and_types_by_node"),
+}
+# what SROS2 makes of the right to an action: (rule, names below the action's)
+ACTIONS = {
+    "execute": (("publish", ("feedback", "status")), ("reply", ("send_goal", "cancel_goal", "get_result"))),
+    "call": (("subscribe", ("feedback", "status")), ("request", ("send_goal", "cancel_goal", "get_result"))),
 }
 
 
@@ -36,11 +58,13 @@ def permitted(file: str) -> dict[str, set[str]]:
     names: dict[str, set[str]] = {rule: set() for rule in RULES}
     for group in profile:
         [(rule, value)] = group.attrib.items()
-        assert (group.tag, value) == (RULES[rule][0], "ALLOW")
+        assert (group.tag, value) == ("actions" if rule in ACTIONS else RULES[rule][0], "ALLOW")
         for entry in group:
             assert entry.tag == group.tag[:-1]
             name = (entry.text or "").replace("~", prefix + profile.attrib["node"])
-            names[rule].add(name if name.startswith("/") else prefix + name)
+            name = name if name.startswith("/") else prefix + name
+            for part, ends in ACTIONS.get(rule, ((rule, None),)):
+                names[part] |= {name} if ends is None else {f"{name}/_action/{end}" for end in ends}
     return names
 
 
@@ -54,8 +78,8 @@ def test_only_policy_and_guard_may_command_the_robot() -> None:
 
 
 def test_what_the_operator_calls_exists() -> None:
-    replied = permitted("policy_node")["reply"] | permitted("guard_node")["reply"]
-    assert permitted("operator")["request"] <= replied
+    replied = [permitted(path.name.split(".")[0])["reply"] for path in FOLDER.glob("*_node.policy.xml")]
+    assert permitted("operator")["request"] <= set[str]().union(*replied)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.xml")), ids=lambda path: path.name)
@@ -124,18 +148,18 @@ def _old(names: dict[str, set[str]]) -> dict[str, set[str]]:
 
 
 @pytest.mark.ros
-@pytest.mark.parametrize("name", ["policy", "guard"])
+@pytest.mark.parametrize("name", NODES)
 def test_a_node_creates_what_its_policy_permits(start, looker, tmp_path, name) -> None:
     from lifecycle_msgs.msg import Transition
     from lifecycle_msgs.srv import ChangeState
     from rclpy.executors import SingleThreadedExecutor
 
     command = [sys.executable, "-m", f"d4_nodes.ros.{NODES[name]}", "--ros-args", "-p", f"contract:={YARD}"]
-    if name == "policy":
-        python = os.environ.get("D4_PYTHON", sys.executable)
-        start(python, str(SERVER), str(YARD), str(tmp_path / "socket"), str(tmp_path / "fault"),
-              environment={"PYTHONPATH": ""})  # fmt: skip
-        command += ["-p", f"socket:={tmp_path / 'socket'}"]
+    server = {"policy": (str(SERVER),), "tokenizer": ("-c", TOKENIZER)}.get(name)
+    if server is not None:
+        python, socket = os.environ.get("D4_PYTHON", sys.executable), str(tmp_path / "socket")
+        start(python, *server, str(YARD), socket, str(tmp_path / "fault"), environment={"PYTHONPATH": ""})
+        command += ["-p", f"socket:={socket}"]
     start(*command)
     client = looker.create_client(ChangeState, f"/{name}/change_state")
     assert client.wait_for_service(20)
@@ -154,6 +178,12 @@ def test_the_simulated_robot_creates_what_its_policy_permits(start, looker) -> N
         pytest.skip("needs MuJoCo in the Python that D4_PYTHON names")
     start(python, "-m", "d4_nodes.ros.sim_node")
     until_equal(looker, "sim", permitted("sim_node"))
+
+
+@pytest.mark.ros
+def test_the_training_node_creates_what_its_policy_permits(start, looker) -> None:
+    start(sys.executable, "-m", "d4_nodes.ros.training_node")
+    until_equal(looker, "training", permitted("training_node"))
 
 
 @pytest.mark.ros
