@@ -128,6 +128,7 @@ class Loop(Driver):
         self._restart = self._jump = ""  # what other threads have seen
         self._sent_ns = clock()  # as `_spoke_ns`, by the loop's clock
         self._is_safe, self._recovered = False, 0
+        self._has_driven = False
         self._forget_past()
 
     def _forget_past(self) -> None:
@@ -472,7 +473,8 @@ class Loop(Driver):
         if state != self.state:
             self._log(f"safety action ({state}): {verdict.reason}" if verdict.is_safe else state)
         self.state = state
-        if state in DOUBTS:
+        self._has_driven |= not verdict.is_safe
+        if state in DOUBTS and self._has_driven:  # a camera that has not come yet is no reason for doubt
             if not self._is_safe:
                 self._fail(verdict.reason, state)
             self._recovered = 0

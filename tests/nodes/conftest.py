@@ -91,15 +91,21 @@ class Rig:
 
 
 @pytest.fixture
-def rig(contract: Contract, tmp_path: Path) -> Iterator[Rig]:
-    """A rig that drives."""
+def standing(contract: Contract, tmp_path: Path) -> Iterator[Rig]:
+    """A rig that has not been started."""
     rig = Rig(contract, tmp_path)
     try:
-        rig.start()
         yield rig
     finally:
         rig.stop()
     assert rig.motors.outside == 0, "a command outside the contract"
+
+
+@pytest.fixture
+def rig(standing: Rig) -> Rig:
+    """A rig that drives."""
+    standing.start()
+    return standing
 
 
 class ServerOnly:

@@ -164,3 +164,20 @@ def test_stopping_with_a_request_at_the_server_waits_for_no_answer(rig) -> None:
     rig.until(lambda: not rig._thread.is_alive(), 2)
     assert time.monotonic() - since < 1.0
     assert rig.motors.commands[-1][1]
+
+
+def test_a_camera_that_has_not_come_yet_is_no_reason_for_doubt(standing) -> None:
+    """The first commands of a robot that was switched on after its policy were safety actions."""
+    standing.camera.pause = True
+    unpause = threading.Timer(1.0, setattr, (standing.camera, "pause", False))
+    unpause.start()
+    standing.start()
+    assert standing.report.counts["frames"] <= 2
+    acted = {rules for _, is_safe, rules in standing.motors.commands if is_safe}
+    assert {("stale",)} <= acted <= {("stale",), ("no_command",)}
+    standing.camera.pause = True
+    assert standing.until_safe() == "stale"  # but one that went away is
+    frames = standing.report.counts["frames"]
+    standing.camera.pause = False
+    standing.until_driving()
+    assert standing.report.counts["frames"] - frames >= 5
