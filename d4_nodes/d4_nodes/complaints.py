@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-_NUMBER = re.compile(r"(?<![\w/])-?\d[\d.e+-]*")  # but none that belongs to a name, such as /eye_2 or /arm/2
+_NUMBER = re.compile(r"(?<![\w/])\d[\d.e+-]*")  # but none that belongs to a name, such as /eye_2 or /arm/2
 _MOST = 100  # things that are remembered
 _LENGTH = 120  # of a text, so far as it says what is meant
 
 
 class Complaints:
     """Says one thing at most every few seconds: a flood of warnings costs more than what it warns of. Two
-    texts that differ in numbers only say the same.
+    texts that differ in numbers only say the same, but for a sign.
     """
 
     def __init__(self, say: Callable[[str], Any], seconds: float = 5.0) -> None:

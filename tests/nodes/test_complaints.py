@@ -34,6 +34,14 @@ def test_numbers_of_names_and_kinds_of_trouble_are_told_apart(now) -> None:
     assert said == texts
 
 
+def test_a_jump_back_is_other_news_than_one_ahead(now) -> None:
+    said: list[str] = []
+    complain = Complaints(said.append, 1.0)
+    for seconds in (-30.0, 60.0, -29.9):
+        complain(f"the clock jumped by {seconds} s")
+    assert said == ["the clock jumped by -30.0 s", "the clock jumped by 60.0 s"]
+
+
 def test_what_was_said_is_forgotten(now) -> None:
     """It was kept for the life of the node."""
     said: list[str] = []
