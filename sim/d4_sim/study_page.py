@@ -24,6 +24,7 @@ from d4_sim.study_results import (
     collect,
     differences,
     gap_closed,
+    merged,
     policy_table,
     recovered,
     rows_of,
@@ -66,6 +67,8 @@ class Args:
     """Markdown file to write."""
     notes: Path | None = None
     """Markdown that comes first: what was measured where, and what to make of it."""
+    also: tuple[Path, ...] = ()
+    """results.json of parts that were done before or on another machine; what <out> has itself counts."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -453,9 +456,9 @@ def short(results: Mapping[str, Any]) -> str:
     return json.dumps(json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.6g}")))
 
 
-def write(out: Path, notes: str) -> tuple[str, dict[str, Any]]:
+def write(out: Path, notes: str, also: Sequence[Path] = ()) -> tuple[str, dict[str, Any]]:
     """The page as text, and the numbers behind it."""
-    results = collect(out)
+    results = merged([collect(out), *map(_part, also)])
     if not any(results["chains"].values()):
         raise UserError(f"{out} holds no results of a study yet: run d4-demo --study learning first")
     parts = [notes]
@@ -473,9 +476,23 @@ def write(out: Path, notes: str) -> tuple[str, dict[str, Any]]:
     return "\n".join(parts), results
 
 
+def _part(path: Path) -> dict[str, Any]:
+    """The numbers of another page.
+
+    Raises:
+        UserError: there are none.
+    """
+    try:
+        part: dict[str, Any] = json.loads(path.read_text())
+        assert all(isinstance(part[key], dict) for key in ("chains", "runs", "stages"))
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(f"{path} is no results.json of a study ({error!r})") from None
+    return {"ladder": None, **part}
+
+
 def _main() -> None:
     args = tyro.cli(Args, prog="python -m d4_sim.study_page")
-    text, results = write(args.out, args.notes.read_text() if args.notes else "")
+    text, results = write(args.out, args.notes.read_text() if args.notes else "", args.also)
     folder = args.page.with_suffix("")
     text = "\n".join([text, *figures(args.out, folder, folder.name)])
     for path, content in ((args.page, text), (folder / "results.json", short(results))):

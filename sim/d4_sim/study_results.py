@@ -60,6 +60,20 @@ def collect(out: Path) -> dict[str, Any]:
     }
 
 
+def merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Results of a study that was done in parts, on several machines or one after the other: of a chain, a
+    run or a stage that several have, the first one counts, as a whole.
+    """
+    out: dict[str, Any] = {"chains": {w: {} for w in WORLDS}, "runs": {}, "ladder": None, "stages": {}}
+    for part in parts:
+        for world, chains in part["chains"].items():
+            out["chains"][world] = dict(sorted((chains | out["chains"][world]).items()))
+        out["runs"] = part["runs"] | out["runs"]
+        out["stages"] = part["stages"] | out["stages"]
+        out["ladder"] = out["ladder"] or part["ladder"]
+    return out
+
+
 def run_results(run: Path) -> dict[str, Any]:
     """Results of one run folder; empty if there are none yet."""
     evaluation = read_json(run / "eval.json") or {}

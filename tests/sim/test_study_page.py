@@ -111,6 +111,29 @@ def test_the_page_says_what_holds_and_what_does_not(out: Path) -> None:
     assert all(line.count("|") > 2 and "nan" not in line for line in tables)
 
 
+def test_a_study_in_parts_gives_the_same_page(out: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What one machine measured is on the page of the next one, and what is measured anew counts."""
+    whole, results = study_page.write(out, "")
+    second, first = tmp_path_factory.mktemp("second"), tmp_path_factory.mktemp("first") / "results.json"
+    first.write_text(study_page.short(results))
+    (out / "yard-1").rename(second / "yard-1")
+    text, again = study_page.write(second, "", [first])
+    assert text == whole
+    assert study_page.short(again) == first.read_text()
+    changed = json.loads(first.read_text())
+    changed["chains"]["yard"]["1"]["policies"]["expert"]["return"] = [99.0] * 40
+    first.write_text(json.dumps(changed))
+    assert study_page.write(second, "", [first])[0] == whole
+    assert "99.00" in study_page.write(out, "", [first])[0]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"chains": {}}', '{"chains": 1, "runs": {}, "stages": {}}'])
+def test_a_part_that_is_none_is_one_sentence(out: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "part.json").write_text(content)
+    with pytest.raises(UserError, match=r"is no results\.json of a study"):
+        study_page.write(out, "", [tmp_path / "part.json"])
+
+
 def test_failed_gates_are_on_the_page(out: Path) -> None:
     def gate(ok: bool) -> dict[str, Any]:
         return {"name": f"loss {ok}", "value": 1.0065, "op": ">=", "limit": 1.2, "ok": ok}
