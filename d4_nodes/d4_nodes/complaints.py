@@ -21,16 +21,18 @@ class Complaints:
     def __init__(self, say: Callable[[str], Any], seconds: float = 5.0) -> None:
         self._say, self._seconds = say, seconds
         self._lock = threading.Lock()
-        self._said: dict[str, float] = {}  # the longest ago first
+        self._said: dict[str, tuple[float, int]] = {}  # when, and how often not since; the longest ago first
 
     def __call__(self, text: str) -> None:
         """Say it, unless the same was said just now; from any thread."""
         key, now = _NUMBER.sub("#", text)[:_LENGTH], time.monotonic()
         with self._lock:
-            if now - self._said.get(key, -1e9) <= self._seconds:
+            said, kept_back = self._said.get(key, (-1e9, 0))
+            if now - said <= self._seconds:
+                self._said[key] = (said, kept_back + 1)
                 return
             self._said.pop(key, None)
-            self._said[key] = now
+            self._said[key] = (now, 0)
             if len(self._said) > _MOST:
                 del self._said[next(iter(self._said))]
-        self._say(text)
+        self._say(f"{text} (and {kept_back} times in between)" if kept_back else text)

@@ -7,6 +7,8 @@ the server's seed the answers must be the same, frame for frame.
 
 from __future__ import annotations
 
+import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from d4_datasets.windows import Windows
 from d4_nodes import memory
 from d4_nodes.memory import CAMERA, VECTOR, Memory
 from d4_nodes.server import PolicyBrain
+
+_SAY_S = 5.0  # how often it says how far it is
 
 
 @dataclass
@@ -63,8 +67,12 @@ def replay(checkpoint: Path, dataset: Path, seed: int = 0, argmax: bool = False)
         raise UserError(f"{dataset} was recorded with another contract than the policy was trained with")
     shared, result = Memory(memory.layout(brain.contract, brain.leads)), Comparison()
     try:
-        for episode in range(len(logs.episode_start)):
+        began = said = time.monotonic()
+        for episode in range(count := len(logs.episode_start)):
             _episode(brain, logs, shared, episode, result)
+            if (now := time.monotonic()) - said > _SAY_S:
+                said, left = now, (now - began) / (episode + 1) * (count - episode - 1)
+                print(f"{episode + 1}/{count} episodes, about {left:.0f} s left", file=sys.stderr, flush=True)
     finally:
         shared.close()
     if not result.compared:

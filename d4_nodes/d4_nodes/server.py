@@ -233,7 +233,9 @@ def _acting(folder: Path) -> Path:
     if (folder / "config.json").exists():
         phase = json.loads((folder / "config.json").read_text()).get("phase")
         if phase not in ("imagination", "agent"):
-            raise UserError(f"{folder} is a checkpoint of phase {phase}, which has no policy: train on")
+            raise UserError(
+                f"{folder} is a checkpoint of phase {phase}, without a policy: train the phase agent"
+            )
         return folder
     raise UserError(f"{folder} holds no agent or imagination checkpoint: train one with d4-train")
 

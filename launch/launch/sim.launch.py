@@ -9,7 +9,7 @@ from d4_nodes.launching import switch
 from d4_nodes.ros import launching
 
 PARAMETERS = [
-    ("world", "yard", "world of d4_sim: yard, yard_dusk or arm", str),
+    ("world", "yard", "world of d4_sim, such as yard, yard_dusk, arm or push", str),
     ("episodes", "0", "episodes until the launch ends; 0: for ever", int),
     ("seed", "0", "decides the start states, as in d4-eval", int),
     ("results", "", "write return and success of every episode to this JSON file", str),

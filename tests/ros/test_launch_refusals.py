@@ -68,6 +68,8 @@ def test_a_server_that_cannot_run_ends_the_launch_instead_of_being_started_for_e
         ("policy", ["checkpoint:=/", f"contract:={ROBOT}", "server_python:=/nowhere"], "no program"),
         ("record", [], "give contract:=robot.yaml"),
         ("sim", ["world:=mars"], "unknown world 'mars'"),
+        ("sim", ["results:=/no/such/x.json"], "results: nothing can be written in /no/such"),
+        ("sim", ["episodes:=many"], "episodes:=many is no number"),
         ("guard", [f"contract:={ROBOT}", "shadow:=perhaps"], "neither true nor false"),
     ],
 )  # fmt: skip
@@ -85,3 +87,20 @@ def test_a_node_that_is_not_configured_says_what_to_do_and_ends_in_order():
     assert code == 0
     assert "`ros2 lifecycle set /left/guard configure`" in said
     assert "process has died" not in said
+
+
+def test_a_second_node_of_one_name_is_not_launched():
+    """Its transitions reached the first one: what somebody had deactivated would have driven again."""
+    command = ["ros2", "launch", "d4_bringup", "guard.launch.py", f"contract:={ROBOT}", "autostart:=false"]
+    first = subprocess.Popen(
+        [*command, "namespace:=twin"], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
+    try:
+        time.sleep(4)
+        code, said = launch("guard", f"contract:={ROBOT}", "namespace:=twin")
+        assert code == 1
+        assert "a node /twin/guard runs already" in said
+        assert "Traceback" not in said
+    finally:
+        first.send_signal(signal.SIGINT)
+        first.wait(20)

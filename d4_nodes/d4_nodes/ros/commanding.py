@@ -168,7 +168,7 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
         for topic, publisher in self._publishers_of.items():
             others = self.count_publishers(publisher.topic_name) - 1
             if others > 0:
-                who = f"{others} other publishers command {topic}, past the {self.get_name()}"
+                who = f"others publish on {topic} ({others}), past the {self.get_name()}"
                 self._complain(f"{who}: {self._advice(topic)}")
 
     def _advice(self, topic: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,10 +26,13 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode
 from launch_ros.event_handlers import OnStateTransition
 from launch_ros.events.lifecycle import ChangeState
+from launch_ros.ros_adapters import get_ros_node
+from launch_ros.utilities import make_namespace_absolute, prefix_namespace
 from lifecycle_msgs.msg import Transition
 
 from d4_nodes.launching import switch
 
+_DISCOVERY_S = 1.0  # within which nodes of this network are heard of
 Argument = tuple[str, "str | None", str]  # name, default (None: must be given), what it means
 
 _PATHS = {"checkpoint", "run", "contract", "socket", "server_python", "sim_python", "params_file", "out",
@@ -64,10 +68,26 @@ def description(
 
     def read(context: Any) -> list[LaunchDescriptionEntity]:
         get = {name: LaunchConfiguration(name).perform(context) for name, _, _ in arguments}
+        if "autostart" in get:
+            _refuse_twin(context, get["name"], get["namespace"])
         return up({name: os.path.expanduser(v) if name in _PATHS else v for name, v in get.items()})
 
     declared = [DeclareLaunchArgument(n, default_value=d, description=about) for n, d, about in arguments]
     return LaunchDescription([*declared, OpaqueFunction(function=read)])
+
+
+def _refuse_twin(context: Any, name: str, namespace: str) -> None:
+    """Refuse a lifecycle node of a name that is taken: transitions that are meant for the new one may reach
+    the other, and a robot that somebody has deactivated would drive again.
+    """
+    outer = context.launch_configurations.get("ros_namespace")
+    where = make_namespace_absolute(prefix_namespace(outer, namespace) or "/")
+    node, until = get_ros_node(context), time.monotonic() + _DISCOVERY_S
+    while time.monotonic() < until:
+        if (name, where) in node.get_node_names_and_namespaces():
+            full = f"{where.rstrip('/')}/{name}"
+            raise RuntimeError(f"a node {full} runs already: end it, or choose another namespace or name")
+        time.sleep(0.05)
 
 
 def contract_of(folder: str, *phases: str) -> str:

@@ -63,6 +63,9 @@ class SimNode(Node):
         self._is_clock, self._speed = bool(self._get("publish_clock")), float(self._get("speed"))
         if self._speed != 1.0 and not self._is_clock:
             raise UserError("a speed other than 1 needs publish_clock: other nodes could not tell")
+        self._results = Path(self._get("results")).expanduser() if self._get("results") else None
+        if self._results is not None and not os.access(self._results.parent, os.W_OK):
+            raise UserError(f"results: nothing can be written in {self._results.parent}")
         self._origin = time.monotonic_ns()
         self._topics: dict[str, Any] = {}
         self._last: dict[str, np.ndarray] = {
@@ -129,10 +132,17 @@ class SimNode(Node):
         except Exception:
             self.failed = True
             self.get_logger().error(traceback.format_exc())
-        self._write()
+        try:
+            self._write()
+        except OSError as error:
+            self.failed = True
+            self.get_logger().error(f"the results cannot be written: {error}")
         self.ended.set()
 
     def _wait_for_company(self) -> None:
+        if self._get("wait_for_commands"):
+            topics = ", ".join(sorted({channel.topic for channel in self.contract.actions}))
+            self.get_logger().info(f"waiting for commands on {topics}; wait_for_commands:=false does not")
         while self._get("wait_for_commands") and not self._arrived and not self.ended.is_set():
             self._tick_clock()
             time.sleep(0.02)
@@ -224,8 +234,8 @@ class SimNode(Node):
         return f"{len(done)} episodes, success {success:.2f}, return {ret:.2f}"
 
     def _write(self) -> None:
-        path, done = self._get("results"), [] if self.live is None else self.live.outcomes
-        if not path or not done:
+        done = [] if self.live is None else self.live.outcomes
+        if self._results is None or not done:
             return
         rows = {
             "world": self._get("world"), "seeds": [outcome.seed for outcome in done],
@@ -233,10 +243,9 @@ class SimNode(Node):
             "success": [int(outcome.success) for outcome in done],
             "fallen": [int(outcome.terminal) for outcome in done],
         }  # fmt: skip
-        target = Path(path).expanduser()
-        aside = target.with_name(f".tmp-{target.name}")
+        aside = self._results.with_name(f".tmp-{self._results.name}")
         aside.write_text(json.dumps(rows) + "\n")
-        os.replace(aside, target)
+        os.replace(aside, self._results)
 
 
 def main() -> None:
