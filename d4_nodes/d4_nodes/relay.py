@@ -88,6 +88,7 @@ class Relay(Driver):
             self._places.setdefault(channel.topic, []).extend(range(column, column + channel.dim))
             column += channel.dim
         self._came: deque[tuple[str, int, np.ndarray]] = deque(maxlen=_KEPT)
+        self._has_driven = False
         self._forget()
 
     def _forget(self) -> None:
@@ -304,7 +305,8 @@ class Relay(Driver):
             self.report.counts["safe"] += verdict.is_safe
             state = verdict.rules[0] if verdict.is_safe else "driving"
             is_news, self.state = state != self.state, state
-        if state in DOUBTS:
+        self._has_driven |= not verdict.is_safe
+        if state in DOUBTS and self._has_driven:  # a camera that has not come yet is no reason for doubt
             self._doubt(verdict.reason)
         if is_news:
             self._log(f"safety action ({state}): {verdict.reason}" if verdict.is_safe else state)

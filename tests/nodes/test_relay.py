@@ -192,6 +192,16 @@ def test_the_first_command_passes_however_long_it_took(bench) -> None:
     assert not bench.command(0.1, 0.0, 0.5).is_safe
 
 
+def test_a_camera_that_has_not_come_yet_is_no_reason_for_doubt(bench) -> None:
+    bench.sees = False
+    bench.spend(100)  # streams count as fresh at the beginning
+    bench.drive(400)
+    assert bench.last.rules == ("stale",)
+    bench.sees = True
+    bench.see()
+    assert not bench.command(0.1, 0.0, 0.5).is_safe
+
+
 def test_a_policy_that_is_late_every_other_time_never_drives_again(bench) -> None:
     bench.drive(100)
     count = len(bench.sent)
