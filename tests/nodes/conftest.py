@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import settings
+from relay_bench import Bench, still
 
 from d4_datasets.contract import Contract
 from d4_nodes.activation import wait
@@ -136,3 +137,11 @@ def rig_server(contract: Contract, tmp_path: Path) -> Iterator[ServerOnly]:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A relay whose time is told by the test."""
+    bench = Bench()
+    still(monkeypatch, bench)
+    return bench

@@ -1,20 +1,16 @@
 """The relay: whatever another policy sends, what goes out is inside the contract, and it never pauses."""
 
-import re
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from relay_bench import CONTRACT, MS, PERIOD, SLACK_NS, Bench, recover, still
 
 from d4_datasets.bags import new
-from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
-from d4_nodes import driver as driver_module
-from d4_nodes import relay as relay_module
 from d4_nodes.codec import Codec
 from d4_nodes.guard import Guard, GuardConfig
 from d4_nodes.health import ERROR, OK, WARN, Thresholds
@@ -22,94 +18,6 @@ from d4_nodes.inbox import Inbox
 from d4_nodes.relay import Relay, RelayExaminer, read
 from d4_nodes.report import Report
 from d4_nodes.runner import Runner
-
-CONTRACT = Contract.load(Path(__file__).with_name("robot.yaml"))
-MS = 1_000_000
-PERIOD = CONTRACT.period_ns
-SLACK_NS = 25 * MS
-
-
-class Bench:
-    """A relay on clocks that stand still unless they are told: camera and joints deliver every period."""
-
-    def __init__(
-        self,
-        config: GuardConfig = GuardConfig(),  # noqa: B008
-        contract: Contract = CONTRACT,
-        recover_after: int = 5,
-        is_simulated: bool = False,
-    ) -> None:
-        self.mono, self.shift = 10_000 * MS, 5_000_000 * MS
-        pace = (lambda: self.mono + self.shift) if is_simulated else None
-        self.sent: list[tuple[int, object]] = []
-        self.said: list[str] = []
-        self.guard = Guard(contract, config)
-        self.relay = Relay(
-            contract, self.guard, Inbox(tuple(s.name for s in contract.observations)),
-            lambda verdict, _: self.sent.append((self.mono, verdict)), lambda: self.mono + self.shift,
-            Report(contract.rate_hz, contract.latency_ms), self.said.append, pace, 0.0, recover_after,
-        )  # fmt: skip
-        self.sees = self.moves = True
-        self._number = 0
-        self._next_frame = self.mono
-        self.relay.begin()
-
-    def see(self) -> None:
-        """A frame and joints."""
-        self._number += self.moves
-        picture = SimpleNamespace(data=np.full(96, self._number % 256, np.uint8).tobytes())
-        self.relay.put("joints", self.mono + self.shift)
-        self.relay.put("eye", self.mono + self.shift, picture)
-
-    def spend(self, ms: int) -> None:
-        """Time goes by, looked at every millisecond."""
-        for _ in range(ms):
-            self.relay.round()
-            self.mono += MS
-            if self.mono >= self._next_frame:
-                self._next_frame += PERIOD
-                if self.sees:
-                    self.see()
-        self.relay.round()
-
-    def base(self, *values: float) -> None:
-        self.relay.command("/cmd_vel", np.array(values))
-
-    def arm(self, value: float) -> None:
-        self.relay.command("/arm", np.array([value]))
-
-    def command(self, x: float, turn: float, arm: float) -> object:
-        """A whole command; returns what the robot gets of it."""
-        count = len(self.sent)
-        self.base(x, turn)
-        self.arm(arm)
-        self.relay.round()
-        assert len(self.sent) == count + 1
-        return self.sent[-1][1]
-
-    def drive(self, ms: int, x: float = 0.1, arm: float = 0.5) -> None:
-        """Good commands every period."""
-        for _ in range(ms // 50):
-            self.command(x, 0.0, arm)
-            self.spend(50)
-
-    @property
-    def last(self):
-        return self.sent[-1][1]
-
-
-@pytest.fixture
-def bench(monkeypatch) -> Bench:
-    bench = Bench()
-    still(monkeypatch, bench)
-    return bench
-
-
-def still(monkeypatch, bench: Bench) -> None:
-    """The relay's monotonic time is the bench's."""
-    for module in (driver_module, relay_module):
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic_ns=lambda: bench.mono))
-    bench.relay.begin()
 
 
 def test_a_good_command_passes_at_once_and_as_it_is(bench) -> None:
@@ -135,18 +43,6 @@ def test_one_bad_number_makes_the_whole_command_the_safety_action(bench, bad) ->
     assert verdict.values.tolist() == [0.0, 0.0, 2.0]  # zeros, zeros, hold
     bench.spend(50)
     recover(bench)
-
-
-def recover(bench: Bench, count: int = 5) -> None:
-    """So many good commands must come; the last of them passes."""
-    for left in reversed(range(count)):
-        verdict = bench.command(0.1, 0.0, 1.0)
-        assert verdict.is_safe == (left > 0)
-        if left:
-            assert verdict.rules == ("fault",)
-            assert f"; {left} good commands in a row are still missing" in verdict.reason
-        bench.spend(50)
-    assert bench.relay.state == "driving"
 
 
 def test_commands_are_cut_to_limits_and_rates(bench) -> None:
@@ -177,68 +73,6 @@ def test_silence_from_the_start(bench) -> None:
     assert bench.last.rules == ("no_command",)
     assert bench.last.reason == "no command has come for /cmd_vel"
     assert bench.last.send.tolist() == [True, True, False]  # there is nothing to hold yet
-
-
-def test_after_silence_a_number_of_commands_must_come(bench) -> None:
-    bench.drive(100)
-    bench.spend(200)
-    assert bench.relay.state == "no_command"
-    recover(bench)
-    assert not bench.command(0.1, 0.0, 0.5).is_safe
-
-
-def test_the_first_command_passes_however_long_it_took(bench) -> None:
-    bench.spend(500)
-    assert not bench.command(0.1, 0.0, 0.5).is_safe
-
-
-def test_a_camera_that_has_not_come_yet_is_no_reason_for_doubt(bench) -> None:
-    bench.sees = False
-    bench.spend(100)  # streams count as fresh at the beginning
-    bench.drive(400)
-    assert bench.last.rules == ("stale",)
-    bench.sees = True
-    bench.see()
-    assert not bench.command(0.1, 0.0, 0.5).is_safe
-
-
-def test_a_policy_that_is_late_every_other_time_never_drives_again(bench) -> None:
-    bench.drive(100)
-    count = len(bench.sent)
-    for _ in range(20):
-        bench.spend(35)  # 85 ms between two commands, 75 are allowed
-        bench.command(0.1, 0.0, 0.5)
-        bench.spend(50)
-        bench.command(0.1, 0.0, 0.5)
-        bench.spend(50)
-    assert all(verdict.is_safe for _, verdict in bench.sent[count:])
-
-
-@pytest.mark.parametrize("bad", ["nan", "stale", "frozen"])
-def test_what_is_bad_again_while_it_recovers_begins_anew(bench, bad) -> None:
-    bench.drive(200)
-    bench.spend(200)
-    for _ in range(4):
-        assert bench.command(0.1, 0.0, 0.5).is_safe
-        bench.spend(50)
-    if bad == "nan":
-        assert bench.command(np.nan, 0.0, 0.5).is_safe
-    else:
-        name = "sees" if bad == "stale" else "moves"
-        setattr(bench, name, False)
-        bench.spend(150)
-        assert bench.last.rules == (bad,)
-        setattr(bench, name, True)
-    bench.spend(50)
-    recover(bench)
-
-
-def test_how_many_commands_it_takes_is_up_to_the_user(monkeypatch) -> None:
-    bench = Bench(recover_after=1)
-    still(monkeypatch, bench)
-    bench.drive(100)
-    bench.spend(200)
-    recover(bench, 1)
 
 
 def test_a_partial_command_is_none(bench) -> None:
@@ -411,81 +245,6 @@ def test_a_simulated_clock_that_begins_again() -> None:
     bench.spend(200)
     assert len(bench.sent) - count >= 3
     assert time.monotonic_ns() - real < 5e9
-
-
-def test_a_fast_simulation_is_no_jump() -> None:
-    """Its clock went 200 ms further between two looks; that was a jump, again and again."""
-    bench = Bench(is_simulated=True)
-    for _ in range(20):
-        bench.see()
-        bench.command(0.1, 0.0, 0.5)
-        bench.mono += 200 * MS
-    assert not bench.relay.report.reasons
-
-
-def test_a_relay_held_up_before_it_sends_does_not_send_an_old_command(bench) -> None:
-    """The watchdog sent the safety action in its place, and the command of before came after that."""
-    bench.drive(200)
-    recover_ = bench.relay._recover
-
-    def stall(values, now):
-        bench.relay._recover = recover_
-        bench.mono += 2000 * MS
-        assert bench.relay.rest_from_outside(1)
-        recover_(values, now)
-
-    bench.relay._recover = stall
-    count = len(bench.sent)
-    bench.base(0.3, 0.0)
-    bench.arm(0.5)
-    bench.relay.round()
-    assert len(bench.sent) > count
-    assert all(verdict.is_safe for _, verdict in bench.sent[count:])
-    bench.see()
-    bench.spend(1)
-    recover(bench)
-
-
-def test_a_relay_that_stood_still_waits_for_good_commands(bench) -> None:
-    bench.drive(200)
-    bench.mono += 300 * MS
-    bench.relay.rest_from_outside(1)
-    bench.see()
-    recover(bench)
-
-
-def test_a_burst_is_not_a_number_of_good_commands(bench) -> None:
-    """A process that was stopped says everything at once when it goes on."""
-    bench.drive(200)
-    bench.spend(1000)
-    for _ in range(10):
-        assert bench.command(0.1, 0.0, 0.5).is_safe
-        bench.spend(1)
-    bench.spend(40)
-    recover(bench, 4)
-
-
-def test_many_commands_and_a_camera_that_comes_and_goes_never_drive(bench) -> None:
-    bench.drive(200)
-    bench.sees = False
-    bench.spend(200)
-    count = len(bench.sent)
-    for k in range(400):
-        if k % 80 == 0:
-            bench.see()
-        bench.command(0.1, 0.0, 0.5)
-        bench.spend(5)
-    assert all(verdict.is_safe for _, verdict in bench.sent[count:])
-
-
-def test_silence_while_it_recovers_is_named(bench) -> None:
-    """The reason of before stood there for as long as nothing came."""
-    bench.drive(200)
-    bench.spend(200)
-    bench.command(0.1, 0.0, 0.5)
-    bench.spend(1000)
-    assert bench.last.rules == ("no_command",)
-    assert float(re.search(r"came (\d+) ms ago", bench.last.reason)[1]) > 900
 
 
 def test_held_up_it_does_not_catch_up(bench) -> None:

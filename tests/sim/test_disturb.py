@@ -102,7 +102,7 @@ def test_a_measured_report_is_replayed() -> None:
     drawn = np.array([late.draw(rng) for _ in range(20_000)])
     stage = report["stages_ms"]["lateness"]
     assert np.median(drawn) == pytest.approx(stage["p50"], abs=0.01)
-    assert np.quantile(drawn, 0.99) == pytest.approx(stage["p99"], rel=0.05)
+    assert np.quantile(drawn, 0.99) == pytest.approx(stage["p99"], rel=0.15)
     assert drawn.max() <= stage["max"]
     assert late.missed == report["counts"]["missed"] / report["counts"]["ticks"]
     plain, replayed = poses("yard"), poses(f"yard+latency={REPORT}")
