@@ -6,9 +6,10 @@ import abc
 import threading
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 from d4_datasets.contract import Contract
-from d4_nodes.guard import Guard, Verdict
+from d4_nodes.guard import DOUBTS, Guard, Verdict
 from d4_nodes.inbox import Inbox
 from d4_nodes.report import Report
 
@@ -29,9 +30,12 @@ class Driver(abc.ABC):
         report: collects measurements.
 
     Attributes:
+        kind: what people call it.
         state: for people: `driving`, `waiting`, or the guard's rule that acts.
         lock: guards `guard` and `send` against other threads.
     """
+
+    kind: ClassVar[str]
 
     def __init__(
         self,
@@ -48,6 +52,7 @@ class Driver(abc.ABC):
         self._send, self._clock = send, clock
         self._stop, self._is_over = threading.Event(), False
         self._beat_ns = self._spoke_ns = time.monotonic_ns()  # last went round, last sent anything
+        self._has_driven = False
         self._stood_still = ""  # what the safety action was sent for in this thread's place
         self._looked_ns = (0, 0)  # when the clock was looked at last, by itself and monotonic
 
@@ -56,8 +61,8 @@ class Driver(abc.ABC):
         """Go round until `stop`; then send the safety action, last of all."""
 
     @abc.abstractmethod
-    def rest_from_outside(self, timeout_s: float) -> bool:
-        """Send the safety action in place of a thread that stands still; False if it holds the lock."""
+    def _rest_for(self, reason: str) -> None:
+        """Send the safety action now, and say why. Called under `lock`."""
 
     @property
     @abc.abstractmethod
@@ -68,6 +73,18 @@ class Driver(abc.ABC):
         """Make `run` return."""
         self._stop.set()
         self.inbox.wake()
+
+    def rest_from_outside(self, timeout_s: float) -> bool:
+        """Send the safety action in place of a thread that stands still; False if it holds the lock."""
+        if not self.lock.acquire(timeout=timeout_s):
+            return False
+        try:
+            # what it was about to send must not follow the safety action
+            self._stood_still = f"the {self.kind} stood still for {self.silence_s():.3f} s"
+            self._rest_for(self._stood_still)
+        finally:
+            self.lock.release()
+        return True
 
     def abandon(self, timeout_s: float) -> bool:
         """`rest_from_outside` for the last time: what is sent if the thread wakes up later goes nowhere."""
@@ -84,6 +101,12 @@ class Driver(abc.ABC):
         with self.lock:
             act(self.guard)
         self.inbox.wake()
+
+    def _is_doubtful(self, verdict: Verdict) -> bool:
+        """Whether a verdict is a reason not to trust at once what comes next. A camera that has not come yet,
+        before anything was driven, is none."""
+        self._has_driven |= not verdict.is_safe
+        return self._has_driven and verdict.is_safe and verdict.rules[0] in DOUBTS
 
     def _jump_ns(self) -> int:
         """By how much the clock has jumped since this was asked last; 0 if it has not. The first answer means

@@ -27,7 +27,7 @@ from d4_datasets.messages import decode
 from d4_nodes.driver import Driver
 from d4_nodes.due import Due, Schedule
 from d4_nodes.eyes import Eyes, NoSample
-from d4_nodes.guard import DOUBTS, Guard, Verdict
+from d4_nodes.guard import Guard, Verdict
 from d4_nodes.inbox import Inbox, Sample
 from d4_nodes.link import Link, Reply
 from d4_nodes.report import Report
@@ -85,6 +85,8 @@ class Loop(Driver):
         decode: message of a camera to RGB uint8 (H, W, 3).
     """
 
+    kind = "loop"
+
     def __init__(
         self,
         contract: Contract,
@@ -128,7 +130,6 @@ class Loop(Driver):
         self._restart = self._jump = ""  # what other threads have seen
         self._sent_ns = clock()  # as `_spoke_ns`, by the loop's clock
         self._is_safe, self._recovered = False, 0
-        self._has_driven = False
         self._forget_past()
 
     def _forget_past(self) -> None:
@@ -170,18 +171,9 @@ class Loop(Driver):
         """Whether its clock runs as fast as that of the robot."""
         return self.config.early_ns > 0
 
-    def rest_from_outside(self, timeout_s: float) -> bool:
-        """Send the safety action in place of a loop that stands still; False if it holds the lock."""
-        if not self.lock.acquire(timeout=timeout_s):
-            return False
-        try:
-            # what it was about to send must not follow the safety action
-            self._stood_still = f"the loop stood still for {self.silence_s():.3f} s"
-            self.guard.fault(self._stood_still)
-            self._rest()
-        finally:
-            self.lock.release()
-        return True
+    def _rest_for(self, reason: str) -> None:
+        self.guard.fault(reason)
+        self._rest()
 
     # -- the loop's own thread --
 
@@ -473,8 +465,7 @@ class Loop(Driver):
         if state != self.state:
             self._log(f"safety action ({state}): {verdict.reason}" if verdict.is_safe else state)
         self.state = state
-        self._has_driven |= not verdict.is_safe
-        if state in DOUBTS and self._has_driven:  # a camera that has not come yet is no reason for doubt
+        if self._is_doubtful(verdict):
             if not self._is_safe:
                 self._fail(verdict.reason, state)
             self._recovered = 0

@@ -26,7 +26,7 @@ from d4_datasets import fields
 from d4_datasets.contract import Contract
 from d4_nodes.codec import Topic
 from d4_nodes.driver import Driver
-from d4_nodes.guard import DOUBTS, RULES, Guard, Verdict
+from d4_nodes.guard import RULES, Guard, Verdict
 from d4_nodes.health import ERROR, OK, WARN, Examiner, Finding, Thresholds
 from d4_nodes.inbox import Inbox, Sample
 from d4_nodes.report import Report
@@ -65,6 +65,8 @@ class Relay(Driver):
         recover_after: so many good commands in a row until they pass again; the last of them passes.
     """
 
+    kind = "relay"
+
     def __init__(
         self,
         contract: Contract,
@@ -88,7 +90,6 @@ class Relay(Driver):
             self._places.setdefault(channel.topic, []).extend(range(column, column + channel.dim))
             column += channel.dim
         self._came: deque[tuple[str, int, np.ndarray]] = deque(maxlen=_KEPT)
-        self._has_driven = False
         self._forget()
 
     def _forget(self) -> None:
@@ -122,17 +123,8 @@ class Relay(Driver):
         """Whether it measures periods by the monotonic clock."""
         return self._keeps_real_time
 
-    def rest_from_outside(self, timeout_s: float) -> bool:
-        """Send the safety action in place of a relay that stands still; False if it holds the lock."""
-        if not self.lock.acquire(timeout=timeout_s):
-            return False
-        try:
-            # what it was about to send must not follow the safety action
-            self._stood_still = f"the relay stood still for {self.beat_age_s():.3f} s"
-            self._pass_on(None, self._stood_still)
-        finally:
-            self.lock.release()
-        return True
+    def _rest_for(self, reason: str) -> None:
+        self._pass_on(None, reason)
 
     # -- the relay's own thread --
 
@@ -305,8 +297,7 @@ class Relay(Driver):
             self.report.counts["safe"] += verdict.is_safe
             state = verdict.rules[0] if verdict.is_safe else "driving"
             is_news, self.state = state != self.state, state
-        self._has_driven |= not verdict.is_safe
-        if state in DOUBTS and self._has_driven:  # a camera that has not come yet is no reason for doubt
+        if self._is_doubtful(verdict):
             self._doubt(verdict.reason)
         if is_news:
             self._log(f"safety action ({state}): {verdict.reason}" if verdict.is_safe else state)

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import resource
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -178,6 +179,18 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def can_write(folder: Path) -> bool:
+    """Whether a folder takes files, or could be made; nothing stays behind."""
+    path = folder.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        with tempfile.TemporaryFile(dir=path):  # permissions tell root nothing
+            return True
+    except OSError:
+        return False
 
 
 def _finite(value: Any) -> Any:

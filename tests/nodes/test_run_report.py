@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d4_nodes.guard import Guard
-from d4_nodes.report import Histogram, Report
+from d4_nodes.report import Histogram, Report, can_write
 from d4_nodes.runner import Runner
 
 
@@ -74,3 +75,13 @@ def test_what_the_system_refused_is_a_warning_and_in_the_report(contract, tmp_pa
     assert json.loads(path.read_text())["metadata"]["realtime_refused"] == runner.refused == [
         "no priority", "no cores",
     ]  # fmt: skip
+
+
+def test_whether_a_folder_can_be_written_is_found_out_without_a_trace(tmp_path) -> None:
+    """A parameter that was refused left its folder behind."""
+    (tmp_path / "file").touch()
+    assert can_write(tmp_path)
+    assert can_write(tmp_path / "new" / "folder")
+    assert not can_write(tmp_path / "file" / "folder")
+    assert not can_write(Path("/proc/none"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -270,6 +270,13 @@ def test_shadow_mode(make):
     assert not world.twists
 
 
+def test_a_report_that_could_not_be_written_is_refused_before_the_robot_moves(make):
+    """A folder from a file of parameters was not looked at, and the report of the run was lost."""
+    _, world, _ = make("-p", "report_folder:=/proc/none")
+    assert not world.configure()
+    world.until(lambda: world.status and "nothing can be written" in world.status[-1].reason)
+
+
 def test_what_it_refuses(make):
     process, world, _ = make("-p", "input_prefix:=/")
     assert not world.configure()

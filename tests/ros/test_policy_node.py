@@ -276,7 +276,8 @@ def test_tasks_and_parameters(driving):
     assert "toy" in answer.message
     assert world.call(SetTask, "policy/set_task", SetTask.Request(task="toy")).success
     assert world.set("task", "fly") == (False, "task 'fly' is not among the tasks of the contract: toy")
-    assert world.set("report_folder", "/proc/none") == (False, "nothing can be written in /proc/none")
+    refusal = "report_folder: nothing can be written in /proc/none"
+    assert world.set("report_folder", "/proc/none") == (False, refusal)
     good, reason = world.set("max_misses", 3)
     assert not good
     assert "active" in reason

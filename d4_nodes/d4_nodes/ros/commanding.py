@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from d4_interfaces.msg import PolicyStatus
+from rcl_interfaces.msg import SetParametersResult
 from rclpy.duration import Duration
 from rclpy.wait_for_message import wait_for_message
 from sensor_msgs.msg import Joy
@@ -29,6 +30,7 @@ from d4_nodes.driver import Driver
 from d4_nodes.guard import RULES, Guard, GuardConfig, Verdict
 from d4_nodes.health import OK, WARN, Finding, Thresholds
 from d4_nodes.parameters import Parameter
+from d4_nodes.report import can_write
 from d4_nodes.ros import qos
 from d4_nodes.ros.lifecycle import ManagedNode
 from d4_nodes.ros.shell import RosTypes, message_class
@@ -38,6 +40,17 @@ _Driver = TypeVar("_Driver", bound=Driver)
 _DELIVERY_S = 0.2
 _STATUS_S = 1.0  # a status is said twice a second
 _STOP_TYPE = "std_msgs/msg/Bool"
+
+
+def _report_folder(given: str) -> Path:
+    """The folder that was given, or one in the ROS log folder."""
+    return Path(given or os.path.join(os.environ.get("ROS_LOG_DIR", "~/.ros/log"), "d4")).expanduser()
+
+
+def _refuse_report_folder(given: str) -> str:
+    """Why no report can be written there; empty: it can."""
+    folder = _report_folder(given)
+    return "" if can_write(folder) else f"report_folder: nothing can be written in {folder}"
 
 
 class CommandingNode(ManagedNode, Generic[_Driver]):
@@ -69,7 +82,13 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
     # -- transitions --
 
     def _command(self, contract: Contract) -> None:
-        """Make the guard and the command topics."""
+        """Make the guard and the command topics.
+
+        Raises:
+            UserError: the report could not be written after the robot has moved.
+        """
+        if refusal := _refuse_report_folder(self._get("report_folder")):
+            raise UserError(refusal)
         self._codec = Codec(contract, RosTypes(), self._get("command_frame_id"))
         self.guard = Guard(contract, self._guard_config())
         if self._stop_reason:
@@ -98,9 +117,8 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
             return
         has_ended = runner.stop()
         self._await_delivery()
-        folder = self._get("report_folder") or os.path.join(os.environ.get("ROS_LOG_DIR", "~/.ros/log"), "d4")
         try:
-            path = runner.conclude(Path(folder).expanduser())
+            path = runner.conclude(_report_folder(self._get("report_folder")))
             self.get_logger().info(f"report: {path}")
         except OSError as error:
             self.get_logger().error(f"the report cannot be written: {error}")
@@ -233,6 +251,12 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
             act(self.guard)
 
     # -- parameters --
+
+    def _on_parameters(self, parameters: list[Any]) -> SetParametersResult:
+        for parameter in parameters:
+            if parameter.name == "report_folder" and (refusal := _refuse_report_folder(parameter.value)):
+                return SetParametersResult(successful=False, reason=refusal)
+        return super()._on_parameters(parameters)
 
     @property
     def is_running(self) -> bool:

@@ -64,16 +64,6 @@ def diagnostics(findings: Iterable[Finding], node: str, hardware: str, stamp: An
     return array
 
 
-def _can_write(folder: str) -> bool:
-    """Whether a folder is there, or can be made, and takes files."""
-    try:
-        path = Path(folder).expanduser()
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(path, os.W_OK)
-
-
 class _Link(Protocol):
     def close(self) -> None: ...
 
@@ -329,9 +319,6 @@ class ManagedNode(LifecycleNode, abc.ABC):
                 return SetParametersResult(successful=False, reason=reason)
             if parameter.name == "use_sim_time" and parameter.value != self._get("use_sim_time"):
                 reason = "use_sim_time is read when the node starts: start it with the other one"
-                return SetParametersResult(successful=False, reason=reason)
-            if parameter.name == "report_folder" and parameter.value and not _can_write(parameter.value):
-                reason = f"nothing can be written in {parameter.value}"
                 return SetParametersResult(successful=False, reason=reason)
         return SetParametersResult(successful=True)
 

@@ -25,7 +25,7 @@ from rclpy.node import Node
 from d4_datasets import fields
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
-from d4_nodes.report import Histogram
+from d4_nodes.report import Histogram, write_json
 from d4_nodes.ros import qos
 from d4_nodes.ros.shell import Parameter, RosTypes, declare, local, message_class, spin
 
@@ -83,10 +83,7 @@ class ProbeNode(Node):
         result = self._result()
         self.get_logger().info(json.dumps(result))
         if self._get("out"):
-            target = Path(self._get("out")).expanduser()
-            aside = target.with_name(f".tmp-{target.name}")
-            aside.write_text(json.dumps(result, indent=1) + "\n")
-            os.replace(aside, target)
+            write_json(Path(self._get("out")).expanduser(), result)
 
     def _make_pictures(self) -> list[Any]:
         camera = self.contract.images[0]

@@ -7,8 +7,6 @@ node that does. Starts, tasks and order are those of `d4-eval`, so that success 
 from __future__ import annotations
 
 import functools
-import json
-import os
 import sys
 import threading
 import time
@@ -27,6 +25,7 @@ from rosgraph_msgs.msg import Clock
 from d4_datasets import fields
 from d4_datasets.contract import Action, Contract
 from d4_datasets.errors import UserError
+from d4_nodes.report import can_write, write_json
 from d4_nodes.ros import qos
 from d4_nodes.ros.shell import Parameter, RosTypes, declare, local, message_class, spin
 from d4_sim.evaluate import EVAL_SEED
@@ -64,7 +63,7 @@ class SimNode(Node):
         if self._speed != 1.0 and not self._is_clock:
             raise UserError("a speed other than 1 needs publish_clock: other nodes could not tell")
         self._results = Path(self._get("results")).expanduser() if self._get("results") else None
-        if self._results is not None and not os.access(self._results.parent, os.W_OK):
+        if self._results is not None and not can_write(self._results.parent):
             raise UserError(f"results: nothing can be written in {self._results.parent}")
         self._origin = time.monotonic_ns()
         self._topics: dict[str, Any] = {}
@@ -243,9 +242,7 @@ class SimNode(Node):
             "success": [int(outcome.success) for outcome in done],
             "fallen": [int(outcome.terminal) for outcome in done],
         }  # fmt: skip
-        aside = self._results.with_name(f".tmp-{self._results.name}")
-        aside.write_text(json.dumps(rows) + "\n")
-        os.replace(aside, self._results)
+        write_json(self._results, rows)
 
 
 def main() -> None:
