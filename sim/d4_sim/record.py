@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from d4_datasets.contract import Action, Contract, Observation
 from d4_datasets.errors import UserError, run_cli
 from d4_datasets.fields import write
 from d4_sim.driver import Episode, drive, episode_seed, worker_pool
+from d4_sim.mujoco_world import MujocoWorld
 from d4_sim.world import contract_text, make_world, world_class
 
 EPISODES_PER_BAG = 25
@@ -188,6 +190,8 @@ def record_session(session: Session) -> int:
     log = SessionLog(contract, session.labelled, np.random.default_rng([session.seed, session.index, 2]))
     start_ns = _EPOCH_NS + session.index * _SESSION_NS
     custom = {"world": session.world, "seed": str(session.seed), "first_episode": str(session.first)}
+    if isinstance(world, MujocoWorld):  # other versions draw other pictures
+        custom["mujoco"] = version("mujoco")
     frames = 0
     with BagWriter(session.path, custom) as bag:
         for number in range(session.first, session.first + session.episodes):

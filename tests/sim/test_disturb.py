@@ -107,6 +107,7 @@ def test_a_measured_report_is_replayed() -> None:
     assert late.missed == report["counts"]["missed"] / report["counts"]["ticks"]
     plain, replayed = poses("yard"), poses(f"yard+latency={REPORT}")
     assert np.abs(plain - replayed).max() < 0.02  # a good loop: hardly any difference
+    np.testing.assert_array_equal(poses("yard+latency=measured"), replayed)
 
 
 def test_missed_commands_leave_the_last_one_in_force() -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import yaml
 
 from d4_datasets.bags import find_bags, read_bag
 from d4_datasets.errors import UserError
@@ -65,6 +67,9 @@ def test_topics_and_the_labelled_share(recording: Path) -> None:
     assert [b.name for b in bags] == ["yard-0000", "yard-0001", "yard-0002"]
     topics = [read_bag(bag).bag.topics for bag in bags]
     assert all(TOPICS.items() <= found.items() for found in topics)
+    for bag in bags:  # pictures differ between versions
+        about = yaml.safe_load((bag / "metadata.yaml").read_text())["rosbag2_bagfile_information"]
+        assert about["custom_data"]["mujoco"] == version("mujoco")
     with_commands = [found for found in topics if "/cmd_vel" in found]
     assert len(with_commands) == 1
     assert with_commands[0] == {**TOPICS, "/cmd_vel": "geometry_msgs/msg/Twist"}
