@@ -332,10 +332,10 @@ def _ratios(result: dict[str, Any]) -> dict[str, float]:
         ratios["answer / time inside the session, p50"] = stages["answer"]["p50"] / inside
     if stages["lateness"]["count"]:
         ratios["lateness / lateness of a bare sleep, p99"] = stages["lateness"]["p99"] / sleep["p99"]
-    minutes = [minute for minute in result["minutes"] if "answer_p50_ms" in minute]
+    minutes = {n: m["answer_p50_ms"] for n, m in enumerate(result["minutes"], 1) if "answer_p50_ms" in m}
     if len(minutes) > 1:
-        ratio = minutes[-1]["answer_p50_ms"] / minutes[0]["answer_p50_ms"]
-        ratios[f"answer p50, minute {len(minutes)} / minute 1"] = ratio
+        first, last = min(minutes), max(minutes)
+        ratios[f"answer p50, minute {last} / minute {first}"] = minutes[last] / minutes[first]
     return ratios
 
 

@@ -14,8 +14,12 @@ from d4_nodes.inbox import Inbox
 from d4_nodes.report import Report
 
 # more than this in one look is a jump: of a clock against monotonic time, forwards or back, or of a simulated
-# one forwards; how fast that runs is not known, but back it never goes by itself
+# one forwards, as how fast that runs is not known; back it goes only where its messages overtake each other
 _JUMP_NS, _LEAP_NS = 100_000_000, 10_000_000_000
+
+
+# what acts as long as something that is watched has not come
+_NOT_YET = ("stale", "watchdog")
 
 
 class Driver(abc.ABC):
@@ -80,7 +84,7 @@ class Driver(abc.ABC):
             return False
         try:
             # what it was about to send must not follow the safety action
-            self._stood_still = f"the {self.kind} stood still for {self.silence_s():.3f} s"
+            self._stood_still = f"the {self.kind} had sent nothing for {self.silence_s():.3f} s"
             self._rest_for(self._stood_still)
         finally:
             self.lock.release()
@@ -103,10 +107,13 @@ class Driver(abc.ABC):
         self.inbox.wake()
 
     def _is_doubtful(self, verdict: Verdict) -> bool:
-        """Whether a verdict is a reason not to trust at once what comes next. A camera that has not come yet,
-        before anything was driven, is none."""
-        self._has_driven |= not verdict.is_safe
-        return self._has_driven and verdict.is_safe and verdict.rules[0] in DOUBTS
+        """Whether a verdict is a reason not to trust at once what comes next. What has not come yet, before
+        anything was driven, is none."""
+        if not verdict.is_safe:
+            self._has_driven = True
+            return False
+        rule = verdict.rules[0]
+        return rule in DOUBTS and (self._has_driven or rule not in _NOT_YET)
 
     def _jump_ns(self) -> int:
         """By how much the clock has jumped since this was asked last; 0 if it has not. The first answer means
@@ -116,7 +123,7 @@ class Driver(abc.ABC):
         self._looked_ns = (now, monotonic)
         if self.keeps_real_time:
             return step - elapsed if abs(step - elapsed) > _JUMP_NS else 0
-        return step if step < 0 or step > _LEAP_NS else 0
+        return step if step < -self.contract.period_ns or step > _LEAP_NS else 0
 
     def now(self) -> int:
         """The clock that dates frames, ns."""

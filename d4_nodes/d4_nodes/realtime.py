@@ -75,7 +75,8 @@ def quiet_interpreter() -> Iterator[None]:
 
 
 def sweep() -> None:
-    """Free garbage among the youngest objects while `quiet_interpreter` holds: a run of a day must not grow.
+    """Free the cycles among the youngest objects, which is where a loop makes them, while `quiet_interpreter`
+    holds: a run of a day must not grow by them.
 
     Takes microseconds, as it looks only at what was made since the last time; a whole collection is a pause.
     """

@@ -167,7 +167,7 @@ class Relay(Driver):
         """Do what is to be done now."""
         self._look_at_clock()
         now = self._pace()
-        if self._newest and not self._fresh and now >= self._due:  # before the first there is no doubt
+        if self._is_overdue(now):
             self._doubt(self._why_not(now))
         self._receive()
         with self.lock:
@@ -180,7 +180,7 @@ class Relay(Driver):
         elif is_forbidden and self.state == "driving":
             self._pass_on(None, "")
             self._due = now + self.contract.period_ns
-        elif now >= self._due:
+        elif now >= self._due and not self._is_underway(now):
             self.report.counts["missed"] += 1
             self._pass_on(None, self._why_not(now))
             self._due += self.contract.period_ns * (1 + (now - self._due) // self.contract.period_ns)
@@ -231,9 +231,20 @@ class Relay(Driver):
         oldest = now - self._periods(_HELD)
         return [t for t in self._places if t not in self._newest or self._newest[t][0] < oldest]
 
+    def _is_overdue(self, now: int) -> bool:
+        """Whether there was silence, by when commands came and not by when this thread looks."""
+        if len(self._newest) < len(self._places):
+            return False  # before the first there is no doubt
+        came = self._came[0][1] if self._came else now
+        return came >= self._due and not self._is_underway(came)
+
+    def _is_underway(self, now: int) -> bool:
+        """Whether a command waits for channels of its own, which have time until `_GRACE` is over."""
+        return bool(self._fresh) and not self._missing(now)
+
     def _is_complete(self, now: int) -> bool:
         """Whether a command is to be made of what has come."""
-        if not self._fresh or self._missing(now):
+        if not self._is_underway(now):
             return False
         return len(self._fresh) == len(self._places) or now >= self._since + self._periods(_GRACE)
 
@@ -304,10 +315,9 @@ class Relay(Driver):
 
     def _wait(self) -> None:
         """Until something comes, or is due."""
-        due = self._due
-        if self._fresh and not self._missing(self._pace()):
-            due = min(due, self._since + self._periods(_GRACE))
-        left_s = (due - self._pace()) / 1e9
+        now = self._pace()
+        due = self._since + self._periods(_GRACE) if self._is_underway(now) else self._due
+        left_s = (due - now) / 1e9
         select.select([self.inbox], [], [], min(max(left_s, 0.0), self._longest_wait_s))
 
 

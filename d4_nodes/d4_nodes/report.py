@@ -184,7 +184,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 def can_write(folder: Path) -> bool:
     """Whether a folder takes files, or could be made; nothing stays behind."""
     path = folder.absolute()
-    while not path.exists() and path != path.parent:
+    while not os.path.exists(path) and path != path.parent:  # Path.exists raises where it may not look
         path = path.parent
     try:
         with tempfile.TemporaryFile(dir=path):  # permissions tell root nothing

@@ -68,7 +68,8 @@ class Args:
     notes: Path | None = None
     """Markdown that comes first: what was measured where, and what to make of it."""
     also: tuple[Path, ...] = ()
-    """results.json of parts that were done before or on another machine; what <out> has itself counts."""
+    """results.json of parts that were done before or on another machine; what <out> has itself counts. Curves
+    and films are those of <out> alone."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -484,9 +485,11 @@ def _part(path: Path) -> dict[str, Any]:
     """
     try:
         part: dict[str, Any] = json.loads(path.read_text())
-        assert all(isinstance(part[key], dict) for key in ("chains", "runs", "stages"))
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        found = [*(part[key] for key in ("chains", "runs", "stages")), *part["chains"].values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no results.json of a study ({error!r})") from None
+    if not all(isinstance(each, dict) for each in found):
+        raise UserError(f"{path} is no results.json of a study: chains, runs and stages are objects in one")
     return {"ladder": None, **part}
 
 

@@ -32,17 +32,22 @@ class Bench:
         self.mono, self.shift = 10_000 * MS, 5_000_000 * MS
         pace = (lambda: self.mono + self.shift) if is_simulated else None
         self.sent: list[tuple[int, object]] = []
+        self.dated: list[int] = []  # by the clock of the guard, which may be set
         self.said: list[str] = []
         self.guard = Guard(contract, config)
         self.relay = Relay(
             contract, self.guard, Inbox(tuple(s.name for s in contract.observations)),
-            lambda verdict, _: self.sent.append((self.mono, verdict)), lambda: self.mono + self.shift,
+            self._send, lambda: self.mono + self.shift,
             Report(contract.rate_hz, contract.latency_ms), self.said.append, pace, 0.0, recover_after,
         )  # fmt: skip
         self.sees = self.moves = True
         self._number = 0
         self._next_frame = self.mono
         self.relay.begin()
+
+    def _send(self, verdict: object, now_ns: int) -> None:
+        self.sent.append((self.mono, verdict))
+        self.dated.append(now_ns)
 
     def see(self) -> None:
         """A frame and joints."""

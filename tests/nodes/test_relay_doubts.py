@@ -15,6 +15,41 @@ def test_after_silence_a_number_of_commands_must_come(bench) -> None:
     assert not bench.command(0.1, 0.0, 0.5).is_safe
 
 
+def test_silence_of_one_channel_is_silence(bench) -> None:
+    """While the others went on, its first command after any time passed at once."""
+    bench.drive(200)
+    for _ in range(6):
+        bench.base(0.1, 0.0)
+        bench.spend(50)
+    assert bench.last.rules == ("no_command",)
+    recover(bench)
+
+
+def test_a_channel_that_comes_every_fourth_time_never_drives_again(bench) -> None:
+    """The robot drove in jerks for as long as that lasted."""
+    bench.drive(200)
+    bench.spend(200)
+    count = len(bench.sent)
+    for k in range(40):
+        if k % 4 == 0:
+            bench.arm(0.5)
+        bench.base(0.1, 0.0)
+        bench.spend(50)
+    assert all(verdict.is_safe for _, verdict in bench.sent[count:])
+
+
+def test_a_command_that_came_in_time_and_is_seen_late_is_no_silence(bench) -> None:
+    """A relay that was held up for some milliseconds made the policy pay for it."""
+    bench.drive(200)
+    bench.spend(20)  # 70 ms after the last command
+    bench.base(0.1, 0.0)
+    bench.arm(0.5)
+    bench.mono += 15 * MS
+    bench.relay.round()
+    assert not bench.last.is_safe
+    assert bench.relay.state == "driving"
+
+
 def test_the_first_command_passes_however_long_it_took(bench) -> None:
     bench.spend(500)
     assert not bench.command(0.1, 0.0, 0.5).is_safe
@@ -28,6 +63,22 @@ def test_a_camera_that_has_not_come_yet_is_no_reason_for_doubt(bench) -> None:
     bench.sees = True
     bench.see()
     assert not bench.command(0.1, 0.0, 0.5).is_safe
+
+
+@pytest.mark.parametrize("bad", ["nan", "frozen"])
+def test_what_came_and_was_bad_before_anything_drove_is_one(bench, bad) -> None:
+    """Only what had not come yet was meant, and all of them passed at the next good command."""
+    if bad == "nan":
+        assert bench.command(np.nan, 0.0, 0.5).is_safe
+    else:
+        bench.moves = False
+        for _ in range(10):
+            bench.base(np.nan, 0.0)
+            bench.spend(50)
+        bench.moves = True
+        bench.spend(60)
+    bench.spend(50)
+    recover(bench)
 
 
 def test_a_policy_that_is_late_every_other_time_never_drives_again(bench) -> None:

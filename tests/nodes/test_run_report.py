@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,3 +86,17 @@ def test_whether_a_folder_can_be_written_is_found_out_without_a_trace(tmp_path) 
     assert not can_write(tmp_path / "file" / "folder")
     assert not can_write(Path("/proc/none"))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_may_not_be_looked_into_takes_no_files(tmp_path) -> None:
+    """To all but root it was a PermissionError, and who set the parameter waited for an answer for ever."""
+    secret, is_root = tmp_path / "secret", os.geteuid() == 0
+    secret.mkdir(mode=0)
+    if is_root:
+        os.seteuid(65534)
+    try:
+        assert not can_write(secret / "new" / "folder")
+    finally:
+        if is_root:
+            os.seteuid(0)
+        secret.chmod(0o700)

@@ -221,7 +221,7 @@ def test_a_stop_of_another_type_is_said(driving):
         other.node.create_publisher(Empty, "emergency_stop", qos.EVENT)
         text = "1 of 3 publishers cannot be heard: /world publishes std_msgs/msg/Empty, not std_msgs/msg/Bool"
         world.until(lambda: world.diagnostics.get("guard: emergency stop") == (1, text), 5)
-        assert text in process.said()
+        world.until(lambda: text in process.said(), 5)
     finally:
         other.close()
 

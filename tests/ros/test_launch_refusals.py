@@ -68,7 +68,8 @@ def test_a_server_that_cannot_run_ends_the_launch_instead_of_being_started_for_e
         ("policy", ["checkpoint:=/", f"contract:={ROBOT}", "server_python:=/nowhere"], "no program"),
         ("record", [], "give contract:=robot.yaml"),
         ("sim", ["world:=mars"], "unknown world 'mars'"),
-        ("sim", ["results:=/no/such/x.json"], "results: nothing can be written in /no/such"),
+        ("sim", ["results:=/proc/none/x.json"], "results: nothing can be written in /proc/none"),
+        ("sim", ["results:=/tmp"], "results: /tmp is a folder, give a file"),
         ("sim", ["episodes:=many"], "episodes:=many is no number"),
         ("guard", [f"contract:={ROBOT}", "shadow:=perhaps"], "neither true nor false"),
     ],
@@ -96,11 +97,16 @@ def test_a_second_node_of_one_name_is_not_launched():
         [*command, "namespace:=twin"], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     )
     try:
-        time.sleep(4)
+        until = time.monotonic() + 60
+        while b"/twin/guard" not in subprocess.run(["ros2", "node", "list"], capture_output=True).stdout:
+            assert time.monotonic() < until
         code, said = launch("guard", f"contract:={ROBOT}", "namespace:=twin")
         assert code == 1
         assert "a node /twin/guard runs already" in said
         assert "Traceback" not in said
     finally:
         first.send_signal(signal.SIGINT)
-        first.wait(20)
+        try:
+            first.wait(20)
+        finally:
+            first.kill()

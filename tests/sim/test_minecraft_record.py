@@ -30,7 +30,7 @@ from d4_sim.minecraft.benchmark import Benchmark, Plan
 from d4_sim.minecraft.environment import Seen
 from d4_sim.minecraft.hands import Hands
 from d4_sim.minecraft.policies import load_policy
-from d4_sim.minecraft.record import Again, Person, Script, Settings, make_player, play
+from d4_sim.minecraft.record import Again, Person, Script, Settings, _End, make_player, play
 from d4_sim.minecraft.recorder import Lines, Recorder
 from d4_sim.minecraft.replay import read_recorded
 from d4_sim.minecraft.results import Results
@@ -222,6 +222,22 @@ def test_what_was_recorded_stays_when_the_game_is_lost(tmp_path) -> None:
         )
     (lines,) = tmp_path.glob("*.jsonl")
     assert len(lines.read_text().splitlines()) == 12
+
+
+def test_a_signal_between_a_frame_and_its_line_ends_the_session_after_both() -> None:
+    end, written = _End(), []
+
+    def write() -> None:
+        with end.after():
+            end(signal.SIGTERM, None)
+            end(signal.SIGTERM, None)
+            written.append("line")
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert written == ["line"]
+    with pytest.raises(KeyboardInterrupt):
+        _End()(signal.SIGTERM, None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

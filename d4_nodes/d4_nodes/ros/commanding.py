@@ -44,7 +44,7 @@ _STOP_TYPE = "std_msgs/msg/Bool"
 
 def _report_folder(given: str) -> Path:
     """The folder that was given, or one in the ROS log folder."""
-    return Path(given or os.path.join(os.environ.get("ROS_LOG_DIR", "~/.ros/log"), "d4")).expanduser()
+    return Path(os.path.expanduser(given or f"{os.environ.get('ROS_LOG_DIR', '~/.ros/log')}/d4"))
 
 
 def _refuse_report_folder(given: str) -> str:

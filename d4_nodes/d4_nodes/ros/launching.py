@@ -86,7 +86,10 @@ def _refuse_twin(context: Any, name: str, namespace: str) -> None:
     while time.monotonic() < until:
         if (name, where) in node.get_node_names_and_namespaces():
             full = f"{where.rstrip('/')}/{name}"
-            raise RuntimeError(f"a node {full} runs already: end it, or choose another namespace or name")
+            raise RuntimeError(
+                f"a node {full} runs already, or was killed a moment ago: end it, wait ten seconds, or "
+                "choose another namespace or name"
+            )
         time.sleep(0.05)
 
 

@@ -7,6 +7,7 @@ node that does. Starts, tasks and order are those of `d4-eval`, so that success 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import threading
 import time
@@ -62,9 +63,11 @@ class SimNode(Node):
         self._is_clock, self._speed = bool(self._get("publish_clock")), float(self._get("speed"))
         if self._speed != 1.0 and not self._is_clock:
             raise UserError("a speed other than 1 needs publish_clock: other nodes could not tell")
-        self._results = Path(self._get("results")).expanduser() if self._get("results") else None
+        self._results = Path(os.path.expanduser(self._get("results"))) if self._get("results") else None
         if self._results is not None and not can_write(self._results.parent):
             raise UserError(f"results: nothing can be written in {self._results.parent}")
+        if self._results is not None and self._results.is_dir():
+            raise UserError(f"results: {self._results} is a folder, give a file")
         self._origin = time.monotonic_ns()
         self._topics: dict[str, Any] = {}
         self._last: dict[str, np.ndarray] = {

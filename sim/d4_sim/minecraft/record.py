@@ -199,7 +199,7 @@ class _End:
 
     @contextlib.contextmanager
     def after(self) -> Iterator[None]:
-        """A frame and its line belong together: a signal that comes between them ends the session then."""
+        """What is written belongs together: a signal that comes in the middle ends the session at its end."""
         self._is_busy = True
         try:
             yield
@@ -227,11 +227,10 @@ def _play(
             recorder = Recorder(settings.out, name, settings.most_late, engine.name)
             try:
                 goes_on = _episode(environment, player, settings, session, recorder, number, end)
-            except BaseException:
-                kept = recorder.close()  # what was played until then is data, too
-                session.parts += [part for part in kept if part not in session.parts]
-                raise
-            session.episodes += 1
+            finally:  # what was played until then is data, too
+                with end.after():
+                    session.parts += recorder.close()
+                    session.refused += recorder.refused
             if not goes_on:
                 break
     except KeyboardInterrupt:
@@ -271,8 +270,7 @@ def _episode(
     with end.after():
         if tick:
             recorder.add(seen.image, seen.said, None)
-        session.parts += recorder.close()
-    session.refused += recorder.refused
+        session.episodes += 1
     return goes_on
 
 
