@@ -18,7 +18,6 @@ from d4_nodes import realtime
 from d4_nodes.driver import Driver
 from d4_nodes.watchdog import Watchdog
 
-WARNING = "warning: "
 _PATIENCE_S = 2.0
 _Driver = TypeVar("_Driver", bound=Driver)
 
@@ -38,16 +37,22 @@ class Runner(Generic[_Driver]):
     Args:
         loop: to run.
         settings: real-time treatment of its thread.
-        log: told in one line what could not be had, which begins with `WARNING`, and the report at the end.
+        log: told the report at the end.
+        warn: told in one line what could not be had; None: `log` is, after "warning: ".
 
     Attributes:
         refused: what the system did not permit the thread, one line each; `realtime_refused` of the report.
     """
 
     def __init__(
-        self, loop: _Driver, settings: Realtime = Realtime(), log: Callable[[str], None] = print
+        self,
+        loop: _Driver,
+        settings: Realtime = Realtime(),
+        log: Callable[[str], None] = print,
+        warn: Callable[[str], None] | None = None,
     ) -> None:
         self.loop, self.settings, self._log = loop, settings, log
+        self._warn = warn or (lambda line: log(f"warning: {line}"))
         self.refused: list[str] = []
         loop.report.about["realtime_refused"] = self.refused
         self._watchdog = Watchdog(loop, self._prepare)
@@ -66,10 +71,10 @@ class Runner(Generic[_Driver]):
         if not self._thread.is_alive():
             return True
         if self.loop.abandon(_PATIENCE_S):
-            self._log(f"{WARNING}the loop did not end in time; the safety action was sent in its place")
+            self._warn("the loop did not end in time; the safety action was sent in its place")
         else:
-            self._log(
-                f"{WARNING}the loop hangs while it sends: no safety action could be sent, the robot's own "
+            self._warn(
+                "the loop hangs while it sends: no safety action could be sent, the robot's own "
                 "command timeout must stop it"
             )
         return False
@@ -111,6 +116,6 @@ class Runner(Generic[_Driver]):
     def _run(self) -> None:
         self.refused += self._prepare()
         for line in self.refused:
-            self._log(f"{WARNING}{line}")
+            self._warn(line)
         with realtime.quiet_interpreter():
             self.loop.run()

@@ -34,7 +34,7 @@ from d4_nodes.report import can_write
 from d4_nodes.ros import qos
 from d4_nodes.ros.lifecycle import ManagedNode
 from d4_nodes.ros.shell import RosTypes, message_class
-from d4_nodes.runner import WARNING, Realtime, Runner
+from d4_nodes.runner import Realtime, Runner
 
 _Driver = TypeVar("_Driver", bound=Driver)
 _DELIVERY_S = 0.2
@@ -108,7 +108,8 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
         """Let a driver command the robot."""
         cores = tuple(core for core in self._get("cores") if core >= 0)
         settings = Realtime(priority=self._get("priority"), cores=cores, lock_memory=self._get("lock_memory"))
-        self.runner = Runner(driver, settings, self._log_runner)
+        logger = self.get_logger()
+        self.runner = Runner(driver, settings, logger.info, logger.warning)
         self.runner.start()
 
     def _halt(self) -> None:
@@ -293,12 +294,6 @@ class CommandingNode(ManagedNode, Generic[_Driver]):
         refused = self.runner.refused
         text = "; ".join(refused) or "nothing was refused"
         return [Finding("real time", WARN if refused else OK, text, {})]
-
-    def _log_runner(self, line: str) -> None:
-        if line.startswith(WARNING):
-            self.get_logger().warning(line[len(WARNING) :])
-        else:
-            self.get_logger().info(line)
 
     def _log_driver(self, line: str) -> None:
         if line.startswith("safety action"):
