@@ -28,7 +28,8 @@ POLICIES = ("random", "data", "bc_scratch", "vpt", "wm_bc", "imagination", "expe
 FRESH = (1, 2)  # recordings on which sparse commands are measured again; no setting was chosen on them
 FRESH_LABELS = (0.0, 0.1, 1.0)
 LONGER_AGENT = "agent_training.steps=3500"  # cloning for as long as cloning and imagination take
-BASELINE_STEPS = 10_000  # of cloning without a world model, where it may cost what a whole chain costs
+LONGER = ("bc_scratch", "vpt")  # cloning without a world model, where it may cost what a whole chain costs
+BASELINE_STEPS = 10_000  # ... in so many steps
 ABLATION_SCALE = 0.5  # training steps of the arms that are only compared with each other
 
 _SETTINGS = "imagination_training.settings"
@@ -187,10 +188,11 @@ class Plan(Chains):
             )  # fmt: skip
 
     def compute(self) -> None:
-        """What the first chain's baselines and its clone gain by the compute that others have."""
+        """Baselines with the compute of a whole chain, and the first clone with that of imagination, too."""
+        longer = self.driving(*LONGER, scratch_steps=BASELINE_STEPS)
+        for chain in (f"{world}-{seed}" for world in WORLDS for seed in SEEDS):
+            self.variant(f"compute-{chain}", chain, "tokenizer", (), longer, typical_s=2600)
         first = f"{WORLDS[0]}-{SEEDS[0]}"
-        longer = self.driving("bc_scratch", "vpt", scratch_steps=BASELINE_STEPS)
-        self.variant("compute-baselines", first, "tokenizer", (), longer, typical_s=2000)
         self.variant("compute-clone", first, "dynamics", ("agent",), self.driving("wm_bc"),
                      set=(LONGER_AGENT,))  # fmt: skip
 

@@ -28,14 +28,17 @@ from d4_sim.study_results import (
     policy_table,
     recovered,
     rows_of,
+    with_longer,
 )
 
+LONG = f", {BASELINE_STEPS} steps"
 NAMES = {
     "random": "random", "data": "the logs themselves", "bc_scratch": "cloned from scratch",
     "vpt": "VPT style (inverse dynamics, pseudo-labels, cloned)", "wm_bc": "cloned on the world model",
     "planner": "CEM planning in the world model", "imagination": "after imagination training",
     "expert": "scripted optimum", "wm_bc_argmax": "cloned on the world model, argmax",
     "imagination_argmax": "after imagination training, argmax",
+    "bc_scratch_longer": f"cloned from scratch{LONG}", "vpt_longer": f"VPT style{LONG}",
 }  # fmt: skip
 CHANGES = {
     "nano": "`nano` with the shortcut loss",
@@ -53,7 +56,6 @@ CHANGES = {
     "no_bootstrap": "no shortcut (bootstrap) loss: `nano`",
 }
 FIRST_TICKS = ("imagined return of the first ticks", "real return of the same starts")
-LONG = f", {BASELINE_STEPS} steps"
 HORIZON = 8  # frames ahead, in the tables that show one horizon
 
 
@@ -411,15 +413,15 @@ def failed_gates(results: Mapping[str, Any]) -> Iterator[str]:
 def compute(results: Mapping[str, Any]) -> Iterator[str]:
     """What training cost that led to each policy of the first chain, and what more of it gives."""
     first = results["chains"].get("yard", {}).get("0", {})
-    longer = {key: results["runs"].get(f"compute-{key}", {}) for key in ("baselines", "clone")}
+    longer, clone = (results["runs"].get(f"compute-{key}", {}) for key in ("yard-0", "clone"))
     world = ("tokenizer", "dynamics")
     arms = [
         ("bc_scratch", first, ("bc_scratch",), ""),
-        ("bc_scratch", longer["baselines"], ("bc_scratch",), LONG),
+        ("bc_scratch", longer, ("bc_scratch",), LONG),
         ("vpt", first, ("vpt_idm", "vpt"), ""),
-        ("vpt", longer["baselines"], ("vpt_idm", "vpt"), LONG),
+        ("vpt", longer, ("vpt_idm", "vpt"), LONG),
         ("wm_bc", first, (*world, "agent"), ""),
-        ("wm_bc", longer["clone"], (*world, "agent"), ", as long as with imagination"),
+        ("wm_bc", clone, (*world, "agent"), ", as long as with imagination"),
         ("imagination", first, (*world, "agent", "imagination"), ""),
     ]  # fmt: skip
     rows = []
@@ -430,7 +432,7 @@ def compute(results: Mapping[str, Any]) -> Iterator[str]:
             seconds = sum(training[phase]["cpu_s"] for phase in phases)
             cells = [spread(bootstrap_mean(row[key])) for key in ("return", "success")]
             rows.append([NAMES[policy] + what, f"{seconds:.0f}", *cells])
-    if longer["baselines"] or longer["clone"]:
+    if longer or clone:
         yield "## Compute (yard, chain 0)\n"
         yield table(["policy", "training, CPU s", "return", "success"], rows)
 
@@ -463,7 +465,7 @@ def write(out: Path, notes: str, also: Sequence[Path] = ()) -> tuple[str, dict[s
     if not any(results["chains"].values()):
         raise UserError(f"{out} holds no results of a study yet: run d4-demo --study learning first")
     parts = [notes]
-    for world, chains in results["chains"].items():
+    for world, chains in with_longer(results).items():
         if chains:
             parts += policies(world, chains)
     parts += compute(results)

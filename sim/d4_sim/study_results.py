@@ -16,6 +16,7 @@ from d4_sim.study import (
     FRESH_LABELS,
     IMPROVEMENT,
     LABELS,
+    LONGER,
     OWN_LOOK,
     POLICY_CHAINS,
     SEEDS,
@@ -23,10 +24,12 @@ from d4_sim.study import (
     WORLDS,
 )
 
-TABLE = ("random", "data", "bc_scratch", "vpt", "wm_bc", "planner", "imagination", "expert")
+TABLE = ("random", "data", "bc_scratch", "bc_scratch_longer", "vpt", "vpt_longer", "wm_bc", "planner",
+         "imagination", "expert")  # fmt: skip
 PAIRS = (
     ("imagination", "wm_bc"), ("imagination_argmax", "wm_bc_argmax"), ("wm_bc", "bc_scratch"),
-    ("wm_bc", "vpt"), ("imagination", "planner"),
+    ("wm_bc", "vpt"), ("wm_bc", "bc_scratch_longer"), ("wm_bc", "vpt_longer"), ("imagination", "vpt_longer"),
+    ("imagination", "planner"),
 )  # fmt: skip
 CALIBRATION = ("reward_", "value_", "kl_")
 
@@ -49,7 +52,7 @@ def collect(out: Path) -> dict[str, Any]:
     variants += [f"labels-{share:g}" for share in LABELS] + [f"half-{share:g}" for share in LABELS[1:-1]]
     variants += [f"fresh-{seed}-{share:g}" for seed in FRESH for share in FRESH_LABELS]
     variants += [f"looks-{k}" for k in ("none", "first", "both")]
-    variants += ["compute-baselines", "compute-clone"]
+    variants += [f"compute-{world}-{seed}" for world in WORLDS for seed in SEEDS] + ["compute-clone"]
     chains = {w: {str(s): run_results(out / f"{w}-{s}" / "run") for s in SEEDS} for w in WORLDS}
     done = read_json(out / "stages.json") or {}
     return {
@@ -71,6 +74,18 @@ def merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         out["runs"] = part["runs"] | out["runs"]
         out["stages"] = part["stages"] | out["stages"]
         out["ladder"] = out["ladder"] or part["ladder"]
+    return out
+
+
+def with_longer(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The chains of a study; longer trained baselines are policies of theirs, as <name>_longer."""
+    out: dict[str, dict[str, Any]] = {}
+    for world, chains in results["chains"].items():
+        out[world] = {}
+        for seed, run in chains.items():
+            found = results["runs"].get(f"compute-{world}-{seed}", {}).get("policies", {})
+            longer = {f"{name}_longer": found[name] for name in LONGER if name in found}
+            out[world][seed] = {**run, "policies": run.get("policies", {}) | longer}
     return out
 
 

@@ -158,12 +158,15 @@ def test_a_look_is_compared_with_its_own(out: Path) -> None:
 
 def test_what_more_training_gives_is_beside_what_it_cost(out: Path) -> None:
     path = out / "yard-0" / "run"
-    for run, cpu in ((path, 100.0), (out / "compute-baselines" / "run", 640.0)):
+    for run, cpu in ((path, 100.0), (out / "compute-yard-0" / "run", 640.0)):
         put(run / "bc_scratch" / "config.json", {"metrics": {"cpu_s": cpu}})
-    put(out / "compute-baselines" / "run" / "eval.json", {"policies": {"bc_scratch": row(12.0, 0)}})
+    put(out / "compute-yard-0" / "run" / "eval.json", {"policies": {"bc_scratch": row(12.0, 0)}})
     text, _ = study_page.write(out, "")
     assert "| cloned from scratch | 100 |" in text
     assert "| cloned from scratch, 10000 steps | 640 |" in text
+    # beside the others in the first table, and compared with the clone on the world model
+    assert "| cloned from scratch, 10000 steps | 12." in text
+    assert "| cloned on the world model - cloned from scratch, 10000 steps |" in text
 
 
 def test_the_ladder_is_on_the_page(out: Path) -> None:
