@@ -1,10 +1,16 @@
-"""Means with honest intervals: percentile bootstrap, no assumption about the distribution."""
+"""Means with honest intervals: percentile bootstrap, and what it cannot know of few values or of none."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+
+Interval = tuple[float, float, float]  # mean, low, high
+
+_Z = 1.959964  # of a 95 % interval
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # the same of 1 to 9 degrees of freedom
 
 
 def bootstrap_mean(
@@ -91,3 +97,45 @@ def resampled(seeds: int, starts: int, seed: int = 0, n: int = 2000) -> tuple[np
     rng = np.random.default_rng(seed)
     weights = [rng.multinomial(k, np.full(k, 1 / k), n) / k for k in (seeds, starts)]
     return weights[0], weights[1]
+
+
+def wilson(successes: int, trials: int) -> Interval:
+    """Share of successes and its 95 % interval (Wilson 1927); without trials anything is possible."""
+    if trials == 0:
+        return 0.0, 0.0, 1.0
+    p, n = successes / trials, trials
+    middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    return p, max(0.0, middle - half), min(1.0, middle + half)
+
+
+def crossed_rate(groups: Sequence[Sequence[float] | np.ndarray], seed: int = 0, n: int = 2000) -> Interval:
+    """`crossed_mean` of zeros and ones, at least as wide as `wilson` over the shared members.
+
+    Where none or all of them succeed every resample is alike, which is no reason to be certain.
+
+    Raises:
+        ValueError: as `crossed_mean`.
+    """
+    mean, low, high = crossed_mean(groups, seed, n)
+    count = min(map(len, groups))
+    _, least, most = wilson(round(mean * count), count)
+    return mean, min(low, least), max(high, most)
+
+
+def student(means: Sequence[float] | np.ndarray) -> Interval:
+    """Mean of a few independent values and its 95 % t interval.
+
+    Of training seeds this is the one to judge by: a bootstrap of three of them is too narrow.
+
+    Raises:
+        ValueError: fewer than two values.
+    """
+    values = np.asarray(means, np.float64)
+    if values.size < 2:
+        raise ValueError(f"an interval of {values.size} value(s) is not defined")
+    df = values.size - 1
+    # beyond the table the first terms of the expansion in 1 / df, right to three digits there
+    quantile = _T[df - 1] if df <= len(_T) else _Z + 2.372 / df + 2.822 / df**2
+    half = quantile * float(values.std(ddof=1)) / math.sqrt(values.size)
+    return float(values.mean()), float(values.mean()) - half, float(values.mean()) + half

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from d4_core.stats import crossed_mean, nested_mean
+from d4_core.stats import Interval, crossed_mean, nested_mean
 from d4_sim.stages import clock
 from d4_sim.study_figures import film
 from d4_sim.study_page import NAMES, costs, policies, spread, table
-from d4_sim.study_results import TABLE, Interval, differences, read_json, rows_of, run_results
+from d4_sim.study_results import TABLE, differences, read_json, rows_of, run_results
 
 if TYPE_CHECKING:
     from d4_sim.bench import Size
@@ -162,7 +162,9 @@ def _about(results: Mapping[str, Any], worlds: tuple[str, ...], size: Size) -> s
         f"{size.labelled:.0%} of the bags; networks `{size.model}`, training x {size.scale:g}; "
         f"{size.eval_episodes} shared starts per policy and chain, of which the expert drives "
         f"{size.expert_episodes} (once per world) and the planner in the world model "
-        f"{size.planner_episodes}. {clock(sum(results['stages'].values()))} of work in all.\n"
+        f"{size.planner_episodes}. {clock(sum(results['stages'].values()))} of work in all. The expert is a "
+        "script, or a planner on the true simulator, and no optimum. Claims are judged by the t interval "
+        "over seeds: one that resamples a few seeds is too narrow.\n"
     ]
     if versions := results["mujoco"]:
         lines.append(f"MuJoCo {', '.join(versions)}.\n")

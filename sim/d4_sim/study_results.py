@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from d4_core.stats import bootstrap_mean, crossed_mean, nested_mean, paired_difference, resampled
+from d4_core.stats import (
+    Interval,
+    bootstrap_mean,
+    crossed_mean,
+    crossed_rate,
+    nested_mean,
+    paired_difference,
+    resampled,
+    student,
+)
 from d4_sim.study import (
     CASCADE,
     FRESH,
@@ -32,8 +41,6 @@ PAIRS = (
     ("imagination", "planner"),
 )  # fmt: skip
 CALIBRATION = ("reward_", "value_", "kl_")
-
-Interval = tuple[float, float, float]  # mean, low, high
 
 
 def collect(out: Path) -> dict[str, Any]:
@@ -122,7 +129,9 @@ def over_seeds(policy: str, rows: Iterable[Mapping[str, Any]], what: str = "retu
     All seeds drive the same starts; only the logs have episodes of their own in every chain.
     """
     values = [row[what] for row in rows]
-    return nested_mean(values) if policy == "data" else crossed_mean(values)
+    if policy == "data":
+        return nested_mean(values)
+    return crossed_rate(values) if what == "success" else crossed_mean(values)
 
 
 def policy_table(chains: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -147,7 +156,7 @@ def differences(chains: Mapping[str, Any], a: str, b: str) -> dict[str, Any] | N
     """Paired difference a - b in return: per seed over episodes, and over seeds in two ways.
 
     `both` resamples seeds and starts; `student` is the t interval of the seeds' means, which does not trust a
-    bootstrap of three values.
+    bootstrap of three values: claims are judged by it.
     """
     first, second = rows_of(chains, a), rows_of(chains, b)
     shared = [s for s in first if s in second]
@@ -168,14 +177,6 @@ def _on_the_same_starts(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[lis
     """Returns of both rows; a slow policy may have driven the first ones of the shared starts only."""
     count = min(len(a["return"]), len(b["return"]))
     return a["return"][:count], b["return"][:count]
-
-
-def student(means: list[float]) -> Interval:
-    """Mean and 95 % t interval of a few independent values (at most ten)."""
-    quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-    mean = float(np.mean(means))
-    half = quantile[len(means)] * float(np.std(means, ddof=1)) / len(means) ** 0.5
-    return mean, mean - half, mean + half
 
 
 def gap_closed(chains: Mapping[str, Any]) -> dict[str, Any] | None:

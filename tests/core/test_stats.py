@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from d4_core.stats import bootstrap_mean, crossed_mean, nested_mean, paired_difference
+from d4_core.stats import (
+    bootstrap_mean,
+    crossed_mean,
+    crossed_rate,
+    nested_mean,
+    paired_difference,
+    student,
+    wilson,
+)
 
 
 def test_interval_is_that_of_the_normal_theory_for_many_values():
@@ -96,3 +104,39 @@ def test_starts_that_a_seed_has_not_driven_yet_are_left_out():
 def test_groups_without_values_are_refused(groups, mean):
     with pytest.raises(ValueError, match="at least one group"):
         mean(groups)
+
+
+def test_the_t_interval_is_the_textbook_one() -> None:
+    mean, low, high = student([1.0, 2.0, 3.0])
+    assert (mean, high - mean, mean - low) == pytest.approx((2.0, 4.303 / 3**0.5, 4.303 / 3**0.5))
+    with pytest.raises(ValueError, match="1 value"):
+        student([1.0])
+
+
+@pytest.mark.parametrize(("count", "quantile"), [(11, 2.228), (16, 2.131), (31, 2.042), (121, 1.980)])
+def test_many_seeds_have_a_t_interval_too(count: int, quantile: float) -> None:
+    """Eleven of them ended in a KeyError, after all the work."""
+    values = np.arange(count, dtype=float)
+    _, low, high = student(values)
+    assert (high - low) / 2 == pytest.approx(quantile * values.std(ddof=1) / count**0.5, rel=2e-3)
+
+
+def test_none_of_a_hundred_is_not_never() -> None:
+    """The interval was [0, 0]."""
+    mean, low, high = crossed_rate([[0.0] * 100] * 3)
+    assert (mean, low) == (0.0, 0.0)
+    assert high == pytest.approx(0.037, abs=0.001)
+    assert crossed_rate([[1.0] * 100])[1:] == pytest.approx((0.963, 1.0), abs=0.001)
+    rng = np.random.default_rng(0)
+    groups = (rng.random((3, 100)) < 0.4).astype(float)
+    assert crossed_rate(groups)[1] <= crossed_mean(groups)[1]
+
+
+def test_wilson() -> None:
+    assert wilson(0, 0) == (0.0, 0.0, 1.0)
+    share, low, high = wilson(0, 10)
+    assert (share, low) == (0.0, 0.0)
+    assert high == pytest.approx(0.2775, abs=1e-3)
+    assert wilson(10, 10)[1] == pytest.approx(1 - high)
+    share, low, high = wilson(7, 1000)
+    assert low < 0.007 < high < 0.0145

@@ -104,7 +104,9 @@ def test_a_measured_report_is_replayed() -> None:
     assert np.median(drawn) == pytest.approx(stage["p50"], abs=0.01)
     assert np.quantile(drawn, 0.99) == pytest.approx(stage["p99"], rel=0.15)
     assert drawn.max() <= stage["max"]
-    assert late.missed == report["counts"]["missed"] / report["counts"]["ticks"]
+    lost = report["counts"]["ticks without a frame of their own"]
+    assert late.lost == lost / report["counts"]["ticks"]
+    assert late.missed == (report["counts"]["missed"] - lost) / report["counts"]["ticks"]  # not twice
     plain, replayed = poses("yard"), poses(f"yard+latency={REPORT}")
     assert np.abs(plain - replayed).max() < 0.02  # a good loop: hardly any difference
     np.testing.assert_array_equal(poses("yard+latency=measured"), replayed)

@@ -27,7 +27,7 @@ from d4_sim.minecraft.episode import Episode, sight, world_seed
 from d4_sim.minecraft.game import Rung
 from d4_sim.minecraft.keeper import descendants
 from d4_sim.minecraft.policies import load_policy
-from d4_sim.minecraft.results import Results, ladder_key, read_episodes, rows, table, wilson, write_table
+from d4_sim.minecraft.results import Results, ladder_key, read_episodes, rows, table, write_table
 from d4_sim.minecraft.tasks import LADDER
 
 ROOT = Path(__file__).parents[2]
@@ -245,16 +245,6 @@ def test_parts_share_a_folder(tmp_path) -> None:
     (tmp_path / "episodes-1of2.jsonl").write_text("nonsense\n")
     with pytest.raises(UserError, match="line 1 is damaged"):
         read_episodes(tmp_path)
-
-
-def test_intervals_of_few_episodes_are_wide() -> None:
-    assert wilson(0, 0) == (0.0, 0.0, 1.0)
-    share, low, high = wilson(0, 10)
-    assert (share, low) == (0, 0)
-    assert 0.2 < high < 0.35
-    assert wilson(10, 10)[1] == pytest.approx(1 - high)
-    share, low, high = wilson(7, 1000)
-    assert low < 0.007 < high < 0.0145
 
 
 def test_the_table_has_published_columns_for_minecraft_only(tmp_path) -> None:

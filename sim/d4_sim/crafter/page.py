@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from d4_core.stats import crossed_mean
+from d4_core.stats import Interval, crossed_mean, crossed_rate, student
 from d4_sim.crafter.milestones import LADDER, MILESTONES, crafter_score
 from d4_sim.crafter.world import CHAIN, HORIZON
 from d4_sim.stages import clock
 from d4_sim.study_page import costs, spread, table
-from d4_sim.study_results import Interval, read_json, rows_of, run_results, student
+from d4_sim.study_results import read_json, rows_of, run_results
 
 if TYPE_CHECKING:
     from d4_sim.crafter.experiment import Args
@@ -38,7 +38,7 @@ def success(chains: Mapping[str, Any], policy: str, milestone: int) -> Interval 
     rows = rows_of(chains, policy)
     if not rows:
         return None
-    return crossed_mean([100 * reached(row, milestone) for row in rows.values()])
+    return _per_cent(crossed_rate([reached(row, milestone) for row in rows.values()]))
 
 
 def ticks(chains: Mapping[str, Any], policy: str, milestone: int) -> float | None:
@@ -88,7 +88,8 @@ def milestones(chains: Mapping[str, Any]) -> Iterator[str]:
     yield "## Milestones: per cent of episodes\n"
     yield (
         f"Every episode is played with the ladder of prompts ({len(LADDER)} rungs); mean [95 % interval over "
-        "seeds and episodes]. The last three are not asked for.\n"
+        "seeds and episodes, at least as wide as a Wilson interval of the starts]. All seeds were trained on "
+        "one recording and its labels, whose chance is in no interval. The last three are not asked for.\n"
     )
     cells = {(p, m): success(chains, p, i) for p in shown for m, i in numbers.items()}
     yield table(
@@ -141,6 +142,11 @@ def _scores(found: Sequence[float]) -> str:
     return f"{np.mean(found):.1f} ({each})" if len(found) > 1 else each
 
 
+def _per_cent(share: Interval) -> Interval:
+    mean, low, high = (100 * x for x in share)
+    return mean, low, high
+
+
 def _percent(value: Interval | None) -> str:
     return "-" if value is None else spread(value, 0)
 
@@ -186,10 +192,10 @@ def single_tasks(chains: Mapping[str, Any]) -> Iterator[str]:
         cells = []
         for p in shown:
             groups = [
-                100 * np.asarray(row["success"], float)[np.asarray(row["task"]) == i]
+                np.asarray(row["success"], float)[np.asarray(row["task"]) == i]
                 for row in rows_of(chains, p).values()
             ]
-            cells.append(_percent(crossed_mean(groups)) if all(map(len, groups)) else "-")
+            cells.append(_percent(_per_cent(crossed_rate(groups))) if all(map(len, groups)) else "-")
         rows.append([name, *cells])
     yield table(["task", *(COLUMNS[p] for p in shown)], rows)
     keys = ("reward_correlation", "value_correlation", "kl_to_cloned")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from d4_core import checkpoint
-from d4_core.stats import bootstrap_mean
+from d4_core.stats import bootstrap_mean, wilson
 from d4_datasets.errors import UserError
 from d4_sim.minecraft.game import Engine, Rung
 from d4_sim.minecraft.tasks import LADDER, PUBLISHED, PUBLISHED_ENV, PUBLISHED_MINUTES, SOURCE
 
 FORMAT = 1
 _ABOUT, _TABLE, _NUMBERS = "benchmark.json", "table.md", "results.json"
-_Z = 1.959964  # of a 95 % interval
 
 
 class Results:
@@ -131,16 +129,6 @@ class Row:
     reached: int
     success: tuple[float, float, float]
     time: tuple[float, float, float] | None
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float, float]:
-    """(share, low, high) of a proportion at 95 %."""
-    if trials == 0:
-        return 0.0, 0.0, 1.0
-    p, n = successes / trials, trials
-    middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return p, max(0.0, middle - half), min(1.0, middle + half)
 
 
 def rows(engine: Engine, episodes: Sequence[Mapping[str, Any]]) -> list[Row]:

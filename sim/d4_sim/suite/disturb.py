@@ -4,9 +4,11 @@ A disturbed world is a world by name, such as `yard+latency=60+noise=0.1`: where
 disturbances may be. All of it follows from the seed of the episode, so that two policies meet the same.
 
 latency=MS       capture to command in force, instead of the contract's latency
-latency=FILE     the lateness, the misses and the lost frames of a measured report (d4-bench latency, a robot)
+latency=FILE     lateness, missed commands and lost frames, drawn as often as in a measured report (d4-bench
+                 latency, a robot), tick by tick: which of them came together is not in a report
 latency=measured the same of docs/results/robot/latency-20hz.json in this repository
-jitter=MS        standard deviation of each command's delay; none arrives before it was due, none overtakes
+jitter=MS        a delay of each command: the size of a normal draw of this deviation, 0.8 of it on average; none
+                 overtakes another
 noise=SHARE      standard deviation of every pixel's noise, as a share of the full range
 drop=SHARE       frames that never arrive: the picture and what came with it are those of the tick before
 look=NUMBER      other colours, textures and lights, a set of them for every number (MuJoCo worlds)
@@ -46,7 +48,7 @@ class Lateness:
 
     Attributes:
         late_ms: at the quantiles of `_QUANTILES`, beyond capture + latency.
-        missed: share of the ticks whose command never went out.
+        missed: share of the ticks whose frame came and whose own command did not go out.
         lost: share of the ticks without a frame of their own.
     """
 
@@ -66,8 +68,8 @@ class Lateness:
             stage, counts = report["stages_ms"]["lateness"], report["counts"]
             late = tuple(max(0.0, float(stage[key])) for key in _QUANTILES)
             ticks = max(1, int(counts["ticks"]))
-            missed = counts.get("missed", 0) / ticks
-            lost = counts.get("ticks without a frame of their own", 0) / ticks
+            lost = int(counts.get("ticks without a frame of their own", 0))
+            missed = max(0, int(counts.get("missed", 0)) - lost)  # whose frame was lost is missed for that
         except OSError as error:
             raise UserError(f"the latency report {path} cannot be read: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -75,7 +77,7 @@ class Lateness:
                 f"{path} is no latency report of d4: it lacks stages_ms.lateness or counts.ticks "
                 "(d4-bench latency --out FILE writes one)."
             ) from error
-        return cls(late, missed, lost)
+        return cls(late, missed / ticks, lost / ticks)
 
     def draw(self, rng: np.random.Generator) -> float:
         """One lateness in ms."""
