@@ -149,6 +149,8 @@ class Args:
     """Keep the bags and the unpacked frames of finished chains, some gigabytes each."""
     only: tuple[str, ...] = ()
     """Stages whose names begin like this; without it all that are not done yet."""
+    redo: bool = False
+    """Do again what was made with other arguments or settings, which clears it away."""
 
     @property
     def size(self) -> Size:
@@ -291,7 +293,9 @@ def bench(args: Args) -> int:
     _require_space(shape, len(worlds))
     _note_mujoco(args.out)
     own_keys = keys(plan(Shape(out=Path("out"), size=size, keep=args.keep), worlds))
-    runner = Runner(args.out, plan(shape, worlds), own_keys, jobs, args.only, size.minutes * 60 or None)
+    runner = Runner(
+        args.out, plan(shape, worlds), own_keys, jobs, args.only, size.minutes * 60 or None, args.redo
+    )
     try:
         return runner.run()
     finally:

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from d4_core import threads
 from d4_datasets.errors import UserError, run_cli
-from d4_sim.stages import Command, Interrupted, Stage, State, clock, command, keys, run_command
+from d4_sim.stages import Command, Interrupted, Stage, State, alone, clock, command, keys, run_command
 from d4_sim.study import Args as StudyArgs
 from d4_sim.study import Study
 from d4_sim.world import contract_text, world_class
@@ -76,6 +76,8 @@ class Args:
     """Processes that record and ingest, or stages of a study side by side; auto takes the free cores."""
     force: bool = False
     """Go on although a gate failed."""
+    redo: bool = False
+    """Do again what a study made with other arguments or settings, which clears it away."""
 
 
 def plan(args: Args, jobs: int) -> list[Stage]:
@@ -150,6 +152,10 @@ class Demo:
 
     def run(self) -> int:
         """Run everything that is not done yet; returns the exit code."""
+        with alone(self.args.out):
+            return self._run()
+
+    def _run(self) -> int:
         stale = self.state.clear_stale()
         if stale:
             self.say(f"other arguments than last time: {', '.join(stale)} will be done again")
@@ -261,7 +267,7 @@ def _study(args: Args) -> Study:
         StudyArgs(
             out=args.out / str(args.study), episodes=args.episodes, labelled=args.labelled, scale=args.scale,
             eval_episodes=2 * args.eval_episodes, preset=args.preset, size=args.size, jobs=jobs,
-            only=args.only,
+            only=args.only, redo=args.redo,
         )
     )  # fmt: skip
 

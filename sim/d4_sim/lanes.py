@@ -64,6 +64,7 @@ class Runner:
         jobs: slots; a stage takes as many as its `weight` says, and at most all of them.
         only: beginnings of the names of stages to run; empty: all of them.
         seconds: nothing is begun later than this, and what is still at work then is told to save and leave.
+        redo: do again what was made with other arguments, which clears it away.
 
     Raises:
         UserError: `only` names no stage.
@@ -77,7 +78,9 @@ class Runner:
         jobs: int,
         only: tuple[str, ...] = (),
         seconds: float | None = None,
+        redo: bool = False,
     ) -> None:
+        self.redo = redo
         self.out, self.stages, self.jobs, self.only, self.seconds = out, list(planned), jobs, only, seconds
         for name in only:
             if not any(stage.name.startswith(name) for stage in planned):
@@ -97,8 +100,22 @@ class Runner:
 
         Raises:
             Interrupted: after SIGINT, SIGTERM or SIGHUP, once all commands have saved and left.
+            UserError: another run works here, or stages were made with other arguments.
         """
+        with stages.alone(self.out):
+            self._clear_stale()
+            return self._run()
+
+    def _clear_stale(self) -> None:
+        stale = [stage.name for stage in self.state.stale()]
+        if stale and not self.redo:
+            raise UserError(
+                f"{self.out} holds what was made with other arguments or settings: {', '.join(stale)}. Give "
+                "another --out, or --redo, which clears that away and does it again"
+            )
         self.state.clear_stale()
+
+    def _run(self) -> int:
         received: list[int] = []
         with handled_by(lambda number, _: received.append(number)):
             while not received and not self.is_late:

@@ -6,6 +6,7 @@ it, an interrupted run goes on where it was, and changed arguments redo the stag
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -110,19 +111,21 @@ class State:
                 sentence = f"{self._path} is damaged: delete it, finished work is found anyway"
                 raise UserError(sentence) from None
 
+    def stale(self) -> list[Stage]:
+        """Stages that were begun with other arguments."""
+        entries = self._entries
+        return [s for s in self._stages if s.name in entries and entries[s.name]["key"] != self._keys[s.name]]
+
     def clear_stale(self) -> list[str]:
         """Remove what stages made from other arguments; returns their names.
 
         A run folder, in which training time lies, is kept once beside the new one as <name>.previous.
         """
-        entries = self._entries
-        stale = [
-            s for s in self._stages if s.name in entries and entries[s.name]["key"] != self._keys[s.name]
-        ]
+        stale = self.stale()
         for stage in stale:
             for path in stage.makes:
                 _set_aside(path) if stage.keeps else shutil.rmtree(path, ignore_errors=True)
-            del entries[stage.name]
+            del self._entries[stage.name]
         if stale:
             self._write()
         return [stage.name for stage in stale]
@@ -162,6 +165,21 @@ def _set_aside(path: Path) -> None:
         previous = path.with_name(path.name + ".previous")
         shutil.rmtree(previous, ignore_errors=True)
         path.rename(previous)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold a folder of stages against a second run in it, whose notes would overwrite those of the first.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run works in {out}: wait for it, or give another --out") from None
+        yield
 
 
 class Interrupted(Exception):

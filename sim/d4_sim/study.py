@@ -84,6 +84,7 @@ class Args:
         size: side of the pictures, pixels; None: 64.
         jobs: stages that run side by side.
         only: beginnings of the names of stages to run; empty: all of them.
+        redo: do again what was made with other arguments, which clears it away.
     """
 
     out: Path
@@ -95,6 +96,7 @@ class Args:
     size: int | None = None
     jobs: int = 1
     only: tuple[str, ...] = ()
+    redo: bool = False
 
 
 def named(world: str, args: Args) -> str:
@@ -269,6 +271,6 @@ class Study(Runner):
     def __init__(self, args: Args) -> None:
         self.args = args
         own_keys = keys(plan(replace(args, out=Path("out"))))
-        super().__init__(args.out, plan(args), own_keys, args.jobs, args.only)
+        super().__init__(args.out, plan(args), own_keys, args.jobs, args.only, redo=args.redo)
         for world in (named(world, args) for world in WORLDS):
             (args.out / f"{world}.yaml").write_text(contract_text(world), encoding="utf-8")

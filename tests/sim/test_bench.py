@@ -211,6 +211,28 @@ def test_a_bench_stops_in_time_and_goes_on_later(tmp_path, monkeypatch) -> None:
     assert again.state.is_done("s1")
 
 
+def test_what_other_arguments_made_is_cleared_away_only_if_asked(tmp_path, monkeypatch) -> None:
+    """A mistyped --frames after a night took the recordings of every chain, without a word."""
+    fake(tmp_path, monkeypatch, "")
+    made = tmp_path / "bags"
+    todo = [replace(works(1)[0], makes=(made,))]
+    assert Runner(tmp_path / "out", todo, keys(todo), jobs=1).run() == 0
+    made.mkdir()
+    other = [replace(todo[0], recipe="other")]
+    with pytest.raises(UserError, match=r"made with other arguments or settings: s0\. Give another --out"):
+        Runner(tmp_path / "out", other, keys(other), jobs=1).run()
+    assert made.is_dir()
+    assert Runner(tmp_path / "out", other, keys(other), jobs=1, redo=True).run() == 0
+    assert not made.exists()
+
+
+def test_two_runs_in_one_folder_do_not_overwrite_each_others_notes(tmp_path) -> None:
+    todo = works(1)
+    runner = Runner(tmp_path, todo, keys(todo), jobs=1)
+    with stages.alone(tmp_path), pytest.raises(UserError, match="another run works in"):
+        runner.run()
+
+
 # ---- page
 
 

@@ -74,6 +74,8 @@ class Args:
     """Stages side by side; auto takes the free cores."""
     only: tuple[str, ...] = ()
     """Stages whose names begin like this; without it all that are not done yet."""
+    redo: bool = False
+    """Do again what was made with other arguments or settings, which clears it away."""
 
 
 class Plan(Chains):
@@ -132,7 +134,7 @@ def experiment(args: Args) -> int:
     _require_space(args)
     own_keys = keys(plan(replace(args, out=Path("out")), 1))
     try:
-        return Runner(args.out, plan(args, jobs), own_keys, jobs, args.only).run()
+        return Runner(args.out, plan(args, jobs), own_keys, jobs, args.only, redo=args.redo).run()
     finally:
         path = write_page(args.out, args)
         print(f"page: {path}" if path else "nothing for a page yet", flush=True)

@@ -26,7 +26,7 @@ from d4_datasets.errors import UserError
 from d4_datasets.windows import cache_bytes
 from d4_sim.minecraft import replay
 from d4_sim.minecraft.keys import require_keyboard_and_mouse
-from d4_sim.stages import Command, Stage, State, clock, command, keys, run_command
+from d4_sim.stages import Command, Stage, State, alone, clock, command, keys, run_command
 
 PAPER_HOURS = 2541  # of the contractors' recordings that the paper trains on: versions 6 to 10
 VIDEO_GB_PER_HOUR = 0.4  # assumed for 640x360 at 20 Hz with its lines; measured where recordings are there
@@ -293,8 +293,13 @@ def run(recipe: Recipe, here: Stock, say: Callable[[str], None]) -> int:
     Raises:
         UserError: there are no recordings, or none with known actions.
     """
-    stages = plan(recipe, here)
     recipe.out.mkdir(parents=True, exist_ok=True)
+    with alone(recipe.out):
+        return _run(recipe, here, say)
+
+
+def _run(recipe: Recipe, here: Stock, say: Callable[[str], None]) -> int:
+    stages = plan(recipe, here)
     own_keys = _keys(recipe)
     state = State(recipe.out, stages, own_keys, recipe.force)
     env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}

@@ -7,8 +7,8 @@ latency=MS       capture to command in force, instead of the contract's latency
 latency=FILE     lateness, missed commands and lost frames, drawn as often as in a measured report (d4-bench
                  latency, a robot), tick by tick: which of them came together is not in a report
 latency=measured the same of docs/results/robot/latency-20hz.json in this repository
-jitter=MS        a delay of each command: the size of a normal draw of this deviation, 0.8 of it on average; none
-                 overtakes another
+jitter=MS        a delay of each command: the size of a normal draw of this deviation, 0.8 of it on
+                 average; none overtakes another
 noise=SHARE      standard deviation of every pixel's noise, as a share of the full range
 drop=SHARE       frames that never arrive: the picture and what came with it are those of the tick before
 look=NUMBER      other colours, textures and lights, a set of them for every number (MuJoCo worlds)
