@@ -74,6 +74,10 @@ class Fake:
             os.kill(os.getpid(), 9)
         elif self.trouble == "exit":
             os._exit(3)
+        elif self.trouble == "file":
+            raise FileNotFoundError(2, "No such file or directory", "/tmp/screen0")
+        elif self.trouble == "user":
+            raise UserError("the display does not start: try again")
         elif self.trouble == "raise":
             raise RuntimeError("the server closed the connection")
         elif self.trouble == "slow":

@@ -129,9 +129,12 @@ def test_an_episode_that_begins_with_something_is_no_measurement(tmp_path) -> No
 # ---- what environments do
 
 
-@pytest.mark.parametrize("trouble", ["hang", "kill", "exit", "raise"])
+@pytest.mark.parametrize("trouble", ["hang", "kill", "exit", "raise", "file", "user"])
 def test_a_lost_environment_is_replaced_and_its_episode_repeated(tmp_path, trouble) -> None:
-    """It hangs, is killed, ends, or fails in the middle of the second episode: that is played again."""
+    """It hangs, is killed, ends, or fails in the middle of an episode: that is played again.
+
+    What had a sentence for the user ended the benchmark, and with it all episodes of the other environments.
+    """
     lines: list[str] = []
     whole = play(tmp_path / "whole", 2)
     found = play(
@@ -148,6 +151,15 @@ def test_an_episode_that_is_lost_again_and_again_counts_as_it_stood(tmp_path) ->
     found = play(tmp_path, 1, trouble="raise", at="30")
     assert [(e["cut"], e["crashes"], e["ended"], e["ticks"]) for e in found] == [(True, 3, "lost", 29)]
     assert "log" in found[0]["reached"]
+
+
+def test_environments_are_started_anew_now_and_then(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(benchmark, "_RECYCLE", 2)
+    whole = play(tmp_path / "whole", 5)
+    found = play(tmp_path / "out", 5, children=str(tmp_path / "children"))
+    assert [e["reached"] for e in found] == [e["reached"] for e in whole]
+    assert len(family(tmp_path / "children")) == 3 * 3
+    assert_nothing_left(tmp_path / "children")
 
 
 def test_slowness_is_no_fault(tmp_path) -> None:
@@ -260,7 +272,7 @@ def test_the_table_has_published_columns_for_minecraft_only(tmp_path) -> None:
     assert re.search(r"log +\| 2\.5 \[1\.\d, 3\.\d\] +\| 6\.3 ", minecraft)
     assert "taken 0.0 ms after its tick (median), 12.0 ms (95 %), at most 43 ms, and the action" in minecraft
     assert (
-        "reached the game 9.0 ms after its tick (median), 14.0 ms (95 %), at most 70 ms; 6 of 20006"
+        "reached the game 9.0 ms after its tick (median), 14.0 ms (95 %), at most 70 ms; 6 of 20000"
         in minecraft
     )
     other = table(fake_game.ENGINE, about(), episodes)
@@ -369,6 +381,16 @@ def test_crafter_is_played_under_its_own_name(tmp_path, capsys) -> None:
     assert len(numbers["achievements"]) == 22
     about = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert (about["ticks"], about["engine"]) == (60, "crafter_peaceful")
+
+
+def test_ticks_that_passed_unseen_are_time() -> None:
+    """A slow policy had longer minutes in a game that waits for nobody."""
+    episode = Episode(fake_game.ENGINE, 0, 1, fake_game.ENGINE.ladder, 40)
+    view = {"items": {}, "stats": {}, "more": {"action_ms": 1.0, "missed": 3}}
+    for _ in range(11):
+        assert not episode.ended
+        episode.observe(Seen(np.zeros((2, 2, 3), np.uint8), view))
+    assert (episode.ticks, episode.missed, episode.ended) == (40, 30, "time")
 
 
 def test_an_episode_follows_its_ladder_from_the_first_view_on() -> None:

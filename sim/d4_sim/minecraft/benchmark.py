@@ -1,10 +1,10 @@
 """The benchmark: many episodes in parallel environments, whatever happens to those, into a folder of results.
 
-Every environment is a process of its own. One that gives no answer in time, or dies, is ended and started
-again; its episode is played again from its beginning in the same world, and after `repeats` such repetitions
-counts as it stood when its environment was lost. One that did not begin waits until the others were played,
-and counts as one without milestones if it never does. If no episode has ever begun, or many in a row do not,
-it is not the episode: that ends the benchmark.
+Every environment is a process of its own. One that gives no answer in time, dies, or fails after anything was
+played, whatever it says of itself, is ended and started again; its episode is played again from its beginning
+in the same world, and after `repeats` such repetitions counts as it stood when its environment was lost. One
+that did not begin waits until the others were played, and counts as one without milestones if it never does.
+If no episode has ever begun, or many in a row do not, it is not the episode: that ends the benchmark.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from d4_sim.minecraft.tasks import is_told
 
 REPEATS = 2
 _FALSE_STARTS = 3  # in a row, when no episode has ever begun
+_RECYCLE = 50  # episodes in one environment: games, their maps and their memory grow
 _STUCK = 10  # episodes in a row that do not begin, when others did
 
 
@@ -66,6 +67,7 @@ class _Place:
     recorder: Recorder | None = None
     policy_ms: list[float] = field(default_factory=list)
     began: float = 0.0
+    played: int = 0  # episodes in this environment
 
 
 class Benchmark:
@@ -84,7 +86,7 @@ class Benchmark:
         self.plan, self.policy, self.results, self.tell = plan, policy, results, tell
         require_ready(plan, policy)
         self._crashes: dict[int, int] = {}
-        self._has_begun = any(each.get("ticks", 0) > 0 for each in results.episodes())
+        self._has_begun = self._has_acted = any(each.get("ticks", 0) > 0 for each in results.episodes())
         self._false_starts: list[int] = []  # episodes that did not begin, since the last one that did
 
     def play(self, numbers: Iterable[int], jobs: int) -> None:
@@ -118,7 +120,7 @@ class Benchmark:
         place.episode, place.policy_ms, place.began = None, [], time.monotonic()
         if place.environment is None:
             log = self.results.out / "logs" / f"environment-{place.number}.log"
-            place.environment = Environment(self.plan.engine, self.plan.options, log)
+            place.environment, place.played = Environment(self.plan.engine, self.plan.options, log), 0
             return  # it says when it is ready
         assert place.todo is not None
         try:
@@ -138,6 +140,10 @@ class Benchmark:
                     self._answer(place, environment)
                 except Lost as lost:
                     self._lose(place, lost)
+                except UserError as error:  # for the user is what never worked, not what fails on the way
+                    if not self._has_acted:
+                        raise
+                    self._lose(place, Lost(" ".join(str(error).split()).rstrip(".")))
 
     def _answer(self, place: _Place, environment: Environment) -> None:
         seen = environment.receive()
@@ -158,6 +164,7 @@ class Benchmark:
             self.policy.ask(place.number, place.episode.task)
         action = self._act(place, seen)
         environment.step(action)
+        self._has_acted = True
         if place.recorder is not None:  # after the action is on its way
             place.recorder.add(seen.image, seen.said, action)
 
@@ -191,6 +198,9 @@ class Benchmark:
             place.recorder.add(seen.image, seen.said, None)
         self._keep(place, cut=False)
         place.todo, place.episode = None, None
+        place.played += 1
+        if place.played >= _RECYCLE:
+            self._end(place, orderly=True)
 
     def _keep(self, place: _Place, cut: bool) -> None:
         episode = place.episode

@@ -42,7 +42,7 @@ class Episode:
     """Follows an episode from its first view on.
 
     Attributes:
-        ticks: actions done so far.
+        ticks: since it began, those that passed unseen in a game in real time included.
         reached: milestone to the tick at which it was first there.
         prompts: (tick, task) whenever another task was asked for.
         events: every tick in which a task was accomplished or a milestone reached.
@@ -82,7 +82,9 @@ class Episode:
         Raises:
             UserError: the episode begins with something in the inventory.
         """
-        self.ticks += 1
+        unseen = self._unseen(seen)
+        self.ticks += 1 + unseen
+        self.missed += unseen
         told = self._told(seen)
         fresh = tuple(name for name in told.reached if name not in self.reached)
         self.reached.update(dict.fromkeys(fresh, self.ticks))
@@ -103,7 +105,10 @@ class Episode:
         more = seen.said.get("more", {})
         if self.ticks > 0 and "action_ms" in more:
             self.action_ms.append(float(more["action_ms"]))
-            self.missed += int(more.get("missed", 0))
+
+    def _unseen(self, seen: Seen) -> int:
+        """Ticks that passed since the view before."""
+        return 0 if self.ticks < 0 else int(seen.said.get("more", {}).get("missed", 0))
 
     def _told(self, seen: Seen) -> Told:
         if self._watch is None:

@@ -259,7 +259,7 @@ def _realtime(took: Mapping[str, Any], ticks: int) -> str:
     text = "The game runs in real time: a view was taken " + told.format(*took["late_ms"])
     if "action_ms" in took:
         text += ", and the action on it reached the game " + told.format(*took["action_ms"])
-    return text + f"; {took['missed']} of {ticks + took['missed']} ticks passed unseen. "
+    return text + f"; {took['missed']} of {ticks} ticks passed unseen. "
 
 
 def _latency(episodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from d4_datasets import minecraft
-from d4_datasets.errors import sentence
+from d4_datasets.errors import UserError, sentence
 from d4_sim.minecraft import wire
 from d4_sim.minecraft.game import Game, GameTrouble, View, named
 from d4_sim.minecraft.wire import Wire
@@ -118,12 +118,12 @@ def serve(line: Wire, host: _Host) -> None:
 
 def fail(line: Wire, error: BaseException) -> None:
     """Tell the benchmark why there will be no answer."""
-    text = sentence(error)
+    text, is_theirs = sentence(error), isinstance(error, UserError)
     last = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
     if isinstance(error, GameTrouble):
         last = " ".join(str(error).split())
     with contextlib.suppress(OSError):  # nobody may be there to be told
-        line.send(wire.FAILED, {"sentence": text or last, "user": text is not None})
+        line.send(wire.FAILED, {"sentence": text or last, "user": is_theirs})
 
 
 def main() -> None:
