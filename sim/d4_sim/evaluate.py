@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import tyro
-import yaml
 
 from d4_core import threads
 from d4_datasets.errors import UserError, run_cli
@@ -19,7 +18,6 @@ from d4_datasets.errors import UserError, run_cli
 if TYPE_CHECKING:
     from d4_core.baselines import BaselineTrainer
     from d4_core.models import Models
-    from d4_datasets.windows import Windows
     from d4_sim.vector import EpisodeBatch
 
 PolicyName = Literal["random", "data", "bc_scratch", "vpt", "wm_bc", "planner", "imagination", "expert"]
@@ -93,18 +91,11 @@ class Evaluation:
     file: ClassVar[str] = "eval.json"
 
     def __init__(self, args: EvalArgs) -> None:
-        from d4_datasets.windows import Windows
+        from d4_core.clone import open_logs
         from d4_sim.world import has_events, make_world
 
         self.args = args
-        self.logs: Windows = Windows(args.dataset)
-        self.train, self.held_out = self.logs.split()
-        about = _config(args.run)
-        self.logs.keep_labels(self.train, about.get("labels", 1.0), about.get("labels_from", "*"))
-        # baselines are trained from the run's own seed: starts are shared between runs, training is not
-        self.training_seed = int(about.get("seed", args.seed))
-        # ... and cloned from the episodes that the run's own clone was
-        self.relevant = about.get("settings", {}).get("agent_training", {}).get("relevant_return")
+        self.logs, self.train, self.held_out = open_logs(args.run, args.dataset)
         self.world = args.world or self.logs.contract.name
         world = make_world(self.world)
         if args.world and world.contract.hash != self.logs.contract.hash:
@@ -260,19 +251,11 @@ class Evaluation:
         return load(self.args.run / phase, self.logs.contract, pick_device(self.args.device))
 
     def _trainer(self) -> BaselineTrainer:
-        """Trains or loads the baselines without a world model, from the labels that the run was given."""
-        from d4_core.baselines import BaselineTrainer, InverseTraining, ScratchTraining
-        from d4_core.pipeline import data_identity
+        """Trains or loads the baselines without a world model."""
+        from d4_core.clone import trainer
 
         steps = max(1, round(self.args.scratch_steps * self.args.scale))
-        scratch = ScratchTraining(steps=steps)
-        if self.relevant is not None:
-            scratch = replace(scratch, relevant_return=self.relevant)
-        return BaselineTrainer(
-            run=self.args.run, contract=self.logs.contract, logs=self.logs, episodes=self.train,
-            data=data_identity(self.args.dataset, self.logs), seed=self.training_seed,
-            scratch=scratch, inverse=InverseTraining(steps=steps),
-        )  # fmt: skip
+        return trainer(self.args.run, self.args.dataset, self.logs, self.train, steps)
 
     # -- gates -----------------------------------------------------------------------------------------------
 
@@ -352,12 +335,6 @@ class Evaluation:
         aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
         aside.write_text(json.dumps(self.result))
         os.replace(aside, path)
-
-
-def _config(run: Path) -> dict[str, Any]:
-    """What d4-train noted about the run; empty for a folder that it did not make."""
-    path = run / "config.yaml"
-    return yaml.safe_load(path.read_text()) if path.exists() else {}
 
 
 if __name__ == "__main__":

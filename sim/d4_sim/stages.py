@@ -30,6 +30,7 @@ MODULES = {
     "d4-audit": "d4_datasets.audit",
     "d4-train": "d4_core.train",
     "d4-rollout": "d4_core.rollout",
+    "d4-clone": "d4_core.clone",
     "d4-eval": "d4_sim.evaluate",
     "torchrun": "torch.distributed.run",  # d4-train on several GPUs
     # steps of a study that are no command of their own

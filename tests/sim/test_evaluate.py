@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from d4_core import checkpoint
+from d4_core import checkpoint, clone
 from d4_datasets.windows import Windows
 from d4_sim import vector, world
 from d4_sim.driver import LOG_MIX
@@ -189,7 +189,29 @@ def test_baselines_get_the_labels_that_the_run_got(evaluation, dataset) -> None:
 
 def test_starts_are_shared_between_runs_and_the_training_of_baselines_is_not(evaluation) -> None:
     plain = evaluation()
+    seed = plain._trainer().seed
     (plain.args.run / "config.yaml").write_text(yaml.safe_dump({"seed": 7}))
     other = evaluation()
     assert other.seeds.tolist() == plain.seeds.tolist()
-    assert (plain._trainer().seed, other._trainer().seed) == (0, 7)
+    assert (seed, other._trainer().seed) == (0, 7)
+
+
+def test_baselines_without_a_simulator_are_those_of_the_evaluation(evaluation, dataset, monkeypatch) -> None:
+    """For games there was no way to them at all."""
+    first = evaluation()
+    run = first.args.run
+    (run / "config.yaml").write_text(yaml.safe_dump({"seed": 3, "labels": 0.5}))
+    monkeypatch.setattr(sys, "argv", ["d4-clone", str(run), "--dataset", str(dataset), "--steps", "2"])
+    clone.main()
+    made = {p: (run / p / "weights.safetensors").stat().st_mtime_ns for p in ("bc_scratch", "vpt_idm", "vpt")}
+    again = evaluation()
+    for name in ("bc_scratch", "vpt"):
+        again.policy(name)
+    assert made == {p: (run / p / "weights.safetensors").stat().st_mtime_ns for p in made}
+
+
+def test_cloning_needs_a_run(tmp_path, dataset, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["d4-clone", str(tmp_path), "--dataset", str(dataset)])
+    with pytest.raises(SystemExit):
+        clone.main()
+    assert "is no run of d4-train" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def test_the_recipe_names_its_costs(tmp_path) -> None:
     assert "1 GPU" in lines[8]
     assert "256 GPUs" in lines[8]
     assert "once over the data takes --scale" in lines[9]
-    assert "ingest: 7.1 days with --jobs 1" in lines[10]
+    assert "ingest: 7.1 days with --jobs 1" in lines[11]
     words = [words for stage in recipe.plan(big, NONE) for words in stage.commands]
     assert [w[0] for w in words] == ["d4-fetch", "d4-ingest", "d4-audit", *["d4-train"] * 4]
     many = [w for stage in recipe.plan(plain(tmp_path, gpus=8), NONE) for w in stage.commands]
@@ -96,7 +96,8 @@ def go(made: recipe.Recipe, runs) -> list[str]:
     return list(runs["ran"])
 
 
-ALL = ["d4-ingest", "d4-audit", *(f"d4-train:{p}" for p in ("tokenizer", "dynamics", "agent", "imagination"))]
+ALL = ["d4-ingest", "d4-audit", *(f"d4-train:{p}" for p in ("tokenizer", "dynamics", "agent", "imagination")),
+       "d4-clone"]  # fmt: skip
 
 
 def test_the_recipe_runs_what_is_not_done_and_goes_on(tmp_path, runs) -> None:

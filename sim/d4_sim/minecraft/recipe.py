@@ -35,6 +35,7 @@ PICTURE_SHARE = 0.35  # assumed size of losslessly stored pictures, of what they
 GPU_FLOPS = 4e14  # assumed effective speed of one H100 or H200 in training, operations a second
 GPU_COUNTS = (1, 8, 64, 256)
 _SMALL = ("nano", "small")  # presets too small to keep such a GPU busy
+CLONE_STEPS = 10_000  # of the policies without a world model
 _CHECKPOINTS = 3  # copies of the weights with optimiser state that a run holds at a time, per phase
 
 
@@ -137,6 +138,10 @@ def told(recipe: Recipe, here: Stock, measure: bool) -> Iterator[str]:
         more = frames / drawn
         days = _on_gpus(recipe, total * more + encoding)
         yield f"  dynamics once over the data takes --scale {recipe.scale * more:.3g}{days}"
+    yield (
+        f"clones without a world model: {max(1, round(CLONE_STEPS * recipe.scale)):,} steps of each network, "
+        "small ones and on the CPU"
+    )
     if measure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         seconds = training_seconds(settings, contract, device)
@@ -262,6 +267,8 @@ def plan(recipe: Recipe, here: Stock, recordings: str = "") -> list[Stage]:
     for phase in PHASES:
         stages.append(Stage(phase, f"train the {phase}", (_train(recipe, phase),), (before,), (), 86400))
         before = phase
+    clone = command("d4-clone", out / "run", dataset=dataset, steps=max(1, round(CLONE_STEPS * recipe.scale)))
+    stages.append(Stage("clone", "clone without a world model", (clone,), (before,), (), 36000))
     return stages
 
 
