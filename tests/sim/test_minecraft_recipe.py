@@ -51,9 +51,9 @@ def test_the_recipe_names_its_costs(tmp_path) -> None:
     assert "once over the data takes --scale" in lines[9]
     assert "ingest: 7.1 days with --jobs 1" in lines[11]
     words = [words for stage in recipe.plan(big, NONE) for words in stage.commands]
-    assert [w[0] for w in words] == ["d4-fetch", "d4-ingest", "d4-audit", *["d4-train"] * 4]
+    assert [w[0] for w in words] == ["d4-fetch", "d4-ingest", "d4-audit", *["d4-train"] * 4, "d4-clone"]
     many = [w for stage in recipe.plan(plain(tmp_path, gpus=8), NONE) for w in stage.commands]
-    assert many[-1][:5] == ("torchrun", "--nproc-per-node", "8", "-m", "d4_core.train")
+    assert many[-2][:5] == ("torchrun", "--nproc-per-node", "8", "-m", "d4_core.train")
 
 
 def test_recordings_that_are_there_are_measured(tmp_path) -> None:
