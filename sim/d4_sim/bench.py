@@ -100,7 +100,8 @@ class Size:
 
 PRESETS: dict[str, Size] = {
     "night": Size(),
-    "h200": Size(frames=60_000, scale=0.6, minutes=24),
+    # few disturbances: they are three of four episodes that are driven, and 24 minutes are for all chains
+    "h200": Size(frames=60_000, scale=0.6, minutes=24, disturb=(*_MEASURED, "latency=100+noise=0.1")),
     "toy": Size(seeds=1, frames=400, labelled=0.5, scale=0.002, eval_episodes=4, expert_episodes=2,
                 planner_episodes=1, disturb=("latency=100+noise=0.1",)),
 }  # fmt: skip

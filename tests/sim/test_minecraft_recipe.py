@@ -197,3 +197,10 @@ def test_what_comes_next_is_the_game_of_the_recordings(tmp_path) -> None:
 )
 def test_numbers_that_make_no_sense(capsys, monkeypatch, words, sentence) -> None:
     assert sentence in refused(capsys, monkeypatch, "--index", "x", *words)
+
+
+def test_the_example_contract_is_found_from_anywhere(tmp_path, monkeypatch) -> None:
+    """From another folder than the repository's the recipe had no contract."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.example("minecraft.yaml").exists()
+    assert cli.example("luanti.yaml").exists()

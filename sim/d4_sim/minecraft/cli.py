@@ -20,7 +20,7 @@ from d4_sim.minecraft.game import Engine, Rung, engine
 
 EngineName = Literal["minerl", "luanti", "luanti_wild", "crafter", "crafter_peaceful"]
 GameName = Literal["minerl", "luanti", "luanti_wild"]
-CONTRACT = Path("docs/examples/minecraft.yaml")
+EXAMPLES = Path("docs/examples")
 
 
 @dataclass(kw_only=True)
@@ -225,7 +225,7 @@ class Record:
             print(f"{session.refused} parts left out: over {self.most_late:.0%} of their pictures came late")
         if not session.parts:
             raise UserError("nothing was recorded that can be used")
-        contract = CONTRACT.with_name("luanti.yaml") if self.engine == "luanti" else CONTRACT
+        contract = example("luanti.yaml" if self.engine == "luanti" else "minecraft.yaml")
         print(f"next: d4-ingest {self.out} --contract {contract} --out <dataset>")
         return 0
 
@@ -243,8 +243,8 @@ class Train:
     """Indexes to fetch from, addresses or files; the repository of VPT links them."""
     out: Path = Path("runs/minecraft")
     """Folder for dataset and run."""
-    contract: Path = CONTRACT
-    """Keyboard and mouse, and the tasks."""
+    contract: Path | None = None
+    """Keyboard and mouse, and the tasks; docs/examples/minecraft.yaml of this repository without it."""
     preset: Literal["nano", "small", "base", "large", "paper"] = "base"
     """Model size and training settings."""
     hours: float = 100.0
@@ -294,7 +294,8 @@ class Train:
 
         gpus = torch.cuda.device_count() if self.gpus is None else self.gpus
         return Recipe(
-            index=self.index, recordings=self.recordings, out=self.out, contract=self.contract,
+            index=self.index, recordings=self.recordings, out=self.out,
+            contract=self.contract or example("minecraft.yaml"),
             preset=self.preset, hours=self.hours, gpus=gpus, jobs=self.jobs, scale=self.scale, seed=self.seed,
             force=self.force,
         )  # fmt: skip
@@ -305,6 +306,12 @@ class Train:
 
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+def example(name: str) -> Path:
+    """A contract of this repository, from wherever the command is run."""
+    path = EXAMPLES / name
+    return path if path.exists() else Path(__file__).resolve().parents[3] / path
 
 
 def _at_least(args: Any, **least: int) -> None:
