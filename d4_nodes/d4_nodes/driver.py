@@ -18,7 +18,7 @@ from d4_nodes.report import Report
 _JUMP_NS, _LEAP_NS = 100_000_000, 10_000_000_000
 
 
-# what acts as long as something that is watched has not come
+# what acts as long as something that is watched is not there
 _NOT_YET = ("stale", "watchdog")
 
 
@@ -107,7 +107,7 @@ class Driver(abc.ABC):
         self.inbox.wake()
 
     def _is_doubtful(self, verdict: Verdict) -> bool:
-        """Whether a verdict is a reason not to trust at once what comes next. What has not come yet, before
+        """Whether a verdict is a reason not to trust at once what comes next. What is not there before
         anything was driven, is none."""
         if not verdict.is_safe:
             self._has_driven = True

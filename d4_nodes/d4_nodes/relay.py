@@ -167,8 +167,6 @@ class Relay(Driver):
         """Do what is to be done now."""
         self._look_at_clock()
         now = self._pace()
-        if self._is_overdue(now):
-            self._doubt(self._why_not(now))
         self._receive()
         with self.lock:
             is_forbidden = self.guard.forbids(self._clock())
@@ -182,6 +180,8 @@ class Relay(Driver):
             self._due = now + self.contract.period_ns
         elif now >= self._due and not self._is_underway(now):
             self.report.counts["missed"] += 1
+            if self._has_begun():
+                self._doubt(self._why_not(now))
             self._pass_on(None, self._why_not(now))
             self._due += self.contract.period_ns * (1 + (now - self._due) // self.contract.period_ns)
         self._look()
@@ -208,6 +208,7 @@ class Relay(Driver):
                 self._pictures[name] = sample
         while self._came:
             topic, time_ns, values = self._came.popleft()
+            self._catch_up(time_ns)
             self._newest[topic] = (time_ns, values)
             self._since = self._since if self._fresh else time_ns
             self._fresh.add(topic)
@@ -231,12 +232,25 @@ class Relay(Driver):
         oldest = now - self._periods(_HELD)
         return [t for t in self._places if t not in self._newest or self._newest[t][0] < oldest]
 
-    def _is_overdue(self, now: int) -> bool:
-        """Whether there was silence, by when commands came and not by when this thread looks."""
-        if len(self._newest) < len(self._places):
-            return False  # before the first there is no doubt
-        came = self._came[0][1] if self._came else now
-        return came >= self._due and not self._is_underway(came)
+    def _has_begun(self) -> bool:
+        """Whether every topic has come once: before the first command there is no doubt."""
+        return len(self._newest) == len(self._places)
+
+    def _catch_up(self, now: int) -> None:
+        """What this thread would have done by the time `now` at which a message came, had it not been held
+        up: silence is judged by when commands came, not by when they are seen."""
+        made = self._made_at()
+        if self._fresh and made <= now and not self._missing(made):  # newer ones have come; the last is sent
+            self._fresh = set()
+            self._due = made + self._periods(_SILENCE)
+        if now >= self._due and self._has_begun() and not self._is_underway(now):
+            self._doubt(self._why_not(now))
+
+    def _made_at(self) -> int:
+        """When a command is made of what has come, if nothing else comes and nothing is too old by then."""
+        if len(self._fresh) == len(self._places):
+            return max(self._newest[topic][0] for topic in self._fresh)
+        return self._since + self._periods(_GRACE)
 
     def _is_underway(self, now: int) -> bool:
         """Whether a command waits for channels of its own, which have time until `_GRACE` is over."""
@@ -244,9 +258,7 @@ class Relay(Driver):
 
     def _is_complete(self, now: int) -> bool:
         """Whether a command is to be made of what has come."""
-        if not self._is_underway(now):
-            return False
-        return len(self._fresh) == len(self._places) or now >= self._since + self._periods(_GRACE)
+        return self._is_underway(now) and self._made_at() <= now
 
     def _why_not(self, now: int) -> str:
         """Why there is no command, for people."""

@@ -288,20 +288,22 @@ def bench(args: Args) -> int:
     _check(args, worlds)
     jobs = threads.free_cores() if args.jobs == "auto" else args.jobs
     shape, size = shape_of(args, jobs), args.size
-    args.out.mkdir(parents=True, exist_ok=True)
-    for world in worlds:
-        (args.out / f"{world}.yaml").write_text(contract_text(world), encoding="utf-8")
-    _require_space(shape, len(worlds))
-    _note_mujoco(args.out)
     own_keys = keys(plan(Shape(out=Path("out"), size=size, keep=args.keep), worlds))
-    runner = Runner(
-        args.out, plan(shape, worlds), own_keys, jobs, args.only, size.minutes * 60 or None, args.redo
-    )
-    try:
-        return runner.run()
-    finally:
+
+    def prepare() -> None:
+        _require_space(shape, len(worlds))
+        for world in worlds:
+            (args.out / f"{world}.yaml").write_text(contract_text(world), encoding="utf-8")
+        _note_mujoco(args.out)
+
+    def report() -> None:
         path = write_page(args.out, worlds, size)
         print(f"page: {path}" if path else "nothing for a page yet", flush=True)
+
+    return Runner(
+        args.out, plan(shape, worlds), own_keys, jobs, args.only, size.minutes * 60 or None, args.redo,
+        prepare, report,
+    ).run()  # fmt: skip
 
 
 def _check(args: Args, worlds: tuple[str, ...]) -> None:

@@ -147,7 +147,6 @@ class Demo:
         self.began = time.monotonic()
         self.env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "robot.yaml").write_text(contract_text(_world(args)), encoding="utf-8")
         self.state = State(args.out, self.stages, own_keys(args), args.force)
 
     def run(self) -> int:
@@ -160,6 +159,7 @@ class Demo:
         if stale:
             self.say(f"other arguments than last time: {', '.join(stale)} will be done again")
         _require_space(self.args)
+        (self.args.out / "robot.yaml").write_text(contract_text(_world(self.args)), encoding="utf-8")
         for number, stage in enumerate(self.stages, 1):
             code = self._stage(number, stage)
             if code:

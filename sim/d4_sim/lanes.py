@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -65,6 +65,8 @@ class Runner:
         only: beginnings of the names of stages to run; empty: all of them.
         seconds: nothing is begun later than this, and what is still at work then is told to save and leave.
         redo: do again what was made with other arguments, which clears it away.
+        prepare, report: called before the first stage and after the last, whatever happened to it; not at all
+            where the run is refused.
 
     Raises:
         UserError: `only` names no stage.
@@ -79,8 +81,10 @@ class Runner:
         only: tuple[str, ...] = (),
         seconds: float | None = None,
         redo: bool = False,
+        prepare: Callable[[], None] = lambda: None,
+        report: Callable[[], None] = lambda: None,
     ) -> None:
-        self.redo = redo
+        self.redo, self._prepare, self._report = redo, prepare, report
         self.out, self.stages, self.jobs, self.only, self.seconds = out, list(planned), jobs, only, seconds
         for name in only:
             if not any(stage.name.startswith(name) for stage in planned):
@@ -89,6 +93,7 @@ class Runner:
                 )
         self.console = Console(highlight=False, soft_wrap=True)
         (out / "logs").mkdir(parents=True, exist_ok=True)
+        self._keys = keys
         self.state = State(out, self.stages, keys, force=True)
         self.env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         self.lanes: list[Lane] = []
@@ -103,8 +108,13 @@ class Runner:
             UserError: another run works here, or stages were made with other arguments.
         """
         with stages.alone(self.out):
+            self.state = State(self.out, self.stages, self._keys, force=True)  # as it is now that it is ours
             self._clear_stale()
-            return self._run()
+            self._prepare()
+            try:
+                return self._run()
+            finally:
+                self._report()
 
     def _clear_stale(self) -> None:
         stale = [stage.name for stage in self.state.stale()]

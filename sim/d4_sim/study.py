@@ -271,6 +271,10 @@ class Study(Runner):
     def __init__(self, args: Args) -> None:
         self.args = args
         own_keys = keys(plan(replace(args, out=Path("out"))))
-        super().__init__(args.out, plan(args), own_keys, args.jobs, args.only, redo=args.redo)
-        for world in (named(world, args) for world in WORLDS):
-            (args.out / f"{world}.yaml").write_text(contract_text(world), encoding="utf-8")
+        super().__init__(
+            args.out, plan(args), own_keys, args.jobs, args.only, redo=args.redo, prepare=self._contracts
+        )
+
+    def _contracts(self) -> None:
+        for world in (named(world, self.args) for world in WORLDS):
+            (self.args.out / f"{world}.yaml").write_text(contract_text(world), encoding="utf-8")

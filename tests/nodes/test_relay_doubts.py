@@ -50,6 +50,39 @@ def test_a_command_that_came_in_time_and_is_seen_late_is_no_silence(bench) -> No
     assert bench.relay.state == "driving"
 
 
+@pytest.mark.parametrize("held_up", [76, 85, 300, 2000])
+def test_silence_behind_a_command_that_waited_is_silence(bench, held_up) -> None:
+    """Only the oldest message that waited was looked at, and what came after the silence drove at once."""
+    bench.drive(200)
+    bench.base(0.1, 0.0)
+    bench.arm(0.5)
+    bench.mono += held_up * MS
+    bench.see()
+    recover(bench)
+
+
+def test_regular_commands_that_are_seen_late_are_no_silence(bench) -> None:
+    bench.drive(200)
+    for _ in range(4):
+        bench.base(0.1, 0.0)
+        bench.arm(0.5)
+        bench.mono += 50 * MS
+    bench.see()
+    assert not bench.command(0.1, 0.0, 0.5).is_safe
+
+
+@pytest.mark.parametrize("held_up", [85, 100, 120, 2000])
+def test_half_a_command_and_a_relay_that_was_held_up_is_silence(bench, held_up) -> None:
+    """The safety action went out for silence, and the next command drove again."""
+    bench.drive(200)
+    bench.base(0.1, 0.0)
+    bench.mono += held_up * MS
+    bench.see()
+    bench.relay.round()
+    assert bench.last.rules == ("no_command",)
+    recover(bench)
+
+
 def test_the_first_command_passes_however_long_it_took(bench) -> None:
     bench.spend(500)
     assert not bench.command(0.1, 0.0, 0.5).is_safe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import replace
@@ -224,6 +225,21 @@ def test_what_other_arguments_made_is_cleared_away_only_if_asked(tmp_path, monke
     assert made.is_dir()
     assert Runner(tmp_path / "out", other, keys(other), jobs=1, redo=True).run() == 0
     assert not made.exists()
+
+
+@pytest.mark.parametrize("trouble", ["another run", "other settings"])
+def test_a_run_that_is_refused_writes_nothing(tmp_path, monkeypatch, trouble) -> None:
+    """The page of the results that it refused to touch was overwritten."""
+    fake(tmp_path, monkeypatch, "")
+    out, todo, called = tmp_path / "out", works(1), []
+    wraps = {"prepare": lambda: called.append("prepare"), "report": lambda: called.append("report")}
+    assert Runner(out, todo, keys(todo), jobs=1, **wraps).run() == 0
+    assert called == ["prepare", "report"]
+    other = [replace(todo[0], recipe="other")] if trouble == "other settings" else todo
+    hold = stages.alone(out) if trouble == "another run" else contextlib.nullcontext()
+    with hold, pytest.raises(UserError):
+        Runner(out, other, keys(other), jobs=1, **wraps).run()
+    assert called == ["prepare", "report"]
 
 
 def test_two_runs_in_one_folder_do_not_overwrite_each_others_notes(tmp_path) -> None:

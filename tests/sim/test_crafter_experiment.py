@@ -166,7 +166,7 @@ def test_unusable_settings_are_refused_before_anything_is_written(tmp_path: Path
 def test_a_full_disk_is_said_before_the_work(tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("crafter", reason="the package crafter is not installed")
     monkeypatch.setattr(experiment.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
-    with pytest.raises(UserError, match=r"about 8.5 GB are needed in .* and 1.0 GB are free"):
+    with pytest.raises(UserError, match=r"about 8.6 GB are needed in .* and 1.0 GB are free"):
         experiment.experiment(replace(ARGS, out=tmp_path))
 
 

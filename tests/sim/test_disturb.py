@@ -123,6 +123,18 @@ def test_missed_commands_leave_the_last_one_in_force() -> None:
     np.testing.assert_array_equal(world.probes["pose"], start)
 
 
+def test_a_lost_frame_takes_its_command_with_it() -> None:
+    """The node sends none of its own then, and the world got one all the same."""
+    world: Any = make_world("yard+drop=0")
+    world._how = Disturbance(latency=Lateness((0.0,) * 5, missed=0.0, lost=1.0))
+    first = world.reset(0, 0)
+    world.step(PUSH)  # the first frame always arrives
+    for _ in range(4):
+        seen, *_ = world.step(np.full(2, 0.5, np.float32))
+        np.testing.assert_array_equal(world.in_force, PUSH)
+    np.testing.assert_array_equal(seen.image, first.image)
+
+
 def test_noise_is_so_strong_and_changes_no_physics() -> None:
     clean, noisy = pictures("yard"), pictures("yard+noise=0.05")
     middle = (clean > 60) & (clean < 195)  # nothing is clipped there

@@ -393,6 +393,15 @@ def test_ticks_that_passed_unseen_are_time() -> None:
     assert (episode.ticks, episode.missed, episode.ended) == (40, 30, "time")
 
 
+def test_what_comes_after_the_end_is_too_late() -> None:
+    """Unseen ticks carried an episode past its end, and what was reached there counted."""
+    episode = Episode(fake_game.ENGINE, 0, 1, fake_game.ENGINE.ladder, 10)
+    image, key = np.zeros((2, 2, 3), np.uint8), "minecraft.mine_block:minecraft.oak_log"
+    episode.observe(Seen(image, {"stats": {}, "items": {}}))
+    episode.observe(Seen(image, {"stats": {key: 1}, "items": {"oak_log": 1}, "more": {"missed": 10}}))
+    assert (episode.ticks, episode.ended, episode.reached) == (11, "time", {})
+
+
 def test_an_episode_follows_its_ladder_from_the_first_view_on() -> None:
     episode = Episode(fake_game.ENGINE, 0, 1, fake_game.ENGINE.ladder, 10)
     image = np.zeros((4, 4, 3), np.uint8)

@@ -82,6 +82,14 @@ def test_a_game_that_stops_working_records_nothing(tmp_path, contract) -> None:
     assert len(Results(tmp_path / "out", {"seed": 0}).episodes()) == 1
 
 
+def test_a_game_that_is_gone_when_a_benchmark_goes_on_records_nothing(tmp_path, contract) -> None:
+    """Its sentence was taken for lost environments, and those for zeros: others had been played before."""
+    play(tmp_path / "out", contract, range(1), 1, {})
+    with pytest.raises(UserError, match="this game was uninstalled"):
+        play(tmp_path / "out", contract, range(1, 5), 1, {"bad": "gone"})
+    assert len(Results(tmp_path / "out", {"seed": 0}).episodes()) == 1
+
+
 def test_what_is_finished_has_a_table_when_the_benchmark_fails(tmp_path, contract, monkeypatch) -> None:
     out = tmp_path / "out"
     args = {"checkpoint": "random", "engine": "stubborn", "contract": contract, "out": out, "minutes": 0.02}

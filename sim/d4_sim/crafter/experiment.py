@@ -129,15 +129,20 @@ def experiment(args: Args) -> int:
 
     _check(args)
     jobs = threads.free_cores() if args.jobs == "auto" else args.jobs
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{args.world}.yaml").write_text(contract_text(args.world), encoding="utf-8")
-    _require_space(args)
     own_keys = keys(plan(replace(args, out=Path("out")), 1))
-    try:
-        return Runner(args.out, plan(args, jobs), own_keys, jobs, args.only, redo=args.redo).run()
-    finally:
+
+    def prepare() -> None:
+        _require_space(args)
+        (args.out / f"{args.world}.yaml").write_text(contract_text(args.world), encoding="utf-8")
+
+    def report() -> None:
         path = write_page(args.out, args)
         print(f"page: {path}" if path else "nothing for a page yet", flush=True)
+
+    return Runner(
+        args.out, plan(args, jobs), own_keys, jobs, args.only,
+        redo=args.redo, prepare=prepare, report=report,
+    ).run()  # fmt: skip
 
 
 def main(args: Args) -> int:

@@ -10,6 +10,7 @@ If no episode has ever begun, or many in a row do not, it is not the episode: th
 from __future__ import annotations
 
 import select
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -86,7 +87,9 @@ class Benchmark:
         self.plan, self.policy, self.results, self.tell = plan, policy, results, tell
         require_ready(plan, policy)
         self._crashes: dict[int, int] = {}
-        self._has_begun = self._has_acted = any(each.get("ticks", 0) > 0 for each in results.episodes())
+        self._closing: list[threading.Thread] = []
+        self._has_begun = any(each.get("ticks", 0) > 0 for each in results.episodes())
+        self._has_acted = False  # today: what worked before may be gone from this machine
         self._false_starts: list[int] = []  # episodes that did not begin, since the last one that did
 
     def play(self, numbers: Iterable[int], jobs: int) -> None:
@@ -104,6 +107,8 @@ class Benchmark:
         finally:
             for place in places:
                 self._end(place, orderly=True)
+            for each in self._closing:
+                each.join()
 
     def _assign(self, places: list[_Place]) -> bool:
         """Give idle places something to do; False when all is done."""
@@ -140,13 +145,17 @@ class Benchmark:
                     self._answer(place, environment)
                 except Lost as lost:
                     self._lose(place, lost)
-                except UserError as error:  # for the user is what never worked, not what fails on the way
-                    if not self._has_acted:
-                        raise
-                    self._lose(place, Lost(" ".join(str(error).split()).rstrip(".")))
+
+    def _receive(self, environment: Environment) -> Seen | None:
+        try:
+            return environment.receive()
+        except UserError as error:  # for the user is what never worked, not what fails on the way
+            if not self._has_acted:
+                raise
+            raise Lost(" ".join(str(error).split()).rstrip(".")) from None
 
     def _answer(self, place: _Place, environment: Environment) -> None:
-        seen = environment.receive()
+        seen = self._receive(environment)
         if seen is None:  # the word that it is ready
             require_told(self.plan, environment)
             self._begin(place)
@@ -199,8 +208,11 @@ class Benchmark:
         self._keep(place, cut=False)
         place.todo, place.episode = None, None
         place.played += 1
-        if place.played >= _RECYCLE:
-            self._end(place, orderly=True)
+        if place.played >= _RECYCLE and place.environment is not None:
+            # aside: in real time the other games would go on while this waits
+            self._closing.append(threading.Thread(target=place.environment.close))
+            self._closing[-1].start()
+            place.environment = None
 
     def _keep(self, place: _Place, cut: bool) -> None:
         episode = place.episode

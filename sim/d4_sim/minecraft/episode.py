@@ -86,7 +86,8 @@ class Episode:
         self.ticks += 1 + unseen
         self.missed += unseen
         told = self._told(seen)
-        fresh = tuple(name for name in told.reached if name not in self.reached)
+        in_time = self.ticks <= self.limit  # unseen ticks may have carried it past the end
+        fresh = tuple(name for name in told.reached if in_time and name not in self.reached)
         self.reached.update(dict.fromkeys(fresh, self.ticks))
         if told.amounts or fresh:
             self.events.append(Event(self.ticks, told.amounts, fresh))

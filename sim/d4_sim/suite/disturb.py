@@ -49,7 +49,7 @@ class Lateness:
     Attributes:
         late_ms: at the quantiles of `_QUANTILES`, beyond capture + latency.
         missed: share of the ticks whose frame came and whose own command did not go out.
-        lost: share of the ticks without a frame of their own.
+        lost: share of the ticks without a frame of their own, and so without a command.
     """
 
     late_ms: tuple[float, ...]
@@ -173,6 +173,7 @@ class Disturbed:
         self._rng = np.random.default_rng()
         self._tick = 0
         self._seen: Observation | None = None
+        self._is_mute = False  # without a frame of its own the policy node sends no command of its own
         self._in_force = np.zeros_like(world.action_low)
         if disturbance.look is not None:
             if not isinstance(world, MujocoWorld):
@@ -194,7 +195,7 @@ class Disturbed:
     def reset(self, seed: int, task: int) -> Observation:
         """Starts the episode of `seed`; the first frame always arrives."""
         self._rng = np.random.default_rng([seed, _STREAM])
-        self._commands, self._tick = _Commands(), 0
+        self._commands, self._tick, self._is_mute = _Commands(), 0, False
         self._in_force = np.zeros_like(self._world.action_low)
         self._seen = self._spoil(self._world.reset(seed, task))
         return self._seen
@@ -207,10 +208,9 @@ class Disturbed:
         else:
             observation, reward, terminal, truncated = self._by_the_tick()
         self._tick += 1
-        lost = self._how.drop
-        if isinstance(self._how.latency, Lateness):
-            lost = max(lost, self._how.latency.lost)
-        if self._rng.uniform() >= lost:
+        luck = self._rng.uniform()
+        self._is_mute = isinstance(self._how.latency, Lateness) and luck < self._how.latency.lost
+        if luck >= self._how.drop and not self._is_mute:
             self._seen = self._spoil(observation)
         assert self._seen is not None
         return self._seen, reward, terminal, truncated
@@ -225,7 +225,7 @@ class Disturbed:
             due = latency
         if self._how.jitter:
             due += abs(self._rng.normal(0.0, self._how.jitter))
-        if luck[0] >= missed:
+        if luck[0] >= missed and not self._is_mute:
             self._commands.send(action, self._tick * self._period_ms + due)
 
     def _by_the_clock(self, world: MujocoWorld) -> tuple[Observation, np.ndarray, bool, bool]:
