@@ -241,6 +241,8 @@ class Relay(Driver):
         up: silence is judged by when commands came, not by when they are seen."""
         made = self._made_at()
         if self._fresh and made <= now and not self._missing(made):  # newer ones have come; the last is sent
+            if not all(np.isfinite(self._newest[topic][1]).all() for topic in self._fresh):
+                self._doubt("a command was not finite")
             self._fresh = set()
             self._due = made + self._periods(_SILENCE)
         if now >= self._due and self._has_begun() and not self._is_underway(now):
@@ -272,11 +274,11 @@ class Relay(Driver):
         values = np.full(self.contract.action_dim, np.nan)
         for topic, columns in self._places.items():
             values[columns] = self._newest[topic][1]
-        came = max(self._newest[topic][0] for topic in self._fresh)
+        came, made = max(self._newest[topic][0] for topic in self._fresh), self._made_at()
         self._fresh = set()
-        self._recover(values, now)
+        self._recover(values, made)
         self._pass_on(values, "")
-        self._due = now + self._periods(_SILENCE)
+        self._due = made + self._periods(_SILENCE)
         self.report.add("relay", self._pace() - came)
 
     def _doubt(self, reason: str) -> None:
@@ -286,7 +288,7 @@ class Relay(Driver):
             with self.lock:
                 self.guard.fault("")  # it speaks of commands that come; until then other rules do
 
-    def _recover(self, values: np.ndarray, now: int) -> None:
+    def _recover(self, values: np.ndarray, made: int) -> None:
         """A command has come: while some are owed it counts if it is good and does not come in a burst; the
         last of them passes."""
         if not self._owed:
@@ -295,8 +297,8 @@ class Relay(Driver):
             self.guard.fault("")
             if self.guard.forbids(self._clock()) or not np.isfinite(values).all():
                 self._owed = self._recover_after
-            elif now - self._counted >= self._periods(_APART):
-                self._owed, self._counted = self._owed - 1, now
+            elif made - self._counted >= self._periods(_APART):
+                self._owed, self._counted = self._owed - 1, made
             if self._owed:
                 self.guard.fault(f"{self._doubted}; {self._owed} good commands in a row are still missing")
 

@@ -4,6 +4,8 @@ import re
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from relay_bench import MS, Bench, recover, still
 
 
@@ -69,6 +71,16 @@ def test_regular_commands_that_are_seen_late_are_no_silence(bench) -> None:
         bench.mono += 50 * MS
     bench.see()
     assert not bench.command(0.1, 0.0, 0.5).is_safe
+
+
+def test_a_bad_command_that_is_overtaken_is_bad(bench) -> None:
+    bench.drive(200)
+    for x in (np.nan, 0.1):
+        bench.base(x, 0.0)
+        bench.arm(0.5)
+        bench.mono += 50 * MS
+    bench.see()
+    recover(bench)
 
 
 @pytest.mark.parametrize("held_up", [85, 100, 120, 2000])
@@ -226,3 +238,36 @@ def test_silence_while_it_recovers_is_named(bench) -> None:
     bench.spend(1000)
     assert bench.last.rules == ("no_command",)
     assert float(re.search(r"came (\d+) ms ago", bench.last.reason)[1]) > 900
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    gaps=st.lists(st.tuples(st.integers(1, 160), st.integers(0, 40), st.booleans()), min_size=4, max_size=14),
+    holds=st.lists(st.tuples(st.integers(0, 1200), st.integers(1, 400)), min_size=1, max_size=3),
+)
+def test_a_relay_that_is_held_up_doubts_whatever_one_that_is_not_doubts(gaps, holds) -> None:
+    """Commands of two channels, some of them without the second, at any times."""
+    arrivals: dict[int, list[str]] = {}
+    at = 0
+    for gap, apart, is_whole in gaps:
+        at += gap
+        arrivals.setdefault(at, []).append("base")
+        if is_whole:
+            arrivals.setdefault(at + apart, []).append("arm")
+    asleep = {ms for begin, length in holds for ms in range(begin, begin + length)}
+    owed = []
+    for is_held_up in (False, True):
+        bench = Bench(is_simulated=True)
+        bench.see()
+        bench.command(0.1, 0.0, 0.5)
+        for ms in range(1, at + 60):
+            bench.mono += MS
+            if ms % 50 == 0:
+                bench.see()
+            for topic in arrivals.get(ms, ()):
+                bench.base(0.1, 0.0) if topic == "base" else bench.arm(0.5)
+            if not (is_held_up and ms in asleep):
+                bench.relay.round()
+        bench.relay.round()
+        owed.append(bench.relay._owed)
+    assert owed[1] >= owed[0]
