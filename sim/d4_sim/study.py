@@ -30,6 +30,7 @@ FRESH_LABELS = (0.0, 0.1, 1.0)
 LONGER_AGENT = "agent_training.steps=3500"  # cloning for as long as cloning and imagination take
 LONGER = ("bc_scratch", "vpt")  # cloning without a world model, where it may cost what a whole chain costs
 BASELINE_STEPS = 10_000  # ... in so many steps
+OTHER_STARTS = 11  # seed of starts on which nothing was decided, neither a setting nor what to show
 ABLATION_SCALE = 0.5  # training steps of the arms that are only compared with each other
 
 _SETTINGS = "imagination_training.settings"
@@ -198,6 +199,12 @@ class Plan(Chains):
         self.variant("compute-clone", first, "dynamics", ("agent",), self.driving("wm_bc"),
                      set=(LONGER_AGENT,))  # fmt: skip
 
+    def other_starts(self) -> None:
+        """The policies of every chain once more, on other starts."""
+        drive = self.driving("wm_bc", "imagination", "expert", seed=OTHER_STARTS)
+        for chain in (f"{world}-{seed}" for world in WORLDS for seed in SEEDS):
+            self.variant(f"starts-{chain}", chain, "imagination", (), drive, typical_s=90)
+
     def looks(self) -> None:
         """Commands in one look of the world, video of another: what is known of the second?"""
         args, place = self.args, self.args.out / "looks"
@@ -256,6 +263,7 @@ def plan(args: Args) -> list[Stage]:
     for world in WORLDS:
         for seed in SEEDS:
             planned.chain(world, seed)
+    planned.other_starts()
     planned.ablations()
     planned.compute()
     planned.labels()

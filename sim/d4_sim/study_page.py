@@ -24,6 +24,7 @@ from d4_sim.study_results import (
     differences,
     gap_closed,
     merged,
+    on_other_starts,
     policy_table,
     recovered,
     rows_of,
@@ -90,11 +91,11 @@ def verdict(claim: str, holds: bool, figure: str) -> str:
     return f"- {'**holds**' if holds else '**does not hold**'}: {claim} ({figure})\n"
 
 
-def policies(world: str, chains: Mapping[str, Any]) -> Iterator[str]:
-    """Section 1: every policy of a world over its chains."""
+def policies(heading: str, chains: Mapping[str, Any]) -> Iterator[str]:
+    """Every policy of a world over its chains."""
     rows = policy_table(chains)
     seeds = sorted(chains)
-    yield f"## {world}: policies in the simulator, {len(seeds)} full chains\n"
+    yield f"{heading}, {len(seeds)} full chains\n"
     shown = [policy for policy in rows if not policy.endswith("argmax")]
     yield table(
         ["policy", "return [95 %, seeds and episodes]", *(f"seed {s}" for s in seeds), "success", "episodes"],
@@ -471,7 +472,9 @@ def write(out: Path, notes: str, also: Sequence[Path] = ()) -> tuple[str, dict[s
     parts = [notes]
     for world, chains in with_longer(results).items():
         if chains:
-            parts += policies(world, chains)
+            parts += policies(f"## {world}: policies in the simulator", chains)
+        if others := on_other_starts(results, world):
+            parts += policies(f"### {world}: other starts, on which nothing was decided", others)
     parts += compute(results)
     parts += improvement(results)
     parts += sparse_labels(results)

@@ -59,6 +59,7 @@ def collect(out: Path) -> dict[str, Any]:
     variants += [f"labels-{share:g}" for share in LABELS] + [f"half-{share:g}" for share in LABELS[1:-1]]
     variants += [f"fresh-{seed}-{share:g}" for seed in FRESH for share in FRESH_LABELS]
     variants += [f"looks-{k}" for k in ("none", "first", "both")]
+    variants += [f"starts-{world}-{seed}" for world in WORLDS for seed in SEEDS]
     variants += [f"compute-{world}-{seed}" for world in WORLDS for seed in SEEDS] + ["compute-clone"]
     chains = {w: {str(s): run_results(out / f"{w}-{s}" / "run") for s in SEEDS} for w in WORLDS}
     done = read_json(out / "stages.json") or {}
@@ -94,6 +95,13 @@ def with_longer(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             longer = {f"{name}_longer": found[name] for name in LONGER if name in found}
             out[world][seed] = {**run, "policies": run.get("policies", {}) | longer}
     return out
+
+
+def on_other_starts(results: Mapping[str, Any], world: str) -> dict[str, Any]:
+    """The chains of a world as they drove on other starts, by seed."""
+    head = f"starts-{world}-"
+    found = {name.removeprefix(head): run for name, run in results["runs"].items() if name.startswith(head)}
+    return {seed: found[seed] for seed in sorted(found) if "policies" in found[seed]}
 
 
 def run_results(run: Path) -> dict[str, Any]:

@@ -106,6 +106,16 @@ def test_the_page_says_what_holds_and_what_does_not(out: Path) -> None:
     assert all(line.count("|") > 2 and "nan" not in line for line in tables)
 
 
+def test_other_starts_have_a_table_of_their_own(out: Path) -> None:
+    for seed in range(3):
+        rows = {name: row(LEVEL[name] - 1, seed) for name in ("wm_bc", "imagination", "expert")}
+        put(out / f"starts-yard-{seed}" / "run" / "eval.json", {"policies": rows})
+    text, _ = study_page.write(out, "# Title\n")
+    section = text.split("### yard: other starts, on which nothing was decided, 3 full chains\n")[1]
+    assert "| cloned on the world model | 15." in section.split("##")[0]
+    assert "- **holds**: imagination closes a third of the gap" in section.split("##")[0]
+
+
 def test_a_study_in_parts_gives_the_same_page(out: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """What one machine measured is on the page of the next one, and what is measured anew counts."""
     whole, results = study_page.write(out, "")
