@@ -227,8 +227,8 @@ class PolicySession:
 class ScratchSession:
     """A cloned policy without a world model as a session."""
 
-    def __init__(self, policy: ScratchPolicy, seed: int = 0) -> None:
-        self.policy, self.seed = policy, seed
+    def __init__(self, policy: ScratchPolicy, seed: int = 0, argmax: bool = False) -> None:
+        self.policy, self.seed, self.argmax = policy, seed, argmax
         self._stacks: list[np.ndarray] = []
 
     def reset(self, n: int, tasks: np.ndarray) -> None:
@@ -250,7 +250,8 @@ class ScratchSession:
         pairs = zip(self._stacks, newest, strict=True)
         self._stacks = [np.concatenate([stack[:, 1:], x[:, None]], 1) for stack, x in pairs]
         params = self.policy(*map(torch.from_numpy, self._stacks), self._task)
-        return self.policy.space.sample(params, self._gen).numpy()
+        space = self.policy.space
+        return (space.mode(params) if self.argmax else space.sample(params, self._gen)).numpy()
 
 
 class RandomSession:

@@ -166,8 +166,8 @@ class Relay(Driver):
     def round(self) -> None:
         """Do what is to be done now."""
         self._look_at_clock()
-        now = self._pace()
         self._receive()
+        now = self._pace()  # not before: what has just come is no command of the future
         with self.lock:
             is_forbidden = self.guard.forbids(self._clock())
             stood_still, self._stood_still = self._stood_still, ""
@@ -330,7 +330,7 @@ class Relay(Driver):
     def _wait(self) -> None:
         """Until something comes, or is due."""
         now = self._pace()
-        due = self._since + self._periods(_GRACE) if self._is_underway(now) else self._due
+        due = self._made_at() if self._is_underway(now) else self._due
         left_s = (due - now) / 1e9
         select.select([self.inbox], [], [], min(max(left_s, 0.0), self._longest_wait_s))
 

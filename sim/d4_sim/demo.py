@@ -155,10 +155,10 @@ class Demo:
             return self._run()
 
     def _run(self) -> int:
+        _require_space(self.args)
         stale = self.state.clear_stale()
         if stale:
             self.say(f"other arguments than last time: {', '.join(stale)} will be done again")
-        _require_space(self.args)
         (self.args.out / "robot.yaml").write_text(contract_text(_world(self.args)), encoding="utf-8")
         for number, stage in enumerate(self.stages, 1):
             code = self._stage(number, stage)

@@ -25,8 +25,10 @@ POLICIES: tuple[PolicyName, ...] = ("random", "data", "bc_scratch", "wm_bc", "im
 # the checkpoint that each learned policy acts with
 FOLDERS = {
     "bc_scratch": "bc_scratch", "vpt": "vpt", "wm_bc": "agent", "planner": "agent",
-    "imagination": "imagination", "wm_bc_argmax": "agent", "imagination_argmax": "imagination",
+    "imagination": "imagination", "bc_scratch_argmax": "bc_scratch", "vpt_argmax": "vpt",
+    "wm_bc_argmax": "agent", "imagination_argmax": "imagination",
 }  # fmt: skip
+SAMPLING = ("bc_scratch", "vpt", "wm_bc", "imagination")  # policies that sample unless told otherwise
 EVAL_SEED = 1_000_000  # recorded episodes have hashed 63-bit seeds, so these starts are new
 
 
@@ -58,7 +60,7 @@ class EvalArgs:
     device: str = "auto"
     """auto, cpu or cuda."""
     argmax: bool = False
-    """wm_bc and imagination take their most likely action; kept beside the samples, as <policy>_argmax."""
+    """Learned policies take their likeliest action; kept beside the samples, as <policy>_argmax."""
     force: bool = False
     """Go on although a gate failed."""
 
@@ -154,7 +156,7 @@ class Evaluation:
     def policy(self, policy: str) -> None:
         """Evaluate one policy and keep its episodes."""
         began, name = time.perf_counter(), policy
-        if self.args.argmax and policy in ("wm_bc", "imagination"):
+        if self.args.argmax and policy in SAMPLING:
             name += "_argmax"
         if name == "data" and not self.events:
             row = self._data()
@@ -227,22 +229,24 @@ class Evaluation:
         from d4_sim.driver import ScriptedPolicy
 
         contract, seed, n = self.logs.contract, self.args.seed, self._count(name)
+        kind, argmax = name.removesuffix("_argmax"), name.endswith("_argmax")
         if name == "random":
             return RandomSession(contract.action_low, contract.action_high, seed, whole(contract)), {}
         if name in ("expert", "data"):
             return ScriptedPolicy("expert" if name == "expert" else None, seed), {}
-        if name == "bc_scratch":
-            return ScratchSession(self._trainer().clone(), seed), {}
-        if name == "vpt":
+        if kind == "bc_scratch":
+            return ScratchSession(self._trainer().clone(), seed, argmax), {}
+        if kind == "vpt":
             from d4_core.baselines import inverse_error
 
             policy, inverse = self._trainer().vpt()
-            return ScratchSession(policy, seed), {"idm": inverse_error(inverse, self.logs, self.held_out)}
+            return ScratchSession(policy, seed, argmax), {
+                "idm": inverse_error(inverse, self.logs, self.held_out)
+            }
         if name == "planner":
             session = PlannerSession(self._models("agent"), n, seed)
             return session, {"planner": asdict(session.cfg)}
-        models, argmax = self._models(FOLDERS[name]), name.endswith("_argmax")
-        return PolicySession(models, n, seed, argmax=argmax), {}
+        return PolicySession(self._models(FOLDERS[name]), n, seed, argmax=argmax), {}
 
     def _models(self, phase: str) -> Models:
         from d4_core.models import load

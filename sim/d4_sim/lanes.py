@@ -65,8 +65,8 @@ class Runner:
         only: beginnings of the names of stages to run; empty: all of them.
         seconds: nothing is begun later than this, and what is still at work then is told to save and leave.
         redo: do again what was made with other arguments, which clears it away.
-        prepare, report: called before the first stage and after the last, whatever happened to it; not at all
-            where the run is refused.
+        prepare, report: called before anything is cleared away or begun, where it may refuse, and after the
+            last stage, whatever happened to it; not at all where the run is refused.
 
     Raises:
         UserError: `only` names no stage.
@@ -109,21 +109,21 @@ class Runner:
         """
         with stages.alone(self.out):
             self.state = State(self.out, self.stages, self._keys, force=True)  # as it is now that it is ours
-            self._clear_stale()
+            self._require_redo()
             self._prepare()
+            self.state.clear_stale()
             try:
                 return self._run()
             finally:
                 self._report()
 
-    def _clear_stale(self) -> None:
+    def _require_redo(self) -> None:
         stale = [stage.name for stage in self.state.stale()]
         if stale and not self.redo:
             raise UserError(
                 f"{self.out} holds what was made with other arguments or settings: {', '.join(stale)}. Give "
                 "another --out, or --redo, which clears that away and does it again"
             )
-        self.state.clear_stale()
 
     def _run(self) -> int:
         received: list[int] = []

@@ -192,9 +192,12 @@ class Plan(Chains):
 
     def compute(self) -> None:
         """Baselines with the compute of a whole chain, and the first clone with that of imagination, too."""
-        longer = self.driving(*LONGER, scratch_steps=BASELINE_STEPS)
+        args, longer = self.args, self.driving(*LONGER, scratch_steps=BASELINE_STEPS)
         for chain in (f"{world}-{seed}" for world in WORLDS for seed in SEEDS):
             self.variant(f"compute-{chain}", chain, "tokenizer", (), longer, typical_s=2600)
+            run, dataset = args.out / f"compute-{chain}" / "run", args.out / chain / "dataset"
+            likeliest = self.drive(run, dataset, *LONGER, argmax=True, scratch_steps=BASELINE_STEPS)
+            self.add(f"compute-{chain}/argmax", [f"compute-{chain}"], 40, likeliest)
         first = f"{WORLDS[0]}-{SEEDS[0]}"
         self.variant("compute-clone", first, "dynamics", ("agent",), self.driving("wm_bc"),
                      set=(LONGER_AGENT,))  # fmt: skip

@@ -38,8 +38,10 @@ TABLE = ("random", "data", "bc_scratch", "bc_scratch_longer", "vpt", "vpt_longer
 PAIRS = (
     ("imagination", "wm_bc"), ("imagination_argmax", "wm_bc_argmax"), ("wm_bc", "bc_scratch"),
     ("wm_bc", "vpt"), ("wm_bc", "bc_scratch_longer"), ("wm_bc", "vpt_longer"), ("imagination", "vpt_longer"),
-    ("imagination", "planner"),
+    ("imagination", "planner"), ("wm_bc_argmax", "vpt_longer_argmax"),
+    ("imagination_argmax", "vpt_longer_argmax"),
 )  # fmt: skip
+LIKELIEST = ("bc_scratch_longer_argmax", "vpt_longer_argmax", "wm_bc_argmax", "imagination_argmax")
 CALIBRATION = ("reward_", "value_", "kl_")
 
 
@@ -92,7 +94,10 @@ def with_longer(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         out[world] = {}
         for seed, run in chains.items():
             found = results["runs"].get(f"compute-{world}-{seed}", {}).get("policies", {})
-            longer = {f"{name}_longer": found[name] for name in LONGER if name in found}
+            longer = {
+                f"{name}_longer{mode}": found[name + mode]
+                for name in LONGER for mode in ("", "_argmax") if name + mode in found
+            }  # fmt: skip
             out[world][seed] = {**run, "policies": run.get("policies", {}) | longer}
     return out
 
@@ -148,7 +153,7 @@ def policy_table(chains: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Values: `seeds` {seed: Interval over episodes}, `mean` and `success` Interval over seeds and episodes.
     """
     out = {}
-    for policy in (*TABLE, "wm_bc_argmax", "imagination_argmax"):
+    for policy in (*TABLE, *LIKELIEST):
         rows = rows_of(chains, policy)
         if rows:
             out[policy] = {
@@ -160,17 +165,17 @@ def policy_table(chains: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return out
 
 
-def differences(chains: Mapping[str, Any], a: str, b: str) -> dict[str, Any] | None:
-    """Paired difference a - b in return: per seed over episodes, and over seeds in two ways.
+def differences(chains: Mapping[str, Any], a: str, b: str, what: str = "return") -> dict[str, Any] | None:
+    """Paired difference a - b in return or success: per seed over episodes, and over seeds in two ways.
 
     `both` resamples seeds and starts; `student` is the t interval of the seeds' means, which does not trust a
-    bootstrap of three values: claims are judged by it.
+    bootstrap of three values, but knows of no other starts. Claims are judged by the lower end of both.
     """
     first, second = rows_of(chains, a), rows_of(chains, b)
     shared = [s for s in first if s in second]
     if not shared:
         return None
-    pairs = {s: _on_the_same_starts(first[s], second[s]) for s in shared}
+    pairs = {s: _on_the_same_starts(first[s], second[s], what) for s in shared}
     gains = [np.subtract(*pair) for pair in pairs.values()]
     out: dict[str, Any] = {
         "seeds": {s: paired_difference(*pair) for s, pair in pairs.items()},
@@ -181,16 +186,19 @@ def differences(chains: Mapping[str, Any], a: str, b: str) -> dict[str, Any] | N
     return out
 
 
-def _on_the_same_starts(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """Returns of both rows; a slow policy may have driven the first ones of the shared starts only."""
-    count = min(len(a["return"]), len(b["return"]))
-    return a["return"][:count], b["return"][:count]
+def _on_the_same_starts(
+    a: Mapping[str, Any], b: Mapping[str, Any], what: str
+) -> tuple[list[float], list[float]]:
+    """Both rows; a slow policy may have driven the first ones of the shared starts only."""
+    count = min(len(a[what]), len(b[what]))
+    return a[what][:count], b[what][:count]
 
 
 def gap_closed(chains: Mapping[str, Any]) -> dict[str, Any] | None:
     """Share of the way from the clone to the optimum that imagination goes.
 
-    `seeds` {seed: share}, `mean` Interval over seeds and starts; None without all three policies.
+    `seeds` {seed: share}, `mean` Interval over seeds and starts, `student` t interval of the seeds' shares
+    where there are several; None without all three policies.
     """
     kinds = [rows_of(chains, kind) for kind in ("wm_bc", "imagination", "expert")]
     shared = [s for s in kinds[0] if all(s in rows for rows in kinds)]
@@ -207,7 +215,10 @@ def gap_closed(chains: Mapping[str, Any]) -> dict[str, Any] | None:
     seeds, starts = resampled(len(shared), count)
     low, high = np.percentile((seeds * share(starts)).sum(1), [2.5, 97.5])
     each = dict(zip(shared, plain.tolist(), strict=True))
-    return {"seeds": each, "mean": (float(plain.mean()), float(low), float(high))}
+    out: dict[str, Any] = {"seeds": each, "mean": (float(plain.mean()), float(low), float(high))}
+    if len(shared) > 1:
+        out["student"] = student(plain)
+    return out
 
 
 def at_horizon(curves: Mapping[str, Any], kind: str, horizon: int, version: str = "model") -> float | None:

@@ -11,7 +11,7 @@ import toy_run
 
 from d4_core.actions import ActionSpace
 from d4_core.agent import Agent, Head
-from d4_core.baselines import FrameStack
+from d4_core.baselines import FrameStack, ScratchPolicy
 from d4_core.config import action_parts
 from d4_core.models import Models, load
 from d4_core.session import PolicySession, RandomSession, ScratchSession
@@ -244,6 +244,18 @@ def test_the_scratch_session_stacks_the_newest_frames_last() -> None:
     assert [stack[1] for stack, _ in seen] == [[x + 100 for x in s] for s in steps] * 2
     assert all(task == [1, 0] for _, task in seen)
     assert action.shape == (2, 2)
+
+
+def test_the_scratch_sessions_likeliest_action_has_no_luck_in_it() -> None:
+    policy = ScratchPolicy(action_parts(toy_run.contract()), 5, 2, (16, 16), 1)
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    drawn = []
+    for argmax, seed in ((True, 0), (True, 1), (False, 0), (False, 1)):
+        session = ScratchSession(policy, seed, argmax)
+        session.reset(2, np.array([0, 1]))
+        drawn.append(session.act(images, {}, ALIVE))
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[2], drawn[3])
 
 
 def test_actions_stay_what_they_were_when_the_next_frame_comes(models, pictures) -> None:

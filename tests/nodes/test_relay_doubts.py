@@ -63,6 +63,23 @@ def test_silence_behind_a_command_that_waited_is_silence(bench, held_up) -> None
     recover(bench)
 
 
+def test_a_command_that_comes_while_the_relay_reads_is_sent_at_once(bench) -> None:
+    """It counted as one of the future, and waited until the relay looked again."""
+    bench.drive(200)
+    drain = bench.relay.inbox.drain
+
+    def late():
+        bench.mono += MS
+        bench.base(0.1, 0.0)
+        bench.arm(0.5)
+        return drain()
+
+    bench.relay.inbox.drain = late
+    count = len(bench.sent)
+    bench.relay.round()
+    assert len(bench.sent) == count + 1
+
+
 def test_regular_commands_that_are_seen_late_are_no_silence(bench) -> None:
     bench.drive(200)
     for _ in range(4):
