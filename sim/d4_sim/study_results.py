@@ -38,7 +38,7 @@ TABLE = ("random", "data", "bc_scratch", "bc_scratch_longer", "vpt", "vpt_longer
 PAIRS = (
     ("imagination", "wm_bc"), ("imagination_argmax", "wm_bc_argmax"), ("wm_bc", "bc_scratch"),
     ("wm_bc", "vpt"), ("wm_bc", "bc_scratch_longer"), ("wm_bc", "vpt_longer"), ("imagination", "vpt_longer"),
-    ("imagination", "planner"), ("wm_bc_argmax", "vpt_longer_argmax"),
+    ("planner", "imagination"), ("wm_bc_argmax", "vpt_longer_argmax"),
     ("imagination_argmax", "vpt_longer_argmax"),
 )  # fmt: skip
 LIKELIEST = ("bc_scratch_longer_argmax", "vpt_longer_argmax", "wm_bc_argmax", "imagination_argmax")
