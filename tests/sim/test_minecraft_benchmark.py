@@ -399,7 +399,7 @@ def test_what_comes_after_the_end_is_too_late() -> None:
     image, key = np.zeros((2, 2, 3), np.uint8), "minecraft.mine_block:minecraft.oak_log"
     episode.observe(Seen(image, {"stats": {}, "items": {}}))
     episode.observe(Seen(image, {"stats": {key: 1}, "items": {"oak_log": 1}, "more": {"missed": 10}}))
-    assert (episode.ticks, episode.ended, episode.reached) == (11, "time", {})
+    assert (episode.ticks, episode.ended, episode.reached, episode.events) == (11, "time", {}, [])
 
 
 def test_an_episode_follows_its_ladder_from_the_first_view_on() -> None:

@@ -85,9 +85,9 @@ class Episode:
         unseen = self._unseen(seen)
         self.ticks += 1 + unseen
         self.missed += unseen
-        told = self._told(seen)
-        in_time = self.ticks <= self.limit  # unseen ticks may have carried it past the end
-        fresh = tuple(name for name in told.reached if in_time and name not in self.reached)
+        # unseen ticks may have carried it past its end: what came then is too late
+        told = self._told(seen) if self.ticks <= self.limit else Told({}, ())
+        fresh = tuple(name for name in told.reached if name not in self.reached)
         self.reached.update(dict.fromkeys(fresh, self.ticks))
         if told.amounts or fresh:
             self.events.append(Event(self.ticks, told.amounts, fresh))
