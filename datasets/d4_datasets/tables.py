@@ -7,6 +7,7 @@ nothing else.
 
 from __future__ import annotations
 
+import abc
 import csv
 import itertools
 import json
@@ -194,7 +195,7 @@ def _is_bad(cell: Any) -> str:
 # ---- files ----
 
 
-class _Source:
+class _Source(abc.ABC):
     """A file of rows: `columns` that it has, `names` of those that were asked for, once it has been read."""
 
     def __init__(self, path: Path) -> None:
@@ -203,9 +204,9 @@ class _Source:
         self.names: set[str] = set()
         self.warnings: list[str] = []
 
+    @abc.abstractmethod
     def rows(self, asked: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
         """(line, cells of the columns `asked`), None where there is none."""
-        raise NotImplementedError
 
     def lines(self) -> Iterator[str]:
         """The lines of a text file, of bounded length."""

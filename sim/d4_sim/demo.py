@@ -35,12 +35,12 @@ _BYTES_PER_EPISODE = 1_000_000  # bags, dataset, frame cache and latents of one 
 _BYTES_OF_RUN = 300_000_000  # checkpoints, videos and the report
 _MOST_PICTURES = 6  # named after a stage
 
-# Seconds that a stage took on one core with 3000 episodes (docs/results/demo.md): what any run pays, and what
-# grows with its size. Only the proportions matter once something has been measured.
+# Seconds of a stage on two idle cores (docs/results/demo.md): what any run pays, and what grows with its size
+# (per 3000 episodes where it is the recording). Only the proportions matter once something has been measured.
 _TYPICAL_S = {
-    "record": (2, 34), "ingest": (3, 16), "audit": (3, 7), "tokenizer": (45, 200),
-    "dynamics": (45, 640), "agent": (20, 530), "baseline": (8, 72), "imagination": (13, 130),
-    "evaluate": (6, 5), "report": (2, 1),
+    "record": (2, 50), "ingest": (3, 25), "audit": (3, 11), "tokenizer": (90, 280),
+    "dynamics": (45, 513), "agent": (20, 450), "baseline": (8, 105), "imagination": (22, 230),
+    "evaluate": (6, 10), "report": (2, 1),
 }  # fmt: skip
 
 

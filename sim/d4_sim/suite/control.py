@@ -7,6 +7,7 @@ differs: a command lasts 50 or 100 ms and takes hold after 20 ms, and episodes l
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -77,9 +78,9 @@ class ControlWorld(MujocoWorld):
 
         return mujoco.MjModel.from_xml_path(str(model_file(DM_CONTROL, cls.source())))
 
+    @abc.abstractmethod
     def reward_of(self, at: Physics) -> np.ndarray:
         """Rewards of all tasks in states [..., :], float [..., K]."""
-        raise NotImplementedError
 
     def score(self, at: Physics, goal: int) -> np.ndarray:
         """See `MujocoWorld.score`; here the reward of the task."""
