@@ -363,5 +363,5 @@ def _reach(row: dict[str, Any], name: str) -> Any:
 
 
 def _source(path: Path) -> _Source:
-    kinds = {".csv": _Csv, ".jsonl": _Jsonl, ".parquet": _Parquet}
+    kinds: dict[str, type[_Source]] = {".csv": _Csv, ".jsonl": _Jsonl, ".parquet": _Parquet}
     return kinds[path.suffix.lower()](path)
