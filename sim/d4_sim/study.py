@@ -32,6 +32,7 @@ LONGER = ("bc_scratch", "vpt")  # cloning without a world model, where it may co
 BASELINE_STEPS = 10_000  # ... in so many steps
 OTHER_STARTS = 11  # seed of starts on which nothing was decided, neither a setting nor what to show
 ABLATION_SCALE = 0.5  # training steps of the arms that are only compared with each other
+FRESH_SCALES = {"fresh": ABLATION_SCALE, "full": 1.0}
 
 _SETTINGS = "imagination_training.settings"
 # `nano` is trained without the shortcut loss; this is how it was trained with it
@@ -181,14 +182,15 @@ class Plan(Chains):
             self.variant(f"half-{share:g}", "labels", "tokenizer", phases, world_model(), drive, **options)
 
     def fresh(self, seed: int) -> None:
-        """World models of sparse commands on a recording of its own."""
+        """World models of sparse commands on a recording of its own, trained for half as long and in full."""
         args, place = self.args, self.args.out / f"fresh-{seed}"
         self.tokenizer(place, self.data(place, [(named(WORLDS[0], args), seed, 1.0, args.episodes)]), seed)
-        for share in FRESH_LABELS:
-            self.variant(
-                f"{place.name}-{share:g}", place.name, "tokenizer", ("dynamics",),
-                world_model(unknown=not share), seed=seed, scale=ABLATION_SCALE, labels=share,
-            )  # fmt: skip
+        for kind, scale in FRESH_SCALES.items():
+            for share in FRESH_LABELS:
+                self.variant(
+                    f"{kind}-{seed}-{share:g}", place.name, "tokenizer", ("dynamics",),
+                    world_model(unknown=not share), seed=seed, scale=scale, labels=share,
+                )  # fmt: skip
 
     def compute(self) -> None:
         """Baselines with the compute of a whole chain, and the first clone with that of imagination, too."""

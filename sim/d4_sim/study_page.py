@@ -312,6 +312,7 @@ def sparse_labels(results: Mapping[str, Any]) -> Iterator[str]:
 def share_of_labels(runs: Mapping[str, Any]) -> Iterator[str]:
     """What a tenth of the commands recovers, frame by frame, on every recording."""
     places = {"labels": "the recording above"} | {f"fresh-{s}": f"a fresh one, seed {s}" for s in FRESH}
+    places |= {f"full-{s}": f"a fresh one, seed {s}, all of the training" for s in FRESH}
     rows = []
     for place, name in places.items():
         shares = []

@@ -23,6 +23,7 @@ from d4_sim.study import (
     CASCADE,
     FRESH,
     FRESH_LABELS,
+    FRESH_SCALES,
     IMPROVEMENT,
     LABELS,
     LONGER,
@@ -59,7 +60,9 @@ def collect(out: Path) -> dict[str, Any]:
         + [f"cascade-{name}" for name in CASCADE]
     )
     variants += [f"labels-{share:g}" for share in LABELS] + [f"half-{share:g}" for share in LABELS[1:-1]]
-    variants += [f"fresh-{seed}-{share:g}" for seed in FRESH for share in FRESH_LABELS]
+    variants += [
+        f"{kind}-{seed}-{share:g}" for kind in FRESH_SCALES for seed in FRESH for share in FRESH_LABELS
+    ]
     variants += [f"looks-{k}" for k in ("none", "first", "both")]
     variants += [f"starts-{world}-{seed}" for world in WORLDS for seed in SEEDS]
     variants += [f"compute-{world}-{seed}" for world in WORLDS for seed in SEEDS] + ["compute-clone"]

@@ -15,7 +15,19 @@ import pytest
 from d4_core.config import PRESETS, override
 from d4_sim import stages
 from d4_sim.stages import Stage, keys
-from d4_sim.study import CASCADE, IMPROVEMENT, LABELS, SEEDS, SHORTCUT, WORLDS, Args, Study, plan
+from d4_sim.study import (
+    CASCADE,
+    FRESH,
+    FRESH_SCALES,
+    IMPROVEMENT,
+    LABELS,
+    SEEDS,
+    SHORTCUT,
+    WORLDS,
+    Args,
+    Study,
+    plan,
+)  # fmt: skip
 
 # Stands in for every command: notes its name and run, fails or waits if a file beside it says so.
 FAKE = """
@@ -94,7 +106,8 @@ def test_every_world_and_seed_has_a_whole_chain_seeded_throughout() -> None:
 
 def test_all_arms_of_a_comparison_get_the_same_training() -> None:
     planned = plan(Args(out=Path("out")))
-    for arm in ("labels-", "looks-", "cascade-", "improve-", "shortcut-", "fresh-1-", "fresh-2-"):
+    fresh = [f"{kind}-{seed}-" for kind in FRESH_SCALES for seed in FRESH]
+    for arm in ("labels-", "looks-", "cascade-", "improve-", "shortcut-", *fresh):
         scales = {tuple(words_of(s, "--scale")[:1]) for s in planned if s.name.startswith(arm)}
         assert len(scales) == 1, arm
     assert {float(s.name.removeprefix("labels-")) for s in planned if s.name.startswith("labels-")} == set(
