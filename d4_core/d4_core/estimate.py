@@ -78,6 +78,15 @@ def work(preset: Preset, contract: Contract) -> dict[str, Work]:
     return {name: Work(steps[name], frames[name], frames[name] * per_frame[name]) for name in PHASES}
 
 
+def on_ranks(preset: Preset, ranks: int) -> dict[str, float]:
+    """Share of every phase's work that each of `ranks` does: one clip of a batch at least, however many."""
+    t, others = preset.tokenizer_training, {name: getattr(preset, f"{name}_training") for name in PHASES[1:]}
+    clips = max(1, t.batch // ranks // t.length) * t.length / t.batch
+    frames = max(1, t.batch // ranks) / t.batch
+    tokenizer = t.clip_share * clips + (1 - t.clip_share) * frames
+    return {"tokenizer": tokenizer} | {n: max(1, c.batch // ranks) / c.batch for n, c in others.items()}
+
+
 @functools.cache
 def speed(cfg: TransformerConfig, width: int, device: torch.device) -> float:
     """Floating-point operations per second of a few layers of a network with `width` slots a frame, forward

@@ -35,15 +35,17 @@ class Cost:
     train_bytes: float
 
 
-def costs(preset: Preset, contract: Contract) -> dict[str, Cost]:
-    """Cost of tokenizer, dynamics and agent for a contract."""
+def costs(preset: Preset, contract: Contract, ranks: int = 1) -> dict[str, Cost]:
+    """Cost of tokenizer, dynamics and agent for a contract; memory of each of `ranks` sharing a batch."""
     with torch.device("meta"):
         models = build(preset, contract, "agent")
     assert models.dynamics is not None
     assert models.agent is not None
     tok, dyn, width = models.tokenizer.cfg, models.dynamics.cfg, slots(preset, contract)
     t, d = preset.tokenizer_training, preset.dynamics_training
-    frames = {"tokenizer": t.batch, "dynamics": d.batch * d.length, "agent": d.batch * d.length}
+    clips = max(1, d.batch // ranks)  # as `distributed.share` has it
+    longest = t.length if t.clip_share else 1
+    frames = {"tokenizer": max(longest, t.batch // ranks), "dynamics": clips * d.length}
     shape: dict[str, tuple[nn.Module, TransformerConfig, int, int]] = {
         "tokenizer": (models.tokenizer, tok.transformer, width["tokenizer"], 2),
         "dynamics": (models.dynamics, dyn.transformer, width["dynamics"], 1),
@@ -98,7 +100,7 @@ def require_memory(
     Raises:
         UserError: with the memory needed and the memory free.
     """
-    cost = costs(preset, contract)
+    cost = costs(preset, contract, ranks)
     needed, free = cost.get(phase, cost["agent"]).train_bytes, available_bytes(device)
     needed *= ranks if device.type == "cpu" else 1
     if needed > free:

@@ -51,12 +51,12 @@ def test_real_actions_pass_through(path):
     assert set(np.unique(keys)) <= {0, 1}
     for action in actions[:50]:
         np.testing.assert_allclose(minecraft.from_env(minecraft.to_env(action)), action, atol=1e-6)
-    # The quantiser is fine where people aim: for most of what they do it is closer than a degree.
+    # The quantiser is fine where people aim: half of what they turn is closer than 0.4 degrees.
     inside = np.abs(turns).max(1) <= minecraft.CAMERA_LIMIT
     error = np.abs(minecraft.from_class(minecraft.to_class(turns)) - turns)[inside]
     assert inside.mean() > 0.85
     assert error.max() < 2.36
-    assert np.median(error) < 0.3
+    assert 0 < np.median(error[turns[inside] != 0]) < 0.4
     columns = [minecraft.channel_values(channel, actions) for channel in CONTRACT.actions]
     values = np.clip(np.concatenate(columns, 1), CONTRACT.action_low, CONTRACT.action_high)
     space = ActionSpace(action_parts(CONTRACT))

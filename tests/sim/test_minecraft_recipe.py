@@ -11,6 +11,8 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "datasets"))
 import minecraft_files
 
+from d4_core.estimate import on_ranks
+from d4_core.memory import costs
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_sim.minecraft import cli, recipe
@@ -49,7 +51,8 @@ def test_the_recipe_names_its_costs(tmp_path) -> None:
     assert "1 GPU" in lines[8]
     assert "256 GPUs" in lines[8]
     assert "once over the data takes --scale" in lines[9]
-    assert "ingest: 7.1 days with --jobs 1" in lines[11]
+    assert lines[10].startswith("memory, counted, on each of 1 GPU ")
+    assert "ingest: 7.1 days with --jobs 1" in lines[12]
     words = [words for stage in recipe.plan(big, NONE) for words in stage.commands]
     assert [w[0] for w in words] == ["d4-fetch", "d4-ingest", "d4-audit", *["d4-train"] * 4, "d4-clone"]
     many = [w for stage in recipe.plan(plain(tmp_path, gpus=8), NONE) for w in stage.commands]
@@ -69,6 +72,45 @@ def test_days_are_told_of_models_that_keep_a_gpu_busy(tmp_path) -> None:
     for preset, is_told in (("nano", False), ("base", True)):
         lines = list(recipe.told(plain(tmp_path, index=("x",), preset=preset), NONE, measure=False))
         assert any("256 GPUs" in line for line in lines) == is_told
+
+
+def test_a_gpu_takes_one_clip_at_least(tmp_path) -> None:
+    """A batch of 16 clips trains no faster on 256 GPUs than on 64, nor in less memory."""
+    base = plain(tmp_path, index=("x",), preset="base")
+    settings, contract = recipe.training(base), Contract.load(EXAMPLE)
+    share = {n: on_ranks(settings, n) for n in (1, 4, 16, 256)}
+    assert set(share[1].values()) == {1.0}
+    assert share[4]["dynamics"] == 1 / 4
+    assert share[16]["dynamics"] == share[256]["dynamics"] == 1 / 16
+    memory = [costs(settings, contract, n)["dynamics"].train_bytes for n in (1, 16, 256)]
+    assert memory[0] > memory[1] == memory[2]
+
+
+def test_what_fits_no_gpu_says_so(tmp_path) -> None:
+    """`paper` was told to take 4.5 days on a GPU that has a twentieth of the memory."""
+    said = {}
+    for name in ("base", "large", "paper"):
+        lines = recipe.told(plain(tmp_path, index=("x",), preset=name), NONE, measure=False)
+        (said[name],) = (line for line in lines if line.startswith("memory"))
+    assert "141" not in said["base"]
+    assert "an H200 has 141 GB, so 8 are needed" in said["large"]
+    assert "none has so much" in said["paper"]
+
+
+def test_memory_is_looked_at_before_anything_is_fetched(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("d4_core.memory.available_bytes", lambda device: 1e9)
+    words = ("--index", "x", "--out", tmp_path / "out", "--hours", 0.01, "--gpus", 0)
+    assert "tokenizer of this preset needs about" in refused(capsys, monkeypatch, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_event_counts_however_often_it_happened(tmp_path) -> None:
+    """With 0.4 of the best return only the pieces with most of them were cloned."""
+    changed = plain(tmp_path, set=("agent_training.relevant_return=0.2",))
+    assert recipe.training(plain(tmp_path)).agent_training.relevant_return == 0.01
+    assert recipe.training(changed).agent_training.relevant_return == 0.2
+    words = next(w for stage in recipe.plan(changed, NONE) for w in stage.commands if "agent" in w)
+    assert words[words.index("--set") + 1 :] == (*recipe.EVENTS, "agent_training.relevant_return=0.2")
 
 
 @pytest.fixture

@@ -145,6 +145,27 @@ def test_a_session_is_cut_into_parts_and_late_ones_are_refused(tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_part_ends_where_a_tick_passed_unseen(tmp_path) -> None:
+    """Its frames were written as neighbours: a key held for six ticks became one of a single tick."""
+    recorder = Recorder(tmp_path, "luanti-000000")
+    missed = {3: 5, 7: 1, 8: 2}  # the one before the last leaves a part of one picture
+    for n in range(10):
+        recorder.add(IMAGE, {"more": {"missed": missed.get(n, 0)}}, action("forward") if n < 9 else None)
+    lines = [[json.loads(line) for line in path.open()] for path in recorder.close()]
+    assert [len(part) for part in lines] == [3, 4, 2]
+    assert [[a is None for a in back(part)] for part in lines] == [
+        [False, False, True], [False, False, False, True], [False, True],
+    ]  # fmt: skip
+    assert recorder.refused == 0
+
+
+def test_what_a_policy_plays_late_is_left_out_as_well(tmp_path) -> None:
+    recorder = Recorder(tmp_path, "luanti-000000")
+    for _ in range(20):
+        recorder.add(IMAGE, {"late_ms": 30.0}, action())
+    assert (recorder.close(), recorder.refused) == ([], 1)
+
+
 def test_from_a_played_game_to_a_dataset(tmp_path, capsys) -> None:
     """`record` with the engine's script, then ingest: actions, rewards and frames are what was played."""
     args = cli.Record(

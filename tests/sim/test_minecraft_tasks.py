@@ -151,6 +151,17 @@ def test_without_an_inventory_the_counter_counts() -> None:
     assert watch.step(stats(mine_block__oak_log=5, craft_item__furnace=1), None).reached == ("furnace",)
 
 
+def test_what_was_there_from_the_start_is_not_reached() -> None:
+    """A session's second part begins with what the first one gathered."""
+    watch = Watch(("log", "diamond", "planks"))
+    told = [
+        watch.step(None, items)
+        for items in ({"oak_log": 1, "diamond": 5}, {}, {"oak_log": 2, "oak_planks": 4})
+    ]
+    assert watch.had == ("log", "diamond")
+    assert [t.reached for t in told] == [(), (), ("planks",)]
+
+
 def test_without_counters_the_inventory_tells() -> None:
     watch = Watch(("log", "planks"))
     watch.step(None, {})

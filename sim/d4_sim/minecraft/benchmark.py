@@ -23,7 +23,7 @@ from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_sim.minecraft.environment import Environment, Lost, Seen
 from d4_sim.minecraft.episode import Episode, sight, world_seed, write_events
-from d4_sim.minecraft.game import Engine, Rung
+from d4_sim.minecraft.game import MOST_LATE, Engine, Rung
 from d4_sim.minecraft.keys import require_keyboard_and_mouse, to_action
 from d4_sim.minecraft.policies import Policy
 from d4_sim.minecraft.recorder import Recorder, remove_orphans
@@ -219,6 +219,11 @@ class Benchmark:
         assert episode is not None
         if place.recorder is not None:
             place.recorder.close()
+            if place.recorder.refused:
+                left_out = f"{place.recorder.refused} parts of its recording left out"
+                self.tell(
+                    f"episode {episode.number}: {left_out}, over {MOST_LATE:.0%} of their pictures late"
+                )
             place.recorder = None
         write_events(self.results.out / "events" / f"{episode.number:06d}.jsonl", self.plan.engine, episode)
         seconds = time.monotonic() - place.began

@@ -19,7 +19,7 @@ _ASK_S = 60.0
 _GIB = 2**30
 _MEMORY_GIB = 4  # that one Minecraft takes
 
-# MineRL finds the game it was built with beside its package
+# MineRL looks for the game it was built with in its package, and nowhere else
 _ASK_MINERL = """
 import glob, importlib.metadata as m, os, minerl
 root = os.path.dirname(minerl.__file__)
@@ -27,8 +27,7 @@ try:
     version = m.version('minerl')
 except m.PackageNotFoundError:
     version = 'version unknown'
-jars = os.path.join('MCP-Reborn', 'build', 'libs', '*.jar')
-built = any(glob.glob(os.path.join(root, up, jars)) for up in ('.', '..'))
+built = bool(glob.glob(os.path.join(root, 'MCP-Reborn', 'build', 'libs', '*.jar')))
 human = os.path.exists(os.path.join(root, 'herobraine', 'env_specs', 'human_survival_specs.py'))
 print('D4', version, int(human), int(built))
 """

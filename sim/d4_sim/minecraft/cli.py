@@ -16,7 +16,7 @@ import tyro
 from d4_core import threads
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
-from d4_sim.minecraft.game import Engine, Rung, engine
+from d4_sim.minecraft.game import MOST_LATE, Engine, Rung, engine
 
 EngineName = Literal["minerl", "luanti", "luanti_wild", "crafter", "crafter_peaceful"]
 GameName = Literal["minerl", "luanti", "luanti_wild"]
@@ -165,6 +165,8 @@ class Ladder:
                 reached.setdefault(name, tick)
         times = ", ".join(f"{name} {tick / minute:.2f}" for name, tick in reached.items()) or "none"
         print(f"milestones (minutes): {times}")
+        if recorded.had:
+            print(f"there from the start, so not reached here: {', '.join(recorded.had)}")
         return 0
 
 
@@ -186,7 +188,7 @@ class Record:
     """Length of an episode that does not end by itself."""
     seed: int = 0
     """Decides the worlds."""
-    most_late: float = 0.05
+    most_late: float = MOST_LATE
     """A part is left out if a larger share of its pictures came half a tick late."""
     zoom: int = 2
     """Pixels of the window for one of the game."""
@@ -220,7 +222,7 @@ class Record:
                     f"{what} late by: median {median:.1f} ms, 95 % {most:.1f} ms, at most {max(late):.1f} ms"
                 )
         if session.missed:
-            print(f"{session.missed} ticks passed unseen")
+            print(f"{session.missed} ticks passed unseen; a part of the recording ends before each gap")
         if session.refused:
             print(f"{session.refused} parts left out: over {self.most_late:.0%} of their pictures came late")
         if not session.parts:
@@ -257,6 +259,8 @@ class Train:
     """Multiplies the steps of every phase."""
     seed: int = 0
     """Decides training."""
+    set: tuple[str, ...] = ()
+    """Preset fields to override, as in d4-train, for example dynamics_training.batch=8."""
     force: bool = False
     """Go on although a gate failed."""
     dry_run: bool = False
@@ -297,7 +301,7 @@ class Train:
             index=self.index, recordings=self.recordings, out=self.out,
             contract=self.contract or example("minecraft.yaml"),
             preset=self.preset, hours=self.hours, gpus=gpus, jobs=self.jobs, scale=self.scale, seed=self.seed,
-            force=self.force,
+            force=self.force, set=self.set,
         )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from d4_datasets.errors import UserError
 from d4_datasets.minecraft import RATE_HZ
 
 PERIOD_S = 1 / RATE_HZ
+MOST_LATE = 0.05  # share of a recording's pictures that may come half a tick late
 VIEW = (360, 640)  # height, width of a picture
 
 # name -> "module:object" of an Engine

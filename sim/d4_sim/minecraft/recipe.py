@@ -10,16 +10,16 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from d4_core.config import PHASES, Preset, preset
-from d4_core.estimate import training_seconds, work
-from d4_core.memory import costs
+from d4_core.config import PHASES, Preset, override, preset
+from d4_core.estimate import on_ranks, training_seconds, work
+from d4_core.memory import costs, require_memory
 from d4_datasets import contractor
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
@@ -33,7 +33,11 @@ VIDEO_GB_PER_HOUR = 0.4  # assumed for 640x360 at 20 Hz with its lines; measured
 INGEST_HZ = 300  # assumed frames a second and core, from 640x360 to 256x144
 PICTURE_SHARE = 0.35  # assumed size of losslessly stored pictures, of what they are in memory
 GPU_FLOPS = 4e14  # assumed effective speed of one H100 or H200 in training, operations a second
+GPU_BYTES = 141e9  # memory of one H200
 GPU_COUNTS = (1, 8, 64, 256)
+# What is cloned and improved for a task is what came around its event, be it once or thirty times; the usual
+# 0.4 of the best return would leave only the pieces with most of them.
+EVENTS = ("agent_training.relevant_return=0.01", "imagination_training.relevant_return=0.01")
 _SMALL = ("nano", "small")  # presets too small to keep such a GPU busy
 CLONE_STEPS = 10_000  # of the policies without a world model
 _CHECKPOINTS = 3  # copies of the weights with optimiser state that a run holds at a time, per phase
@@ -48,6 +52,7 @@ class Recipe:
         recordings: folder of recordings.
         hours: of recordings to fetch, or of those that are there.
         gpus: that train; 0 for this machine's CPU.
+        set: settings of the preset in place of its own, and of `EVENTS`.
     """
 
     index: tuple[str, ...]
@@ -61,6 +66,7 @@ class Recipe:
     scale: float
     seed: int
     force: bool = False
+    set: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,8 +108,8 @@ def _count_lines(path: Path) -> int:
 
 
 def training(recipe: Recipe) -> Preset:
-    """The preset with the steps that `--scale` makes of it."""
-    out = preset(recipe.preset)
+    """The preset with its settings, and the steps that `--scale` makes of it."""
+    out = override(preset(recipe.preset), [*EVENTS, *recipe.set])
     for name in (f"{phase}_training" for phase in PHASES):
         part = getattr(out, name)
         out = replace(out, **{name: replace(part, steps=max(1, round(part.steps * recipe.scale)))})
@@ -131,13 +137,16 @@ def told(recipe: Recipe, here: Stock, measure: bool) -> Iterator[str]:
         yield f"  {name}: {job.steps:,} steps, {job.frames:,} frames{passes}, {job.flops:.2g} operations"
         if name == "tokenizer":
             yield f"  encoding: {frames:,} frames to latents, once, {encoding:.2g} operations"
-    total = sum(job.flops for job in per_phase.values())
+    operations = {name: job.flops for name, job in per_phase.items()}
+    total = sum(operations.values()) + encoding
     small = f"; {recipe.preset} keeps no GPU busy, so days are not told" if recipe.preset in _SMALL else ""
-    yield f"time: {total + encoding:.2g} operations{small}{_on_gpus(recipe, total + encoding)}"
+    yield f"time: {total:.2g} operations{small}{_on_gpus(recipe, operations, encoding)}"
     if frames > (drawn := per_phase["dynamics"].frames):
         more = frames / drawn
-        days = _on_gpus(recipe, total * more + encoding)
+        days = _on_gpus(recipe, {name: more * count for name, count in operations.items()}, encoding)
         yield f"  dynamics once over the data takes --scale {recipe.scale * more:.3g}{days}"
+    if recipe.preset not in _SMALL:
+        yield from _memory(settings, contract)
     yield (
         f"clones without a world model: {max(1, round(CLONE_STEPS * recipe.scale)):,} steps of each network, "
         "small ones and on the CPU"
@@ -155,11 +164,31 @@ def told(recipe: Recipe, here: Stock, measure: bool) -> Iterator[str]:
     )
 
 
-def _on_gpus(recipe: Recipe, operations: float) -> str:
+def _on_gpus(recipe: Recipe, operations: Mapping[str, float], encoding: float) -> str:
+    """Days by number of GPUs, of which each takes one clip of a batch at least."""
     if recipe.preset in _SMALL:
         return ""
-    days = (f"{n} GPU{'s' * (n > 1)} {_days(operations / GPU_FLOPS / n)}" for n in GPU_COUNTS)
+    days = []
+    for n in GPU_COUNTS:
+        share = on_ranks(training(recipe), n)
+        each = sum(share[name] * count for name, count in operations.items()) + encoding / n
+        days.append(f"{n} GPU{'s' * (n > 1)} {_days(each / GPU_FLOPS)}")
     return f"; at {GPU_FLOPS:.0e} a second (assumed: a large model on an H100 or H200): {', '.join(days)}"
+
+
+def _memory(settings: Preset, contract: Contract) -> Iterator[str]:
+    """What training takes on each GPU, and whether that is there."""
+    each = {n: max(cost.train_bytes for cost in costs(settings, contract, n).values()) for n in GPU_COUNTS}
+    sizes = ", ".join(f"{n} GPU{'s' * (n > 1)} {size / 1e9:,.3g} GB" for n, size in each.items())
+    fits = [n for n, size in each.items() if size <= GPU_BYTES]
+    lacks = ""
+    if not fits:
+        lacks = "; none has so much: give a smaller preset, or shorter clips with --set"
+    elif fits[0] > 1:
+        lacks = (
+            f"; an H200 has {GPU_BYTES / 1e9:.0f} GB, so {fits[0]} are needed, or smaller batches by --set"
+        )
+    yield f"memory, counted, on each of {sizes}{lacks}"
 
 
 def hours_of(recipe: Recipe, here: Stock) -> float:
@@ -276,6 +305,7 @@ def _train(recipe: Recipe, phase: str) -> Command:
     options: dict[str, Any] = {
         "run": recipe.out / "run", "preset": recipe.preset, "phases": phase, "seed": recipe.seed,
         "scale": recipe.scale, "force": recipe.force, "device": "cuda" if recipe.gpus else "cpu",
+        "set": (*EVENTS, *recipe.set),
     }  # fmt: skip
     words = command("d4-train", recipe.out / "dataset", **options)
     if recipe.gpus > 1:
@@ -378,8 +408,9 @@ def require_usable(recipe: Recipe, here: Stock, dry_run: bool = False) -> None:
     Raises:
         UserError: the contract is not for this game, or there is nothing to train on.
     """
-    require_keyboard_and_mouse(Contract.load(recipe.contract), str(recipe.contract))
-    preset(recipe.preset).tokenizer_config(Contract.load(recipe.contract))
+    contract, settings = Contract.load(recipe.contract), training(recipe)
+    require_keyboard_and_mouse(contract, str(recipe.contract))
+    settings.tokenizer_config(contract)
     if not recipe.index and not here.recordings:
         raise UserError(
             f"{recipe.recordings} has no recordings (<name>.mp4 and <name>.jsonl): give an index with "
@@ -389,3 +420,7 @@ def require_usable(recipe: Recipe, here: Stock, dry_run: bool = False) -> None:
         raise UserError(
             f"--gpus {recipe.gpus}: this machine has {torch.cuda.device_count()} that torch can use"
         )
+    if not dry_run:  # rather now than after days of fetching
+        for phase in PHASES:
+            device = torch.device("cuda" if recipe.gpus else "cpu")
+            require_memory(settings, contract, phase, device, max(1, recipe.gpus))

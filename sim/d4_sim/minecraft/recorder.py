@@ -1,8 +1,8 @@
 """Writes what is played in the format of contractors' recordings, which `d4-ingest` reads (KIND contractor).
 
 `<name>-<part>.mp4` at 20 Hz and `<name>-<part>.jsonl`, a line a frame: what mouse and keyboard did at it, and
-the counters and the inventory that came with it. Parts last five minutes, as theirs do. The reader
-`d4_datasets.contractor` gets back exactly the actions that were put in.
+the counters and the inventory that came with it. Parts last five minutes, as theirs do, and end where a tick
+passed unseen. The reader `d4_datasets.contractor` gets back exactly the actions that were put in.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 
 from d4_datasets import minecraft
 from d4_datasets.minecraft import BUTTONS, COLUMN, DEGREES_PER_COUNT, HOTBAR, KEYBOARD, KEYS, RATE_HZ
+from d4_sim.minecraft.game import MOST_LATE
 
 PART_TICKS = 5 * 60 * RATE_HZ
 _KEY_OF = {name: key for key, name in KEYBOARD.items()}
@@ -70,6 +71,10 @@ class Lines:
         self._choose(said.get("slot"))
         ready, self._held = self._held[:-_SLOT_TICKS], self._held[-_SLOT_TICKS:]
         return ready
+
+    def forget(self) -> None:
+        """Nobody knows what was done at the newest frame."""
+        self._held[-1] |= {"mouse": None, "keyboard": None}
 
     def flush(self) -> list[dict[str, Any]]:
         """The lines that are left."""
@@ -126,7 +131,7 @@ class Recorder:
         refused: parts that were left out.
     """
 
-    def __init__(self, folder: Path, name: str, most_late: float = 1.0, engine: str = "") -> None:
+    def __init__(self, folder: Path, name: str, most_late: float = MOST_LATE, engine: str = "") -> None:
         self.folder, self.name, self.most_late, self.engine = folder, name, most_late, engine
         folder.mkdir(parents=True, exist_ok=True)
         self.parts: list[Path] = []
@@ -137,7 +142,14 @@ class Recorder:
         self._lines = Lines()
 
     def add(self, image: np.ndarray, said: Mapping[str, Any], action: np.ndarray | None) -> None:
-        """Take a frame uint8 [H, W, 3], and what was done at it."""
+        """Take a frame uint8 [H, W, 3], and what was done at it.
+
+        If ticks passed unseen before it, a new part begins: what was done before them took hold for longer
+        than a tick, and no frame shows what it did in one.
+        """
+        if self._file is not None and said.get("more", {}).get("missed"):
+            self._lines.forget()
+            self.close()
         if self._file is None:
             self._open(image.shape[:2])
         assert self._file is not None
@@ -180,7 +192,9 @@ class Recorder:
         """Finish the part that is being written; the files of lines of all parts."""
         if self._file is not None:
             self._shut()
-            if self._late > self.most_late * self._lines.number:
+            if self._lines.number < 2:  # a picture and nothing done
+                self._remove_aside()
+            elif self._late > self.most_late * self._lines.number:
                 self.refused += 1
                 self._remove_aside()
             else:

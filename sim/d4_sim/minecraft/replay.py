@@ -25,6 +25,7 @@ class Recorded:
         engine: the game, by name: as the recording says, else "minerl", the game of contractors.
         ticks: of the whole recording.
         told: (tick, what happened) of every tick in which something did.
+        had: milestones that were reached before it began.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Recorded:
     rate_hz: float
     ticks: int
     told: tuple[tuple[int, Told], ...]
+    had: tuple[str, ...] = ()
 
 
 def read_recorded(path: Path, game: str | None = None) -> Recorded:
@@ -130,7 +132,7 @@ def _lines(path: Path, game: Engine) -> Recorded:
             told.append((ticks, happened))
     if not tells:
         raise UserError(f"{path} has neither counters nor an inventory in its lines: it tells no events")
-    return Recorded(str(path), game.name, RATE_HZ, ticks, tuple(told))
+    return Recorded(str(path), game.name, RATE_HZ, ticks, tuple(told), watch.had or ())
 
 
 @dataclass(frozen=True)

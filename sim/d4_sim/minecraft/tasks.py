@@ -90,11 +90,14 @@ class Watch:
 
     A milestone is reached when the inventory holds its item; where a game tells no inventory, when the
     counter of its task grows. The first tick is what later ones are compared with.
+
+    Attributes: had: milestones whose items were there in the first tick, which nobody reaches any more.
     """
 
     def __init__(self, milestones: Sequence[str]) -> None:
         self._events = minecraft.Events(TASKS)
         self._milestones = {name: MILESTONES[name] for name in milestones}
+        self.had: tuple[str, ...] | None = None
 
     def step(self, stats: Mapping[str, Any] | None, items: Mapping[str, Any] | None) -> Told:
         """What the tick that ended with these counters and items brought."""
@@ -105,7 +108,9 @@ class Watch:
             for name, task in self._milestones.items()
             if (task in done if items is None else _holds(items, task))
         )
-        return Told(done, reached)
+        if self.had is None:
+            self.had = reached
+        return Told(done, tuple(name for name in reached if name not in self.had))
 
 
 def is_told(task: str, tells: Collection[str]) -> bool:
