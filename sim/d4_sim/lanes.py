@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,15 +33,11 @@ class Lane:
                 return code
         if not self._left:
             return 0
-        name, *arguments = self._left.pop(0)
-        argv = [sys.executable, "-m", stages.MODULES[name], *arguments]
+        words = self._left.pop(0)
         with self.log.open("ab") as file:
-            file.write(f"$ {shlex.join([name, *arguments])}\n".encode())
+            file.write(f"$ {shlex.join(words)}\n".encode())
             file.flush()
-            # a process group of its own: Ctrl-C reaches it once, through us
-            self._child = subprocess.Popen(
-                argv, env=self._env, stdout=file, stderr=subprocess.STDOUT, process_group=0
-            )
+            self._child = stages.start(words, self._env, file)
         return None
 
     def stop(self) -> None:

@@ -6,6 +6,7 @@ it, an interrupted run goes on where it was, and changed arguments redo the stag
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from d4_datasets.errors import UserError
 
@@ -42,6 +43,9 @@ MODULES = {
 Command = tuple[str, ...]
 
 _STATE = "stages.json"
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)  # loaded here: nothing may be between fork and exec
+_held: set[int] = set()  # locks of this process, which what it starts holds as well
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,30 @@ def alone(out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another run works in {out}: wait for it, or give another --out") from None
-        yield
+        _held.add(lock.fileno())
+        try:
+            yield
+        finally:
+            _held.discard(lock.fileno())
+
+
+def start(words: Command, env: Mapping[str, str], output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+    """Start a public command, with its output in a file or here.
+
+    It leads a process group, so that Ctrl-C reaches it once, through us: a second signal would make it stop
+    without saving. If this process is killed it is told to save and leave, and until then the folder that
+    `alone` holds stays held. Only to be called by the main thread, whose end it follows.
+    """
+    name, *arguments = words
+    return subprocess.Popen(
+        [sys.executable, "-m", MODULES[name], *arguments], env=dict(env), stdout=output,
+        stderr=None if output is None else subprocess.STDOUT, process_group=0, preexec_fn=_follow,
+        pass_fds=tuple(_held),
+    )  # fmt: skip
+
+
+def _follow() -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 class Interrupted(Exception):
@@ -189,9 +216,6 @@ class Interrupted(Exception):
 
 def run_command(words: Command, env: Mapping[str, str]) -> int:
     """Run a public command and return its exit code (negative: the signal that killed it).
-
-    The child leads a process group, so that Ctrl-C reaches it once, through us: a second signal would make it
-    stop without saving.
 
     Raises:
         Interrupted: after SIGINT, SIGTERM or SIGHUP, once the child has saved and left.
@@ -206,9 +230,7 @@ def run_command(words: Command, env: Mapping[str, str]) -> int:
             child.send_signal(signal.SIGINT if number == signal.SIGHUP else number)
 
     with handled_by(pass_on):
-        name, *arguments = words
-        argv = [sys.executable, "-m", MODULES[name], *arguments]
-        child = subprocess.Popen(argv, env=dict(env), process_group=0)
+        child = start(words, env)
         if received:
             child.send_signal(signal.SIGINT)
         code = child.wait()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from d4_core.config import PRESETS, override
+from d4_datasets.errors import UserError
 from d4_sim import stages
 from d4_sim.stages import Stage, keys
 from d4_sim.study import (
@@ -195,13 +196,52 @@ def test_an_interruption_reaches_the_commands_and_the_study_goes_on_there(fakes:
         f"stages.MODULES = {fakes.modules!r}; "
         f"study.Study(study.Args(out=pathlib.Path({str(fakes.args.out)!r}), jobs=2, only=('yard-0',))).run()"
     )
-    child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not (fakes.folder / "waiting").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    child = waiting(fakes, program)
     child.send_signal(signal.SIGTERM)
     _, said = child.communicate(timeout=20)
     assert b"Interrupted" in said
     assert "saved" in (fakes.args.out / "logs" / "yard-0.agent.log").read_text()
     (fakes.folder / "wait_agent").unlink()
     assert fakes.run()[1][0] == "d4-train agent"
+
+
+def waiting(fakes: Fakes, program: str) -> subprocess.Popen:
+    """A process that runs `program`, in which a command waits now."""
+    child = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (fakes.folder / "waiting").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return child
+
+
+def test_a_killed_study_leaves_nothing_running(fakes: Fakes) -> None:
+    """Its commands went on, and a second run in the same folder got in their way."""
+    (fakes.folder / "wait_agent").touch()
+    child = waiting(
+        fakes,
+        "import pathlib; from d4_sim import stages, study; "
+        f"stages.MODULES = {fakes.modules!r}; "
+        f"study.Study(study.Args(out=pathlib.Path({str(fakes.args.out)!r}), jobs=2, only=('yard-0',))).run()",
+    )
+    child.kill()
+    child.communicate(timeout=20)
+    log, deadline = fakes.args.out / "logs" / "yard-0.agent.log", time.monotonic() + 20
+    while "saved" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "saved" in log.read_text()
+
+
+def test_a_folder_is_held_until_the_last_of_its_commands_has_left(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "slow.py").write_text("import time; print('begun', flush=True); time.sleep(30)")
+    monkeypatch.setattr(stages, "MODULES", {"slow": "slow"})
+    env, log = {"PYTHONPATH": str(tmp_path)}, tmp_path / "log"
+    with stages.alone(tmp_path), log.open("wb") as output:
+        child = stages.start(("slow",), env, output)
+    try:
+        with pytest.raises(UserError, match="another run works"), stages.alone(tmp_path):
+            pass
+    finally:
+        child.kill()
+        child.wait()
+    with stages.alone(tmp_path):
+        pass
