@@ -9,6 +9,7 @@ import numpy as np
 
 Interval = tuple[float, float, float]  # mean, low, high
 
+_FEW = 20  # values, below which a bootstrap is not to be trusted
 _Z = 1.959964  # of a 95 % interval
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # the same of 1 to 9 degrees of freedom
 
@@ -139,3 +140,18 @@ def student(means: Sequence[float] | np.ndarray) -> Interval:
     quantile = _T[df - 1] if df <= len(_T) else _Z + 2.372 / df + 2.822 / df**2
     half = quantile * float(values.std(ddof=1)) / math.sqrt(values.size)
     return float(values.mean()), float(values.mean()) - half, float(values.mean()) + half
+
+
+def widest(*intervals: Interval) -> Interval:
+    """The first one's mean, with the lowest and the highest end of all of them."""
+    return intervals[0][0], min(low for _, low, _ in intervals), max(high for *_, high in intervals)
+
+
+def few_mean(values: Sequence[float] | np.ndarray) -> Interval:
+    """`bootstrap_mean`, of 2 to 19 values at least as wide as the t interval: resamples of few are too alike.
+
+    Raises:
+        ValueError: there are no values, or they are not one-dimensional.
+    """
+    mean = bootstrap_mean(values)
+    return widest(mean, student(values)) if 1 < len(values) < _FEW else mean

@@ -75,6 +75,7 @@ class Size:
         labelled: share of the bags that keep the commands.
         model: preset of the networks.
         scale: multiplies the training steps.
+        scratch_steps: of each network of the policies that are cloned without a world model, before `scale`.
         eval_episodes: shared starts per policy and seed.
         expert_episodes: of them, those that the expert drives, once per world.
         planner_episodes: of them, those that the planner in the world model drives, for every seed.
@@ -89,6 +90,7 @@ class Size:
     labelled: float = 0.2
     model: str = "nano"
     scale: float = 1.0
+    scratch_steps: int = 1500
     eval_episodes: int = 100
     expert_episodes: int = 40
     planner_episodes: int = 10
@@ -131,6 +133,9 @@ class Args:
     """Size of the networks."""
     scale: float | None = None
     """Multiplies the training steps."""
+    scratch_steps: int | None = None
+    """Training steps, before --scale, of each network of what is cloned without a world model; 10000 take
+    about as long as a whole chain."""
     eval_episodes: int | None = None
     """Episodes per policy and seed, on shared starts."""
     expert_episodes: int | None = None
@@ -233,10 +238,9 @@ class Plan(Chains):
             )  # fmt: skip
         # a world in other looks, or easier, has the contract of another one
         drive = partial(self.drive, run, dataset, world=world)
+        trained = drive(*POLICIES, scratch_steps=size.scratch_steps)
         typical_s = 0.02 * size.eval_episodes * horizon * len(POLICIES)
-        latest = self.add(
-            f"{name}/policies", [latest], typical_s, drive(*POLICIES), weight=self.shape.trainers
-        )
+        latest = self.add(f"{name}/policies", [latest], typical_s, trained, weight=self.shape.trainers)
         if size.planner_episodes:
             typical_s = 0.4 * size.planner_episodes * horizon
             work = drive("planner", planner_episodes=size.planner_episodes)
@@ -309,9 +313,11 @@ def bench(args: Args) -> int:
 def _check(args: Args, worlds: tuple[str, ...]) -> None:
     """Refuse what a later stage would refuse."""
     size = args.size
-    counts = (size.seeds, size.frames, size.eval_episodes, size.expert_episodes)
+    if not worlds:
+        raise UserError(f"name a suite ({', '.join(SUITES)}) or worlds; `d4-sim worlds` lists them")
+    counts = (size.seeds, size.frames, size.eval_episodes, size.expert_episodes, size.scratch_steps)
     if min(counts) < 1 or size.planner_episodes < 0 or not size.scale > 0 or size.minutes < 0:
-        raise UserError("seeds, frames, episodes and the scale must be above 0, and minutes not below")
+        raise UserError("seeds, frames, episodes, steps and scale must be above 0, and minutes not below")
     if not 0 < size.labelled <= 1:
         raise UserError(f"--labelled {size.labelled:g} must be above 0, for cloning, and at most 1")
     if max(size.expert_episodes, size.planner_episodes) > size.eval_episodes:

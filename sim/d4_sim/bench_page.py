@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from d4_core.stats import Interval, crossed_mean, nested_mean
+from d4_core.stats import Interval, crossed_mean, nested_mean, widest
 from d4_sim.stages import clock
 from d4_sim.study_figures import film
 from d4_sim.study_page import NAMES, costs, policies, spread, table
@@ -120,12 +120,19 @@ def robustness(world: str, chains: Mapping[str, Any]) -> Iterator[str]:
             }
             change = differences(pair, "a", "b")
             means = [float(np.mean(p["policies"]["a"]["return"])) for p in pair.values()]
-            cells += [f"{np.mean(means):.2f}", spread(change["both"], sign=True)] if change else ["-", "-"]
+            if not change:
+                cells += ["-", "-"]
+                continue
+            wide = widest(*(change[kind] for kind in ("both", "student") if kind in change))
+            cells += [f"{np.mean(means):.2f}", spread(wide, sign=True)]
         rows.append([f"`{kind}`", *cells])
     if not rows:
         return
     yield f"### {world}: late commands and bad pictures\n"
-    yield "Return, and the paired change against the same starts undisturbed:\n"
+    yield (
+        "Return, and the paired change against the same starts undisturbed [the wider of two 95 % intervals: "
+        "over seeds and episodes, and the t interval over seeds]:\n"
+    )
     header = [text for p in DISTURBED for text in (NAMES[p], "change")]
     yield table(["disturbance", *header], rows)
 
@@ -157,12 +164,16 @@ def page(out: Path, worlds: tuple[str, ...], size: Size) -> tuple[str, dict[str,
 def _about(results: Mapping[str, Any], worlds: tuple[str, ...], size: Size) -> str:
     """What was run, and what is missing."""
     done = {world: len(results["chains"][world]) for world in worlds}
+    steps = max(1, round(size.scratch_steps * size.scale))
     lines = [
         f"{size.seeds} chains per world, {size.frames} recorded frames each, commands kept in "
         f"{size.labelled:.0%} of the bags; networks `{size.model}`, training x {size.scale:g}; "
         f"{size.eval_episodes} shared starts per policy and chain, of which the expert drives "
         f"{size.expert_episodes} (once per world) and the planner in the world model "
-        f"{size.planner_episodes}. {clock(sum(results['stages'].values()))} of work in all. The expert is a "
+        f"{size.planner_episodes}. What is cloned without a world model (from scratch, VPT style) trains "
+        f"each network for {steps} steps; claims against it hold for that many, and with several times as "
+        "many it may catch up with the clone on the world model (docs/results/learning.md). "
+        f"{clock(sum(results['stages'].values()))} of work in all. The expert is a "
         "script, or a planner on the true simulator, and no optimum. Claims are judged by the t interval "
         "over seeds: one that resamples a few seeds is too narrow.\n"
     ]

@@ -7,6 +7,7 @@ from d4_core.stats import (
     bootstrap_mean,
     crossed_mean,
     crossed_rate,
+    few_mean,
     nested_mean,
     paired_difference,
     student,
@@ -34,6 +35,17 @@ def test_same_seed_same_interval_and_another_seed_another():
     assert bootstrap_mean(np.random.default_rng(0).normal(size=50)) != bootstrap_mean(
         np.random.default_rng(0).normal(size=50), seed=1
     )
+
+
+def test_few_values_are_not_more_certain_than_they_are() -> None:
+    """Of two values the resamples say [5, 25], which covers the mean half of the time."""
+    rng = np.random.default_rng(3)
+    for count in (2, 5):
+        found = [few_mean(rng.normal(10, 5, count))[1:] for _ in range(200)]
+        assert np.mean([low <= 10 <= high for low, high in found]) >= 0.9
+    many = rng.normal(10, 5, 40)
+    assert few_mean(many) == bootstrap_mean(many)
+    assert few_mean([2.5]) == (2.5, 2.5, 2.5)
 
 
 def test_one_value_has_no_width():

@@ -131,12 +131,14 @@ def test_a_disk_that_is_too_small_is_one_sentence_before_the_work(tmp_path: Path
         ({"labelled": 0.0}, "--labelled 0 must be above 0"),
         ({"expert_episodes": 5}, "give them no more episodes"),
         ({"jobs": 0}, "--jobs 0 must be at least 1"),
+        ({"suite": ()}, "name a suite"),
+        ({"scratch_steps": 0}, "must be above 0"),
         ({"disturb": ("wind=3",)}, "'wind=3' is no disturbance"),
         ({"set": ("nonsense=3",)}, "nonsense"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_at_once(tmp_path, changes, sentence) -> None:
-    args = Args(suite=("push",), preset="toy", out=tmp_path / "out", **changes)
+    args = Args(**{"suite": ("push",), "preset": "toy", "out": tmp_path / "out"} | changes)
     with pytest.raises(UserError, match=sentence):
         bench.bench(args)
     assert not (tmp_path / "out").exists()

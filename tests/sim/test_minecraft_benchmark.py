@@ -238,7 +238,7 @@ def test_a_torn_line_is_played_again(tmp_path) -> None:
 
 def test_a_folder_is_of_one_measurement(tmp_path) -> None:
     Results(tmp_path, about())
-    Results(tmp_path, about())
+    Results(tmp_path, about()).add({"episode": 0, "reached": {}})
     with pytest.raises(UserError, match=r"is of another measurement \(policy differ\)"):
         Results(tmp_path, about() | {"policy": "agent 123"})
     (tmp_path / "benchmark.json").write_text("{")
@@ -247,6 +247,20 @@ def test_a_folder_is_of_one_measurement(tmp_path) -> None:
     (tmp_path / "benchmark.json").write_text('{"format": 0}')
     with pytest.raises(UserError, match="has format 0"):
         Results(tmp_path, about())
+
+
+def test_a_folder_without_episodes_is_of_none_yet(tmp_path) -> None:
+    """A benchmark whose option the game refused could not be repeated with the right one."""
+    Results(tmp_path, about())
+    Results(tmp_path, about() | {"policy": "agent 123"}).add({"episode": 0, "reached": {}})
+    with pytest.raises(UserError, match="is of another measurement"):
+        Results(tmp_path, about())
+
+
+def test_a_line_that_is_no_episode_is_one_sentence(tmp_path) -> None:
+    (tmp_path / "episodes.jsonl").write_text('{"episode": 20}\n')
+    with pytest.raises(UserError, match="line 1 is damaged"):
+        read_episodes(tmp_path)
 
 
 def test_parts_share_a_folder(tmp_path) -> None:
@@ -269,7 +283,7 @@ def test_the_table_has_published_columns_for_minecraft_only(tmp_path) -> None:
     assert "WM+BC" in minecraft
     assert "arXiv:2509.24527" in minecraft
     assert "| log            | 100.0 [51.0, 100.0] | 84.3" in minecraft
-    assert re.search(r"log +\| 2\.5 \[1\.\d, 3\.\d\] +\| 6\.3 ", minecraft)
+    assert re.search(r"log +\| 2\.5 \[0\.4, 4\.6\] +\| 6\.3 ", minecraft)
     assert "taken 0.0 ms after its tick (median), 12.0 ms (95 %), at most 43 ms, and the action" in minecraft
     assert (
         "reached the game 9.0 ms after its tick (median), 14.0 ms (95 %), at most 70 ms; 6 of 20000"
@@ -413,7 +427,9 @@ def test_an_episode_follows_its_ladder_from_the_first_view_on() -> None:
     )  # fmt: skip
 
 
-def test_ctrl_c_keeps_what_is_finished_and_the_same_command_continues(tmp_path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_what_is_finished_and_the_same_command_continues(tmp_path, number) -> None:
+    """SIGTERM ended it without a word and without a table."""
     pytest.importorskip("crafter", reason="crafter is not installed")
     words = [
         "benchmark",
@@ -429,9 +445,11 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_continues(tmp_path) 
     process = subprocess.Popen([*command, "1000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("episode 0: ")
     below = descendants(process.pid)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30)[1] == "interrupted\n"
-    assert process.returncode == 130
+    process.send_signal(number)
+    said = process.communicate(timeout=30)[1]
+    assert said == "stopped; what is done is kept and the same command continues\n"
+    assert process.returncode == 128 + number
+    assert (tmp_path / "table.md").exists()
     assert below
     assert not any(map(alive, below))
     finished = len(read_episodes(tmp_path))

@@ -39,7 +39,6 @@ SIZES = (
     "agent_training.steps=5000",
     "imagination_training.steps=3200",
 )
-SCRATCH_STEPS = 4000
 # seconds on one core at the default size
 _TYPICAL_S = {"tokenizer": 2300.0, "dynamics": 4500.0, "agent": 1700.0, "imagination": 650.0}
 _BASELINES_S = 900.0
@@ -68,6 +67,8 @@ class Args:
     """Size of the networks."""
     scale: float = 1.0
     """Multiplies the training steps of networks and baselines."""
+    scratch_steps: int = 4000
+    """Training steps, before --scale, of each network of what is cloned without a world model."""
     eval_episodes: int = 100
     """Episodes per policy and seed, on shared starts."""
     jobs: Literal["auto"] | int = "auto"
@@ -103,13 +104,15 @@ class Plan(Chains):
                 f"{name}/{phase}", [latest], seconds * args.scale, work,
                 makes=makes, recipe=self.recipe(phase),
             )  # fmt: skip
-        typical_s = _BASELINES_S * args.scale + 0.008 * args.eval_episodes * HORIZON
-        tasks = self.drive(run, dataset, *TRAINED, world=args.world, scratch_steps=SCRATCH_STEPS)
+        typical_s = (
+            _BASELINES_S * args.scale * args.scratch_steps / 4000 + 0.008 * args.eval_episodes * HORIZON
+        )
+        tasks = self.drive(run, dataset, *TRAINED, world=args.world, scratch_steps=args.scratch_steps)
         latest = self.add(f"{name}/tasks", [latest], typical_s, tasks)
         policies = (*TRAINED, *(GIVEN if not seed else ()))
         drive = command(
             "crafter", run, dataset=dataset, policies=policies, world=args.world,
-            episodes=args.eval_episodes, scale=args.scale, scratch_steps=SCRATCH_STEPS,
+            episodes=args.eval_episodes, scale=args.scale, scratch_steps=args.scratch_steps,
         )  # fmt: skip
         self.add(f"{name}/milestones", [latest], 0.008 * args.eval_episodes * HORIZON, drive)
 
@@ -156,8 +159,9 @@ def main(args: Args) -> int:
 
 def _check(args: Args) -> None:
     """Refuse what a later stage would refuse."""
-    if min(args.seeds, args.episodes, args.eval_episodes) < 1 or not args.scale > 0:
-        raise UserError("seeds, episodes and the scale must be above 0")
+    counts = (args.seeds, args.episodes, args.eval_episodes, args.scratch_steps)
+    if min(counts) < 1 or not args.scale > 0:
+        raise UserError("seeds, episodes, steps and the scale must be above 0")
     if not 0 < args.labelled <= 1:
         raise UserError(f"--labelled {args.labelled:g} must be above 0, for cloning, and at most 1")
     if args.jobs != "auto" and args.jobs < 1:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from d4_core.stats import Interval, crossed_mean, crossed_rate, student
+from d4_core.stats import Interval, crossed_mean, crossed_rate, few_mean, student, widest, wilson
 from d4_sim.crafter.milestones import LADDER, MILESTONES, crafter_score
 from d4_sim.crafter.world import CHAIN, HORIZON
 from d4_sim.stages import clock
@@ -34,23 +34,33 @@ def reached(row: Mapping[str, Any], milestone: int) -> np.ndarray:
 
 
 def success(chains: Mapping[str, Any], policy: str, milestone: int) -> Interval | None:
-    """Per cent of the episodes that reach a milestone, with an interval over seeds and episodes."""
-    rows = rows_of(chains, policy)
-    if not rows:
+    """Per cent of the episodes that reach a milestone: the widest of the interval over seeds and episodes, a
+    Wilson interval of the starts, and the t interval over seeds.
+    """
+    groups = [reached(row, milestone) for row in rows_of(chains, policy).values()]
+    if not groups:
         return None
-    return _per_cent(crossed_rate([reached(row, milestone) for row in rows.values()]))
+    rate = crossed_rate(groups)
+    if len(groups) > 1:
+        rate = widest(rate, student([float(group.mean()) for group in groups]))
+    return _per_cent((rate[0], max(0.0, rate[1]), min(1.0, rate[2])))
 
 
-def ticks(chains: Mapping[str, Any], policy: str, milestone: int) -> float | None:
-    """Mean ticks to a milestone over the episodes that reach it; None below half a per cent of them."""
+def ticks(chains: Mapping[str, Any], policy: str, milestone: int) -> Interval | None:
+    """Mean ticks to a milestone over the episodes that reach it, with an interval over these; None below half
+    a per cent of them.
+    """
     rows = list(rows_of(chains, policy).values())
     found = [first[milestone] for row in rows for first in row["first"] if first[milestone] is not None]
     count = sum(len(row["first"]) for row in rows)
-    return float(np.mean(found)) if found and len(found) >= 0.005 * count else None
+    return few_mean(found) if found and len(found) >= 0.005 * count else None
 
 
 def gain(chains: Mapping[str, Any], a: str, b: str, milestone: int) -> dict[str, Interval] | None:
-    """Paired difference in per cent, over seeds and episodes and as a t interval of the seeds' means."""
+    """Paired difference in per cent, over seeds and episodes and as a t interval of the seeds' means.
+
+    Where nobody, or everybody, succeeds both are as wide as what the number of starts leaves possible.
+    """
     first, second = rows_of(chains, a), rows_of(chains, b)
     gains = [
         100 * (reached(first[s], milestone) - reached(second[s], milestone)) for s in first if s in second
@@ -60,6 +70,9 @@ def gain(chains: Mapping[str, Any], a: str, b: str, milestone: int) -> dict[str,
     out = {"both": crossed_mean(gains)}
     if len(gains) > 1:
         out["student"] = student([float(g.mean()) for g in gains])
+    if not any(g.any() for g in gains):
+        left = 100 * wilson(0, min(map(len, gains)))[2]
+        out = dict.fromkeys(out, (0.0, -left, left))
     return out
 
 
@@ -87,9 +100,10 @@ def milestones(chains: Mapping[str, Any]) -> Iterator[str]:
     numbers = {m: MILESTONES.index(m) for m in order}
     yield "## Milestones: per cent of episodes\n"
     yield (
-        f"Every episode is played with the ladder of prompts ({len(LADDER)} rungs); mean [95 % interval over "
-        "seeds and episodes, at least as wide as a Wilson interval of the starts]. All seeds were trained on "
-        "one recording and its labels, whose chance is in no interval. The last three are not asked for.\n"
+        f"Every episode is played with the ladder of prompts ({len(LADDER)} rungs); mean [the widest of "
+        "three 95 % intervals: over seeds and episodes, a Wilson interval of the starts, and the t interval "
+        "over seeds]. All seeds were trained on one recording and its labels, whose chance is in no interval. The "
+        "last three are not asked for.\n"
     )
     cells = {(p, m): success(chains, p, i) for p in shown for m, i in numbers.items()}
     yield table(
@@ -97,11 +111,11 @@ def milestones(chains: Mapping[str, Any]) -> Iterator[str]:
         [[m, *(_percent(cells[p, m]) for p in shown)] for m in order],
     )
     yield "## Ticks to a milestone\n"
-    yield "Mean over the episodes that reach it; left out below 0.5 %.\n"
+    yield "Mean over the episodes that reach it [95 % interval over these]; left out below 0.5 %.\n"
     times = {(p, m): ticks(chains, p, i) for p in shown for m, i in numbers.items()}
     yield table(
         ["milestone", *(COLUMNS[p] for p in shown)],
-        [[m, *("-" if times[p, m] is None else f"{times[p, m]:.0f}" for p in shown)] for m in order],
+        [[m, *(_time(times[p, m]) for p in shown)] for m in order],
     )
     yield from achievements(chains, shown)
     yield "## Whole episodes\n"
@@ -140,6 +154,10 @@ def _shares(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
 def _scores(found: Sequence[float]) -> str:
     each = ", ".join(f"{score:.1f}" for score in found)
     return f"{np.mean(found):.1f} ({each})" if len(found) > 1 else each
+
+
+def _time(value: Interval | None) -> str:
+    return "-" if value is None else spread((value[0], max(0.0, value[1]), value[2]), 0)
 
 
 def _per_cent(share: Interval) -> Interval:
@@ -243,7 +261,8 @@ def write_page(out: Path, args: Args) -> Path | None:
         return None
     about = (
         f"World `{args.world}`; {args.episodes} recorded episodes, commands kept in {args.labelled:.0%} of "
-        f"the bags; networks `{args.preset}` set as docs/crafter.md says, training x {args.scale:g}; "
+        f"the bags; networks `{args.preset}` set as docs/crafter.md says, training x {args.scale:g}, BC and "
+        f"each network of VPT style {max(1, round(args.scratch_steps * args.scale))} steps; "
         f"{args.eval_episodes} shared starts; {clock(sum(results['stages'].values()))} of work so far.\n"
     )
     missing = args.seeds - len(results["ladder"])

@@ -100,6 +100,7 @@ class Benchmark:
         from d4_sim.minecraft import benchmark
         from d4_sim.minecraft.policies import load_policy
         from d4_sim.minecraft.results import Results, write_table
+        from d4_sim.stages import handled_by
 
         _at_least(self, episodes=1, jobs=1, seed=0, repeats=0)
         game, part = engine(self.engine), _part(self.part)
@@ -127,8 +128,9 @@ class Benchmark:
         if done:
             print(f"{len(done)} episodes are there already")
         try:
-            if todo:
-                benchmark.Benchmark(plan, policy, results, _say).play(todo, self.jobs)
+            with handled_by(_Once()):
+                if todo:
+                    benchmark.Benchmark(plan, policy, results, _say).play(todo, self.jobs)
         except BaseException:
             if results.episodes():  # a table of what is finished, whatever became of the rest
                 write_table(out, game, about)
@@ -306,6 +308,20 @@ class Train:
 
 
 # ---- what they share ----
+
+
+class _Once:
+    """Stops this command at the first signal; a second one would stop its tidying up."""
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        from d4_sim.stages import Interrupted
+
+        if not self._told:
+            self._told = True
+            raise Interrupted(number)
 
 
 def _say(text: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from d4_core import checkpoint
-from d4_core.stats import bootstrap_mean, wilson
+from d4_core.stats import few_mean, wilson
 from d4_datasets.errors import UserError
 from d4_sim.minecraft.game import Engine, Rung
 from d4_sim.minecraft.tasks import LADDER, PUBLISHED, PUBLISHED_ENV, PUBLISHED_MINUTES, SOURCE
@@ -28,7 +28,7 @@ class Results:
 
     Args:
         out: the folder.
-        about: what is measured; a folder holds one such measurement.
+        about: what is measured; a folder with episodes holds one such measurement.
         part: (i, n) if this process plays every n-th episode only, the i-th of each n, from 0.
 
     Raises:
@@ -41,7 +41,7 @@ class Results:
         name = "episodes.jsonl" if part[1] == 1 else f"episodes-{part[0] + 1}of{part[1]}.jsonl"
         self._file = out / name
         path = out / _ABOUT
-        if path.exists():
+        if path.exists() and any(file.stat().st_size for file in out.glob("episodes*.jsonl")):
             found = _load(path)
             if found != json.loads(json.dumps(self.about)):
                 odd = sorted(key for key in {*found, *self.about} if found.get(key) != self.about.get(key))
@@ -87,6 +87,7 @@ def read_episodes(out: Path) -> list[dict[str, Any]]:
                 continue  # torn, or being written
             try:
                 result = json.loads(line)
+                dict(result["reached"])  # TypeError, ValueError or KeyError if it is no result of an episode
                 found.setdefault(int(result["episode"]), result)
             except (ValueError, KeyError, TypeError):
                 raise UserError(
@@ -122,7 +123,7 @@ class Row:
 
     Attributes:
         success: share, low, high: a Wilson interval of 95 %, which none or all of few episodes widen, too.
-        time: mean, low, high over the episodes that reached it (bootstrap); None if none did.
+        time: mean, low, high over the episodes that reached it (`few_mean`); None if none did.
     """
 
     milestone: str
@@ -137,7 +138,7 @@ def rows(engine: Engine, episodes: Sequence[Mapping[str, Any]]) -> list[Row]:
     out = []
     for name in engine.milestones:
         times = [e["reached"][name] / per_unit for e in episodes if name in e["reached"]]
-        mean = bootstrap_mean(times) if times else None
+        mean = few_mean(times) if times else None
         out.append(Row(name, len(times), wilson(len(times), len(episodes)), mean))
     return out
 
@@ -283,7 +284,8 @@ def _time(row: Row) -> str:
         return "-"
     if row.reached == 1:
         return f"{row.time[0]:.1f} (one episode)"
-    return "{:.1f} [{:.1f}, {:.1f}]".format(*row.time)
+    mean, low, high = row.time
+    return f"{mean:.1f} [{max(0.0, low):.1f}, {high:.1f}]"
 
 
 def _minutes(value: float | None) -> str:
