@@ -102,8 +102,8 @@ def milestones(chains: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"Every episode is played with the ladder of prompts ({len(LADDER)} rungs); mean [the widest of "
         "three 95 % intervals: over seeds and episodes, a Wilson interval of the starts, and the t interval "
-        "over seeds]. All seeds were trained on one recording and its labels, whose chance is in no interval. The "
-        "last three are not asked for.\n"
+        "over seeds]. All seeds were trained on one recording and its labels, whose chance is in no "
+        "interval. The last three are not asked for.\n"
     )
     cells = {(p, m): success(chains, p, i) for p in shown for m, i in numbers.items()}
     yield table(
