@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from d4_datasets.course import Course
 from d4_datasets.errors import UserError
 from d4_datasets.joined import Frames
 from d4_datasets.latents import Origin
+from d4_datasets.locks import held
 from d4_datasets.windows import Windows
 
 BEFORE = {"dynamics": "tokenizer", "agent": "dynamics", "imagination": "agent"}
@@ -73,8 +76,22 @@ class Pipeline:
             self.logs, self.train, seed=args.seed, rank=distributed.rank(), ranks=distributed.world_size(),
             frames_per_step=distributed.share(self.preset.tokenizer_training.batch),
         )  # fmt: skip
-        if self.is_writer:
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the run folder against a second training in it, and say there what this one is.
+
+        Raises:
+            UserError: another training holds it.
+        """
+        if not self.is_writer:
+            yield
+            return
+        run = self.args.run
+        run.mkdir(parents=True, exist_ok=True)
+        with held(run / ".lock", f"another d4-train works in {run}: wait for it, or give another --run"):
             self._describe()
+            yield
 
     def _open(self) -> Windows:
         """The data; the processes of this machine share the limit of the cache."""
@@ -85,7 +102,6 @@ class Pipeline:
     def _describe(self) -> None:
         """config.yaml and contract.yaml of the run."""
         run = self.args.run
-        run.mkdir(parents=True, exist_ok=True)
         about = {
             "preset": self.args.preset, "seed": self.args.seed, "scale": self.args.scale,
             "procs": distributed.world_size(), "labels": self.args.labels,

@@ -21,9 +21,10 @@ def run(args: TrainArgs) -> None:
     from d4_core.pipeline import Pipeline
 
     pipeline = Pipeline(args)
-    for phase in PHASES:
-        if phase in args.phases:
-            pipeline.run_phase(phase)
+    with pipeline.alone():
+        for phase in PHASES:
+            if phase in args.phases:
+                pipeline.run_phase(phase)
     pipeline.close()
 
 

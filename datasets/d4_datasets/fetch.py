@@ -9,7 +9,6 @@ again, and one that was cut off goes on where it was, so the same command contin
 from __future__ import annotations
 
 import base64
-import fcntl
 import fnmatch
 import hashlib
 import http.client
@@ -32,6 +31,7 @@ from typing import IO, Annotated, Any
 import tyro
 
 from d4_datasets.errors import UserError, run_cli
+from d4_datasets.locks import held
 
 _TIMEOUT_S = 30.0
 _TRIES = 4
@@ -378,11 +378,7 @@ def fetch(
 @contextmanager
 def _only_one(root: Path) -> Iterator[None]:
     """Hold the folder against a second d4-fetch into it."""
-    with (root / ".d4-fetch.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another d4-fetch is writing to {root}; wait for it to end") from None
+    with held(root / ".d4-fetch.lock", f"another d4-fetch is writing to {root}; wait for it to end"):
         yield
 
 

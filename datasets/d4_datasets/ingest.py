@@ -7,7 +7,6 @@ command is given again.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -35,6 +34,7 @@ from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
 from d4_datasets.latents import Origin
 from d4_datasets.lerobot import Dataset, Episode, LeRobotWriter
+from d4_datasets.locks import held
 from d4_datasets.msgtypes import read_definitions
 from d4_datasets.namespaces import within
 from d4_datasets.progress import Shown
@@ -286,11 +286,7 @@ def _key(entry: dict[str, Any], contract: Contract, clip: Sequence[str], types: 
 def _only_one(parts: Path, out: Path) -> Iterator[None]:
     """Hold the folder of parts against a second d4-ingest into the same dataset."""
     parts.mkdir(parents=True, exist_ok=True)
-    with (parts / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another d4-ingest is writing to {out}; wait for it to end") from None
+    with held(parts / "lock", f"another d4-ingest is writing to {out}; wait for it to end"):
         try:
             yield
         finally:

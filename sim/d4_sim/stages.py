@@ -7,7 +7,6 @@ it, an interrupted run goes on where it was, and changed arguments redo the stag
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from d4_datasets.errors import UserError
+from d4_datasets.locks import held
 
 # the public commands and the modules behind them, run by this interpreter whatever PATH says
 MODULES = {
@@ -179,16 +179,12 @@ def alone(out: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run works in {out}: wait for it, or give another --out") from None
-        _held.add(lock.fileno())
+    with held(out / ".lock", f"another run works in {out}: wait for it, or give another --out") as lock:
+        _held.add(lock)
         try:
             yield
         finally:
-            _held.discard(lock.fileno())
+            _held.discard(lock)
 
 
 def start(words: Command, env: Mapping[str, str], output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:

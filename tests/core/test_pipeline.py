@@ -152,6 +152,15 @@ def test_the_latent_statistics_travel_with_every_later_checkpoint(finished) -> N
         assert tokenizer.latent_std.std() > 0
 
 
+def test_two_trainings_in_one_folder_would_write_the_same_checkpoints(dataset, tmp_path) -> None:
+    first, second = (Pipeline(args(dataset, tmp_path / "run")) for _ in range(2))
+    refused = pytest.raises(UserError, match=r"another d4-train works in .*run: wait for it")
+    with first.alone(), refused, second.alone():
+        pass
+    with second.alone():
+        pass
+
+
 def test_what_was_trained_on_training_episodes_only(dataset, tmp_path, monkeypatch) -> None:
     run = Pipeline(args(dataset, tmp_path / "run"))
     assert set(run.train) | set(run.held_out) == set(range(8))
