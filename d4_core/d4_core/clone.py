@@ -74,12 +74,21 @@ def main() -> None:
     run_cli(_main)
 
 
+def require_run(run: Path) -> None:
+    """Check that a folder is that of a run, before anything is written into it.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not (run / "config.yaml").exists():
+        raise UserError(f"{run} is no run of d4-train: train one, whose data and labels are used")
+
+
 def _main() -> None:
     args = tyro.cli(CloneArgs, prog="d4-clone")
     if args.steps < 1:
         raise UserError(f"--steps {args.steps} must be at least 1")
-    if not (args.run / "config.yaml").exists():
-        raise UserError(f"{args.run} is no run of d4-train: train one, whose data and labels are used")
+    require_run(args.run)
     threads.configure()
     logs, train, _ = open_logs(args.run, args.dataset)
     makes = trainer(args.run, args.dataset, logs, train, args.steps)

@@ -13,7 +13,7 @@ import numpy as np
 from d4_core.stats import Interval, crossed_mean, nested_mean, widest
 from d4_sim.stages import clock
 from d4_sim.study_figures import film
-from d4_sim.study_page import NAMES, costs, policies, spread, table
+from d4_sim.study_page import NAMES, costs, failed_gates, policies, spread, table
 from d4_sim.study_results import TABLE, differences, read_json, rows_of, run_results
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def page(out: Path, worlds: tuple[str, ...], size: Size) -> tuple[str, dict[str,
         parts += tasks(world, chains, reference.get("task_names", []))
         parts += robustness(world, chains)
         parts += films(out, world, sorted(chains), out / "page", "page")
-    parts += costs(results)
+    parts += [*failed_gates(results), *costs(results)]
     return "\n".join(parts), results
 
 

@@ -312,7 +312,7 @@ class Args:
 def worker_pool(jobs: int) -> ProcessPoolExecutor:
     """Processes that can render: spawned, because a forked child must not inherit a GL context.
 
-    They ignore Ctrl-C: the parent gets it too, and lets them finish what they are at.
+    They ignore Ctrl-C: the parent gets it too, and ends them (`end_pool`) or lets them finish.
     """
     return ProcessPoolExecutor(
         jobs,
@@ -320,6 +320,14 @@ def worker_pool(jobs: int) -> ProcessPoolExecutor:
         initializer=signal.signal,
         initargs=(signal.SIGINT, signal.SIG_IGN),
     )
+
+
+def end_pool(pool: ProcessPoolExecutor) -> None:
+    """End the processes of a pool in the middle of their work."""
+    workers = list((pool._processes or {}).values())  # terminate_workers() has them from Python 3.14 on
+    pool.shutdown(wait=False, cancel_futures=True)
+    for worker in workers:
+        worker.terminate()
 
 
 def _simulate_parallel(args: Args) -> dict[str, np.ndarray]:

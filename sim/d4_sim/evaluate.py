@@ -73,8 +73,10 @@ def main() -> None:
 def _main() -> None:
     args = tyro.cli(EvalArgs, prog="d4-eval")
     threads.configure()
+    from d4_core.clone import require_run
     from d4_core.report import write_report
 
+    require_run(args.run)
     evaluation = Evaluation(args)
     for name in args.policies:
         evaluation.policy(name)

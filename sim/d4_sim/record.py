@@ -20,7 +20,8 @@ from d4_datasets.bags import BagWriter, compressed_image, float64_array, header,
 from d4_datasets.contract import Action, Contract, Observation
 from d4_datasets.errors import UserError, run_cli
 from d4_datasets.fields import write
-from d4_sim.driver import Episode, drive, episode_seed, worker_pool
+from d4_datasets.locks import held
+from d4_sim.driver import Episode, drive, end_pool, episode_seed, worker_pool
 from d4_sim.mujoco_world import MujocoWorld
 from d4_sim.world import contract_text, make_world, world_class
 
@@ -207,6 +208,11 @@ def record(args: Args) -> None:
     """Records all sessions that are not there yet, with progress. Raises UserError for unusable settings."""
     _check(args)
     args.out.mkdir(parents=True, exist_ok=True)
+    with held(args.out / ".lock", f"another d4-record writes to {args.out}: wait for it to end"):
+        _record(args)
+
+
+def _record(args: Args) -> None:
     _same_settings(args)
     sessions = plan_sessions(args)
     todo = [s for s in sessions if not s.path.exists()]
@@ -236,8 +242,8 @@ def _run(todo: list[Session], jobs: int) -> Iterator[int]:
         try:
             for future in as_completed(futures):
                 yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:  # a bag is whole or not there, and a planner's takes minutes
+            end_pool(pool)
             raise
 
 

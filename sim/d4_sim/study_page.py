@@ -441,7 +441,7 @@ def failed_gates(results: Mapping[str, Any]) -> Iterator[str]:
     ]
     count = len({row[0] for row in failed})
     yield "## Gates that failed\n"
-    yield f"{count} of {len(named)} runs failed one; the study goes on whatever gates say.\n"
+    yield f"{count} of {len(named)} runs failed one; training goes on whatever gates say.\n"
     if failed:
         yield table(["run", "phase", "gate", "value", "must be"], failed)
 

@@ -277,6 +277,8 @@ def out(tmp_path: Path) -> Path:
         run = tmp_path / f"push-{seed}" / "run"
         policies = {name: row(level + seed, seed) for name, level in LEVELS.items()}
         put(run / "eval.json", {"policies": policies | {"planner": row(25.0, seed, 4)}, "world": "push"})
+        gate = {"name": "reward correlation", "value": 0.3, "op": ">=", "limit": 0.8, "ok": bool(seed)}
+        put(run / "gates.json", {"agent": [gate]})
         late = {name: row(LEVELS[name] + seed - 4, seed) for name in bench_page.DISTURBED}
         put(run / "eval-latency-100.json", {"policies": late, "world": "push+latency=100"})
     put(tmp_path / "stages.json", {"push-0/data": {"done": True, "seconds": 60.0, "forced": True}})
@@ -305,6 +307,8 @@ def test_the_page_has_every_policy_and_says_what_is_missing(out: Path) -> None:
     line = next(line for line in text.splitlines() if "`latency=100`" in line)
     assert "-4.0" in line or "-3.9" in line or "-4.1" in line
     assert "CEM planning in the world model" in text
+    assert "1 of 2 runs failed one" in text
+    assert "| push-0 | agent | reward correlation | 0.3 | >= 0.8 |" in text
     assert "**holds**: after imagination training is better than cloned on the world model" in text
     kept = json.loads((out / "page" / "results.json").read_text())
     assert kept["chains"]["push"]["0"]["policies"]["random"]["return"]

@@ -13,7 +13,7 @@ import yaml
 
 from d4_core import checkpoint, clone
 from d4_datasets.windows import Windows
-from d4_sim import vector, world
+from d4_sim import evaluate, vector, world
 from d4_sim.driver import LOG_MIX
 from d4_sim.evaluate import EvalArgs, Evaluation
 from d4_sim.world import Observation
@@ -210,8 +210,12 @@ def test_baselines_without_a_simulator_are_those_of_the_evaluation(evaluation, d
     assert made == {p: (run / p / "weights.safetensors").stat().st_mtime_ns for p in made}
 
 
-def test_cloning_needs_a_run(tmp_path, dataset, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["d4-clone", str(tmp_path), "--dataset", str(dataset)])
+@pytest.mark.parametrize("command", [clone, evaluate])
+def test_what_is_no_run_is_left_alone(dataset, monkeypatch, capsys, command) -> None:
+    """d4-eval trained its baselines inside a dataset that was given in place of a run."""
+    before = sorted(dataset.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["command", str(dataset), "--dataset", str(dataset)])
     with pytest.raises(SystemExit):
-        clone.main()
+        command.main()
     assert "is no run of d4-train" in capsys.readouterr().err
+    assert sorted(dataset.rglob("*")) == before

@@ -312,7 +312,7 @@ def test_a_program_that_hangs_is_not_there(monkeypatch) -> None:
         (["random", "--contract", EXAMPLE, "--python", "/nowhere/python"], "/nowhere/python is no program"),
         (["random"], "a random policy needs --contract"),
         (["random", "--engine", "crafter", "--keep", "x"], "--keep records games of keyboard and mouse"),
-        (["/nowhere"], "/nowhere has no checkpoint that acts"),
+        (["/nowhere"], "/nowhere does not exist"),
     ],
 )
 def test_mistakes_of_benchmark(tmp_path, monkeypatch, command, words, sentence) -> None:

@@ -289,6 +289,18 @@ print(play(fake_game.ENGINE, {{}}, Script(fake_game.Scripted), settings).ticks)
     assert not list(tmp_path.glob(".tmp-*"))
 
 
+def test_a_script_lies_where_one_is(tmp_path, monkeypatch) -> None:
+    """It was only found with PYTHONPATH; something else than a player ended in a traceback."""
+    script = "class make:\n    def __init__(self, seed): ...\n    def act(self, view): ..."
+    (tmp_path / "my_player.py").write_text(script)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    make_player("my_player:make", fake_game.ENGINE, 1).begin(0)
+    for other in ("os:getcwd", "builtins:str"):
+        with pytest.raises(UserError, match="must return something with a method act"):
+            make_player(other, fake_game.ENGINE, 1).begin(0)
+
+
 def test_players_that_are_not_there(tmp_path, monkeypatch) -> None:
     with pytest.raises(UserError, match="has no scripted player"):
         make_player("scripted", game.engine("minerl"), 1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from importlib.metadata import version
 from itertools import pairwise
@@ -20,6 +22,7 @@ import yaml
 from d4_datasets.bags import find_bags, read_bag
 from d4_datasets.errors import UserError
 from d4_datasets.ingest import ingest
+from d4_datasets.locks import held
 from d4_datasets.windows import Windows
 from d4_sim import record as record_module
 from d4_sim.driver import drive, episode_seed, simulate
@@ -251,6 +254,27 @@ def test_unusable_settings_are_refused_before_anything_is_written(tmp_path: Path
     with pytest.raises(UserError):
         record(Args(out=tmp_path / "bags", **wrong))
     assert not (tmp_path / "bags").exists()
+
+
+def test_two_recordings_in_one_folder_are_refused(recording: Path) -> None:
+    args = Args(**json.loads((recording / "recording.json").read_text()), out=recording)
+    with held(recording / ".lock", "-"), pytest.raises(UserError, match="another d4-record writes to"):
+        record(args)
+
+
+def test_ctrl_c_does_not_wait_for_the_bags_that_are_being_driven(tmp_path: Path) -> None:
+    """A planner takes minutes for one, and two were at work with a third in their queue."""
+    words = ["--episodes", "2000", "--jobs", "2", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "d4_sim.record", *words]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".tmp-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    began = {path.name for path in tmp_path.iterdir() if path.name.startswith("yard-")}
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=20)[1] == "interrupted\n"
+    assert child.returncode == 130
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith("yard-")} == began
 
 
 def test_command_line_with_two_processes(tmp_path: Path) -> None:

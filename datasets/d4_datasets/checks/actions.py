@@ -160,7 +160,8 @@ class Actions:
             names = ", ".join(map(str, a["unused_classes"][:8]))
             more = f" and {len(a['unused_classes']) - 8} more" if len(a["unused_classes"]) > 8 else ""
             text = f"{name} never takes {names}{more} of its {a['classes']} classes"
-            yield warn("actions", text, "the policy cannot learn them: record them, or lower `classes`")
+            hint = "the policy cannot learn them: record them, or lower `classes` if you chose it"
+            yield warn("actions", text, hint)
         if a["over_max_rate"] > _TOO_FAST:
             text = f"{name} changes faster than max_rate in {a['over_max_rate']:.1%} of the steps"
             yield warn("actions", text, "raise max_rate, or the guard will slow the policy down")

@@ -55,7 +55,8 @@ def ask(*command: str) -> str:
 
 def java() -> Found:
     """Minecraft 1.16.5 and the tools of MineRL want Java 8, no newer one."""
-    how = "apt-get install openjdk-8-jdk, or a JDK 8 of adoptium.net, first on PATH and in JAVA_HOME"
+    how = "apt-get install openjdk-8-jdk where there is one, or a JDK 8 of adoptium.net"
+    how += ", first on PATH and in JAVA_HOME"
     home = os.environ.get("JAVA_HOME")
     program = str(Path(home) / "bin" / "java") if home else "java"
     match = re.search(r'version "([^"]+)"', ask(program, "-version"))

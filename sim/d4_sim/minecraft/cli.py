@@ -128,7 +128,7 @@ class Benchmark:
         if done:
             print(f"{len(done)} episodes are there already")
         try:
-            with handled_by(_Once()):
+            with handled_by(_Once()), results.alone():
                 if todo:
                     benchmark.Benchmark(plan, policy, results, _say).play(todo, self.jobs)
         except BaseException:
@@ -244,7 +244,7 @@ class Train:
     recordings: Path = Path("runs/minecraft/recordings")
     """Folder of recordings; gets what is fetched."""
     index: tuple[str, ...] = ()
-    """Indexes to fetch from, addresses or files; the repository of VPT links them."""
+    """Indexes to fetch from, addresses or files; github.com/openai/Video-Pre-Training links them."""
     out: Path = Path("runs/minecraft")
     """Folder for dataset and run."""
     contract: Path | None = None

@@ -129,6 +129,8 @@ def _acting(path: Path) -> Path:
                     f"{', '.join(ACTING)}"
                 )
             return folder
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a run folder of d4-train, or one of its phases")
     raise UserError(
         f"{path} has no checkpoint that acts: give a run folder of d4-train, or one of its phases"
     )

@@ -147,10 +147,6 @@ def told(recipe: Recipe, here: Stock, measure: bool) -> Iterator[str]:
         yield f"  dynamics once over the data takes --scale {recipe.scale * more:.3g}{days}"
     if recipe.preset not in _SMALL:
         yield from _memory(settings, contract)
-    yield (
-        f"clones without a world model: {max(1, round(CLONE_STEPS * recipe.scale)):,} steps of each network, "
-        "small ones and on the CPU"
-    )
     if measure:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         seconds = training_seconds(settings, contract, device)
@@ -159,6 +155,10 @@ def told(recipe: Recipe, here: Stock, measure: bool) -> Iterator[str]:
             f"  on this machine ({device.type}, its layers measured for a moment): "
             f"{_days(sum(seconds.values()))}, of which {_days(seconds['encoding'])} encoding"
         )
+    yield (
+        f"clones without a world model: {max(1, round(CLONE_STEPS * recipe.scale)):,} steps of each network, "
+        "small ones and on the CPU"
+    )
     yield f"ingest: {_days(frames / INGEST_HZ / recipe.jobs)} with --jobs {recipe.jobs}, " + (
         f"assumed {INGEST_HZ} frames a second and core; gates and evaluation come on top"
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from d4_sim.minecraft.hands import Window
 from d4_sim.minecraft.recorder import Recorder, remove_orphans
 from d4_sim.stages import handled_by
 
+_TELL_S = 10.0
 PERSON, SCRIPTED = "person", "scripted"
 
 
@@ -69,8 +72,13 @@ class Script:
         self._make, self._script = make, None
 
     def begin(self, seed: int) -> None:
-        """A fresh script."""
-        self._script = self._make(seed)
+        """A fresh script. Raises UserError if it is none."""
+        try:
+            self._script = self._make(seed)
+        except TypeError:
+            self._script = None
+        if not hasattr(self._script, "act"):
+            raise UserError("--player: calling it with a seed must return something with a method act(view)")
 
     def act(self, seen: Seen) -> np.ndarray | None:
         """What the script does."""
@@ -135,6 +143,7 @@ def make_player(who: str, engine: Engine, zoom: int) -> Player:
     if path.exists():
         return Again(path)
     if ":" in who:
+        sys.path.append(os.getcwd())  # a script of one's own lies where one is
         return Script(named(who))
     raise UserError(f"--player {who} is neither person, scripted, module:function nor a file of lines")
 
@@ -150,6 +159,14 @@ class Session:
     late_ms: list[float] = field(default_factory=list)
     action_ms: list[float] = field(default_factory=list)
     missed: int = 0
+    told: float = field(default_factory=time.monotonic)
+
+    def tell(self) -> None:
+        """Say every few seconds how far it is."""
+        if time.monotonic() - self.told > _TELL_S:
+            self.told = time.monotonic()
+            seconds = self.ticks * PERIOD_S
+            print(f"{seconds:.0f} s played, {self.episodes} episodes finished", flush=True)
 
     def time(self, said: Mapping[str, Any]) -> None:
         """Note how late a view was, and, in a game in real time, the action before it."""
@@ -267,6 +284,7 @@ def _episode(
         assert arrived is not None
         seen, tick, session.ticks = arrived, tick + 1, session.ticks + 1
         session.time(seen.said)
+        session.tell()
     with end.after():
         if tick:
             recorder.add(seen.image, seen.said, None)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from d4_core import checkpoint
 from d4_core.stats import few_mean, wilson
 from d4_datasets.errors import UserError
+from d4_datasets.locks import held
 from d4_sim.minecraft.game import Engine, Rung
 from d4_sim.minecraft.tasks import LADDER, PUBLISHED, PUBLISHED_ENV, PUBLISHED_MINUTES, SOURCE
 
@@ -68,6 +70,11 @@ class Results:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def alone(self) -> AbstractContextManager[int]:
+        """Hold this part of the folder against a second process that would play the same episodes."""
+        path = self.out / f".{self._file.stem}.lock"
+        return held(path, f"another d4-minecraft benchmark plays into {self._file}: wait for it to end")
 
     def episodes(self) -> list[dict[str, Any]]:
         """All finished episodes, of all parts, by number."""
