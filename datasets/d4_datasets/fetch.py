@@ -356,6 +356,8 @@ def fetch(
     """
     root.mkdir(parents=True, exist_ok=True)
     names = [name for name in index.names if fnmatch.fnmatchcase(name, only)]
+    if index.names and not names:
+        raise UserError(f"no recording of the index fits --only {only}; the first is {index.names[0]}")
     run = _Run(index, root, names, (*_ENDINGS, *_EXTRAS) if extras else _ENDINGS)
     run.budget = Budget(limit_bytes, sum(run.held.values()))
     todo = [name for name in names if not all(file in run.held for file in run.files[name])]

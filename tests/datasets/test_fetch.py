@@ -267,6 +267,8 @@ def test_several_come_at_a_time(server, tmp_path):
 def test_a_part_of_an_index_and_the_extras(server, tmp_path):
     index = recordings(server, "data/8.0/treechop-a", "data/8.0/other-b", "data/9.0/other-c")
     server.files["data/8.0/treechop-a-options.json"] = b"{}"
+    with pytest.raises(UserError, match=r"no recording of the index fits --only \*/9.9/\*; the first is"):
+        fetch.fetch(index, tmp_path, only="*/9.9/*")
     assert fetch.fetch(index, tmp_path, only="*/8.0/*").new == 2
     result = fetch.fetch(index, tmp_path, only="*treechop*", extras=True)
     assert result.failures == []

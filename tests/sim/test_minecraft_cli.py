@@ -216,7 +216,7 @@ def test_check_says_what_is_missing_and_how_to_get_it(tmp_path, command) -> None
     assert "MISSING display: set DISPLAY, or apt-get install xvfb" in done.stdout
     done = command("check", "--engine", "minerl", "--python", "/nowhere/python", PATH="/nowhere")
     assert done.returncode == 1
-    assert "/nowhere/python cannot import minerl" in done.stdout
+    assert "/nowhere/python is no program" in done.stdout
 
 
 def program(folder: Path, name: str, says: str) -> None:

@@ -77,7 +77,8 @@ def mine_rl(python: str) -> list[Found]:
         return [Found("MineRL v1.0", "-", f"--python names no interpreter: {how}")]
     answer = re.search(r"D4 (.*) (\d) (\d)\s*$", ask(python, "-W", "ignore", "-c", _ASK_MINERL), re.MULTILINE)
     if answer is None:
-        return [Found("MineRL v1.0", "-", f"{python} cannot import minerl: {how}")]
+        why = "cannot import minerl" if shutil.which(python) else "is no program"
+        return [Found("MineRL v1.0", "-", f"{python} {why}: {how}")]
     version, human, built = answer.groups()
     if human == "0":
         return [Found("MineRL v1.0", version, f"this MineRL has no HumanSurvival, it is not v1.0: {how}")]

@@ -101,7 +101,7 @@ def load_policy(
     """
     if what == RANDOM:
         if contract is None:
-            raise UserError("a random policy needs --contract, such as docs/examples/minecraft.yaml")
+            raise UserError("a random policy needs --contract, one of docs/examples for instance")
         return Policy(contract, "the contract", RANDOM, [_Random(contract) for _ in range(places)])
     from d4_core import checkpoint
     from d4_core.models import weights_hash

@@ -253,7 +253,7 @@ def _play(
     except KeyboardInterrupt:
         pass  # the session ends here
     except Lost as lost:
-        raise UserError(f"{engine.title} was lost: {lost}; see {log}") from None
+        raise UserError(f"{engine.title} was lost: {lost}; what was played is kept; see {log}") from None
     finally:
         environment.close()
         player.close()
