@@ -36,9 +36,9 @@ def barrier() -> None:
         dist.barrier()
 
 
-def share(batch: int) -> int:
-    """This rank's part of a global batch, at least one."""
-    return max(1, batch // world_size())
+def share(batch: int, ranks: int | None = None) -> int:
+    """A rank's part of a global batch, at least one; of so many ranks, by itself those of this run."""
+    return max(1, batch // (ranks or world_size()))
 
 
 def all_agree(value: bool, device: torch.device | str = "cpu") -> bool:

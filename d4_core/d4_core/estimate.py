@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from d4_core.config import PHASES, PRESETS, Preset
+from d4_core.distributed import share
 from d4_core.loop import bf16_on_cpu
 from d4_core.memory import costs, layer_flops, slots
 from d4_core.threads import cgroup_quota
@@ -81,10 +82,10 @@ def work(preset: Preset, contract: Contract) -> dict[str, Work]:
 def on_ranks(preset: Preset, ranks: int) -> dict[str, float]:
     """Share of every phase's work that each of `ranks` does: one clip of a batch at least, however many."""
     t, others = preset.tokenizer_training, {name: getattr(preset, f"{name}_training") for name in PHASES[1:]}
-    clips = max(1, t.batch // ranks // t.length) * t.length / t.batch
-    frames = max(1, t.batch // ranks) / t.batch
-    tokenizer = t.clip_share * clips + (1 - t.clip_share) * frames
-    return {"tokenizer": tokenizer} | {n: max(1, c.batch // ranks) / c.batch for n, c in others.items()}
+    frames = share(t.batch, ranks)
+    clips = max(1, frames // t.length) * t.length
+    tokenizer = (t.clip_share * clips + (1 - t.clip_share) * frames) / t.batch
+    return {"tokenizer": tokenizer} | {n: share(c.batch, ranks) / c.batch for n, c in others.items()}
 
 
 @functools.cache

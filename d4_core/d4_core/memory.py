@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from d4_core.config import Preset
+from d4_core.distributed import share
 from d4_core.models import build
 from d4_core.transformer import TransformerConfig
 from d4_datasets.contract import Contract
@@ -43,9 +44,8 @@ def costs(preset: Preset, contract: Contract, ranks: int = 1) -> dict[str, Cost]
     assert models.agent is not None
     tok, dyn, width = models.tokenizer.cfg, models.dynamics.cfg, slots(preset, contract)
     t, d = preset.tokenizer_training, preset.dynamics_training
-    clips = max(1, d.batch // ranks)  # as `distributed.share` has it
     longest = t.length if t.clip_share else 1
-    frames = {"tokenizer": max(longest, t.batch // ranks), "dynamics": clips * d.length}
+    frames = {"tokenizer": max(longest, share(t.batch, ranks)), "dynamics": share(d.batch, ranks) * d.length}
     shape: dict[str, tuple[nn.Module, TransformerConfig, int, int]] = {
         "tokenizer": (models.tokenizer, tok.transformer, width["tokenizer"], 2),
         "dynamics": (models.dynamics, dyn.transformer, width["dynamics"], 1),

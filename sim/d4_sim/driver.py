@@ -312,7 +312,7 @@ class Args:
 def worker_pool(jobs: int) -> ProcessPoolExecutor:
     """Processes that can render: spawned, because a forked child must not inherit a GL context.
 
-    They ignore Ctrl-C: the parent gets it too, and ends them (`end_pool`) or lets them finish.
+    They ignore Ctrl-C: the parent gets it too, and ends them (`end_pool`).
     """
     return ProcessPoolExecutor(
         jobs,
@@ -344,7 +344,7 @@ def _simulate_parallel(args: Args) -> dict[str, np.ndarray]:
         try:
             parts = [future.result() for future in futures]
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            end_pool(pool)
             raise
     out = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     out["episode_start"] = np.cumsum(out["episode_length"]) - out["episode_length"]

@@ -105,7 +105,8 @@ class Plan(Chains):
                 makes=makes, recipe=self.recipe(phase),
             )  # fmt: skip
         typical_s = (
-            _BASELINES_S * args.scale * args.scratch_steps / 4000 + 0.008 * args.eval_episodes * HORIZON
+            _BASELINES_S * args.scale * args.scratch_steps / Args.scratch_steps
+            + 0.008 * args.eval_episodes * HORIZON
         )
         tasks = self.drive(run, dataset, *TRAINED, world=args.world, scratch_steps=args.scratch_steps)
         latest = self.add(f"{name}/tasks", [latest], typical_s, tasks)
