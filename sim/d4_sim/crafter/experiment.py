@@ -104,10 +104,8 @@ class Plan(Chains):
                 f"{name}/{phase}", [latest], seconds * args.scale, work,
                 makes=makes, recipe=self.recipe(phase),
             )  # fmt: skip
-        typical_s = (
-            _BASELINES_S * args.scale * args.scratch_steps / Args.scratch_steps
-            + 0.008 * args.eval_episodes * HORIZON
-        )
+        baselines_s = _BASELINES_S * args.scale * args.scratch_steps / Args.scratch_steps
+        typical_s = baselines_s + 0.008 * args.eval_episodes * HORIZON
         tasks = self.drive(run, dataset, *TRAINED, world=args.world, scratch_steps=args.scratch_steps)
         latest = self.add(f"{name}/tasks", [latest], typical_s, tasks)
         policies = (*TRAINED, *(GIVEN if not seed else ()))
