@@ -14,14 +14,12 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import connection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +37,7 @@ from d4_datasets.msgtypes import read_definitions
 from d4_datasets.namespaces import within
 from d4_datasets.progress import Shown
 from d4_datasets.video import Stats, Video
+from d4_datasets.workers import follow_parent
 
 _PART_FORMAT = 3  # raise it when what a worker leaves behind changes, so that old parts are not taken up
 
@@ -320,14 +319,7 @@ def _run(work: list[tuple[Any, ...]], jobs: int) -> Iterator[None]:
 def _worker() -> None:
     """Make this worker process end at Ctrl-C, and as soon as its parent is gone, however that died."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    follow_parent()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from d4_datasets.errors import UserError, run_cli
+from d4_datasets.workers import follow_parent
 from d4_sim.world import Observation, World, make_world, world_class
 
 KINDS = ("goal", "wrong", "wander", "expert", "random")  # the first three are the log mix
@@ -314,12 +315,12 @@ def worker_pool(jobs: int) -> ProcessPoolExecutor:
 
     They ignore Ctrl-C: the parent gets it too, and ends them (`end_pool`).
     """
-    return ProcessPoolExecutor(
-        jobs,
-        mp_context=get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin_worker)
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow_parent()
 
 
 def end_pool(pool: ProcessPoolExecutor) -> None:

@@ -277,6 +277,25 @@ def test_ctrl_c_does_not_wait_for_the_bags_that_are_being_driven(tmp_path: Path)
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith("yard-")} == began
 
 
+def test_workers_end_with_a_recorder_that_is_killed(tmp_path: Path) -> None:
+    """They waited for ever for its next bag."""
+    words = ["--episodes", "2000", "--jobs", "2", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "d4_sim.record", *words]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".tmp-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    listed = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True)
+    workers = listed.stdout.split()
+    child.kill()
+    child.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert workers
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
 def test_command_line_with_two_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "d4_sim.record", "--out", str(tmp_path / "bags"), "--episodes", "26"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
