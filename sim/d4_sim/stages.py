@@ -6,7 +6,6 @@ it, an interrupted run goes on where it was, and changed arguments redo the stag
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from typing import IO, Any
 
 from d4_datasets.errors import UserError
 from d4_datasets.locks import held
+from d4_sim.children import following
 
 # the public commands and the modules behind them, run by this interpreter whatever PATH says
 MODULES = {
@@ -43,8 +43,6 @@ MODULES = {
 Command = tuple[str, ...]
 
 _STATE = "stages.json"
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)  # loaded here: nothing may be between fork and exec
 _held: set[int] = set()  # locks of this process, which what it starts holds as well
 
 
@@ -197,13 +195,9 @@ def start(words: Command, env: Mapping[str, str], output: IO[bytes] | None = Non
     name, *arguments = words
     return subprocess.Popen(
         [sys.executable, "-m", MODULES[name], *arguments], env=dict(env), stdout=output,
-        stderr=None if output is None else subprocess.STDOUT, process_group=0, preexec_fn=_follow,
-        pass_fds=tuple(_held),
+        stderr=None if output is None else subprocess.STDOUT, process_group=0,
+        preexec_fn=following(signal.SIGTERM), pass_fds=tuple(_held),
     )  # fmt: skip
-
-
-def _follow() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 class Interrupted(Exception):

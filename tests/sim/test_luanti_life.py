@@ -15,7 +15,8 @@ import pytest
 
 from d4_datasets import minecraft
 from d4_datasets.errors import UserError
-from d4_sim.luanti import children, engine, house, screen
+from d4_sim import children
+from d4_sim.luanti import engine, house, screen
 from d4_sim.luanti.channel import Order
 from d4_sim.minecraft import game
 from d4_sim.minecraft.game import GameTrouble
@@ -257,7 +258,7 @@ def test_a_display_that_leaves_traces_is_not_ours(tmp_path, monkeypatch) -> None
 def test_children_die_with_whoever_started_them(tmp_path) -> None:
     """Also when that is killed with no chance to clean up."""
     code = (
-        "import sys, time; from pathlib import Path; from d4_sim.luanti import children\n"
+        "import sys, time; from pathlib import Path; from d4_sim import children\n"
         f"log = Path({str(tmp_path)!r}) / 'log'\n"
         "child = children.start(['sleep', '600'], {'PATH': '/usr/bin:/bin'}, log)\n"
         "print(child.pid, flush=True); time.sleep(600)"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from d4_datasets.errors import UserError
 from d4_datasets.minecraft import DEGREES_PER_COUNT, RATE_HZ
-from d4_sim.luanti import children
+from d4_sim import children
 from d4_sim.minecraft.game import VIEW
 
 PROGRAMS = ("minetest", "luanti")

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from d4_datasets.errors import UserError
-from d4_sim.luanti import children
+from d4_sim import children
 from d4_sim.minecraft.game import VIEW
 
 _START_S = 30.0
