@@ -41,6 +41,10 @@ POLICIES = {
     "imagination": "the same, improved in imagination",
     "expert": "scripted, sees the true state",
 }
+_OTHERS = {  # shown where they were run
+    "vpt": "behaviour cloning, also of actions that an inverse dynamics model guessed",
+    "planner": "planning in the world model at every tick",
+}
 BASELINE, IMPROVED = "wm_bc", "imagination"
 
 # what the loop writes about itself; shown in the table of costs instead of as curves
@@ -192,6 +196,12 @@ def improvement(evaluation: Mapping[str, Any]) -> Interval | None:
 
 def _policy_names(evaluation: Mapping[str, Any]) -> list[str]:
     return [*POLICIES, *(name for name in evaluation.get("policies", {}) if name not in POLICIES)]
+
+
+def _described(name: str) -> str:
+    kind = name.removesuffix("_argmax")
+    text = (POLICIES | _OTHERS).get(kind, "")
+    return f"{text}; likeliest actions" if text and kind != name else text
 
 
 # ---- reading the run folder
@@ -381,7 +391,7 @@ def _results(run: _Run) -> dict[str, Any] | None:
     for name in _policy_names(run.evaluation):
         result = known.get(name)
         rows.append({
-            "name": name, "text": POLICIES.get(name, ""), "result": result,
+            "name": name, "text": _described(name), "result": result,
             "numbers": [f"{v:.{digits}f}" for v in result.returns] if result else [],
             "at": [100 * (v - low) / span for v in result.returns] if result else [],
             "success": _share(result.success) if result else "not run",

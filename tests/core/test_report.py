@@ -456,6 +456,17 @@ def test_gain_needs_the_same_episodes():
     assert improvement({"policies": policies}) == (1.0, 1.0, 1.0)
 
 
+def test_other_policies_are_described_where_they_were_run(run, page):
+    assert "inverse dynamics" not in page.text
+    evaluation = json.loads((run / "eval.json").read_text())
+    policies = evaluation["policies"]
+    policies["vpt_argmax"] = policies["planner"] = policies["wm_bc"]
+    (run / "eval.json").write_text(json.dumps(evaluation))
+    text = Page(write_report(run)).text
+    assert "actions that an inverse dynamics model guessed; likeliest actions" in text
+    assert "planning in the world model at every tick" in text
+
+
 def test_policies_that_all_score_the_same_still_draw(tmp_path):
     policies = {name: {"return": [0.0, 0.0]} for name in ("wm_bc", "imagination", "mine")}
     (tmp_path / "eval.json").write_text(json.dumps({"policies": policies}))
