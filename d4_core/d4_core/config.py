@@ -143,34 +143,59 @@ def action_parts(contract: Contract) -> tuple[ActionPart, ...]:
 
 
 def override(preset: Preset, settings: list[str]) -> Preset:
-    """Apply ``path.to.field=json`` settings.
+    """Apply ``path.to.field=json`` settings, all at once: what they say is checked together.
 
     Raises:
-        UserError: the path or the value does not fit the preset.
+        UserError: a path or a value does not fit the preset, or the values do not fit each other.
     """
-    for setting in settings:
-        path, separator, text = setting.partition("=")
-        try:
-            value = json.loads(text) if separator else None
-        except json.JSONDecodeError:
-            value = text
-        try:
-            preset = _set(preset, path.split("."), value)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"--set {setting}: {error}") from error
-    return preset
+    try:
+        return _changed(preset, [_parse(setting) for setting in settings]) if settings else preset
+    except _MISFITS as error:
+        blamed = [setting for setting in settings if _misfits_alone(preset, setting)] or settings
+        raise UserError(f"--set {' '.join(blamed)}: {error}") from error
 
 
-def _set(node: Any, path: list[str], value: Any) -> Any:
-    name, rest = path[0], path[1:]
-    current = getattr(node, name)
-    if rest:
-        return replace(node, **{name: _set(current, rest, value)})
+_MISFITS = (AttributeError, TypeError, ValueError)
+_Setting = tuple[list[str], Any]  # path of field names, value
+
+
+def _parse(setting: str) -> _Setting:
+    path, separator, text = setting.partition("=")
+    try:
+        return path.split("."), json.loads(text) if separator else None
+    except json.JSONDecodeError:
+        return path.split("."), text
+
+
+def _misfits_alone(preset: Preset, setting: str) -> bool:
+    try:
+        _changed(preset, [_parse(setting)])
+    except _MISFITS:
+        return True
+    return False
+
+
+def _changed(node: Any, settings: list[_Setting]) -> Any:
+    """A dataclass with other values in its fields and theirs; of several for one field the last holds."""
+    fields: dict[str, Any] = {}
+    below: dict[str, list[_Setting]] = {}
+    for (name, *rest), value in settings:
+        if rest:
+            below.setdefault(name, []).append((rest, value))
+        else:
+            fields[name] = _like(getattr(node, name), value)
+    for name, inner in below.items():
+        fields[name] = _changed(getattr(node, name), inner)
+    return replace(node, **fields)
+
+
+def _like(current: Any, value: Any) -> Any:
+    """A value in the type of the one that it replaces."""
     if isinstance(current, tuple):
-        value = tuple(value)
-    elif isinstance(current, bool) != isinstance(value, bool) or not isinstance(value, (type(current), int)):
+        return tuple(value)
+    if isinstance(current, bool) != isinstance(value, bool) or not isinstance(value, (type(current), int)):
         raise ValueError(f"expected {type(current).__name__}, got {value!r}")
-    return replace(node, **{name: type(current)(value)})
+    return type(current)(value)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

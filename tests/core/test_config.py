@@ -113,6 +113,14 @@ def test_an_override_that_does_not_fit_is_one_sentence(setting: str, why: str) -
     assert why in str(caught.value)
 
 
+def test_settings_that_only_fit_together_are_checked_together() -> None:
+    for settings in (["num_latents=12", "num_tokens=12"], ["num_tokens=12", "num_latents=12"]):
+        assert override(PRESETS["nano"], settings).num_tokens == 12
+    with pytest.raises(UserError, match=r"^--set num_latents=12 num_tokens=9: num_latents 12 is"):
+        override(PRESETS["nano"], ["hidden=64", "num_latents=12", "num_tokens=9"])
+    assert override(PRESETS["nano"], ["patch=8", "patch=4"]).patch == 4
+
+
 # ---- which changes undo which phases
 
 
