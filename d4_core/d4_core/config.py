@@ -76,11 +76,13 @@ class Preset:
             raise ValueError(f"num_latents {latents} is not a multiple of num_tokens {tokens}")
 
     def up_to(self, phase: str) -> dict[str, Any]:
-        """This preset as JSON values without later phases' training settings: changing those undoes no work.
+        """This preset as JSON values without what undoes no work when it changes: later phases' training
+        settings, and how a step uses memory.
 
         `from_dict` gives what is left out its default.
         """
         out = to_dict(self)
+        del out["tokenizer"]["recompute"], out["dynamics"]["recompute"]
         for later in PHASES[PHASES.index(phase) + 1 :]:
             del out[f"{later}_training"], out["optim"][later]
         return out
@@ -220,8 +222,12 @@ def from_dict(cls: Any, data: Any) -> Any:
     return data
 
 
-def _transformer(dim: int, depth: int, heads: int, kv_heads: int, context: int) -> TransformerConfig:
-    return TransformerConfig(dim=dim, depth=depth, heads=heads, kv_heads=kv_heads, context=context)
+def _transformer(
+    dim: int, depth: int, heads: int, kv_heads: int, context: int, recompute: bool = False
+) -> TransformerConfig:
+    return TransformerConfig(
+        dim=dim, depth=depth, heads=heads, kv_heads=kv_heads, context=context, recompute=recompute
+    )
 
 
 # clips fill the attention windows (long ones of the dynamics exceed theirs): a running session looks back
@@ -275,8 +281,9 @@ PRESETS: dict[str, Preset] = {
     ),
     "large": Preset(
         patch=16, num_latents=256, latent_dim=16, num_tokens=128,
-        tokenizer=_transformer(768, 12, 12, 12, 32), dynamics=_transformer(1280, 24, 20, 4, 96), registers=8,
-        action_tokens=4,
+        tokenizer=_transformer(768, 12, 12, 12, 32, recompute=True),
+        dynamics=_transformer(1280, 24, 20, 4, 96, recompute=True),
+        registers=8, action_tokens=4,
         tokenizer_training=TokenizerTraining(length=32),
         dynamics_training=DynamicsTraining(length=32, long_length=128),
         agent_training=AgentTraining(length=32, long_length=96),
@@ -284,7 +291,8 @@ PRESETS: dict[str, Preset] = {
     # 12+12 x 1024 and 30 x 1920 come to the paper's 400 M + 1.6 B; depth: a multiple of time_every
     "paper": Preset(
         patch=16, num_latents=512, latent_dim=16, num_tokens=256,
-        tokenizer=_transformer(1024, 12, 16, 16, 32), dynamics=_transformer(1920, 32, 30, 3, 192),
+        tokenizer=_transformer(1024, 12, 16, 16, 32, recompute=True),
+        dynamics=_transformer(1920, 32, 30, 3, 192, recompute=True),
         registers=8,
         action_tokens=4,
         tokenizer_training=TokenizerTraining(length=32, mask_warmup=0.0),

@@ -26,7 +26,7 @@ from d4_datasets import places
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
 
-_STEP = 3.0  # a step forward and backward, in forward passes
+_HEAD_STEP = 3.0  # a step of heads forward and backward, in forward passes
 # Optimiser, losses, data and waiting come on top of the layers: `nano` on two cores (the demo at 9802ba9)
 # took 1.9 (tokenizer), 1.9 (dynamics), 2.3 (agent) and 1.1 (imagination) times as long as its layers do.
 _REST = 2.0
@@ -68,15 +68,21 @@ def work(preset: Preset, contract: Contract) -> dict[str, Work]:
     # of the clips has it, if there are step sizes to keep.
     shortcut = d.bootstrap_rows > 0
     targets = [2 * c.bootstrap_rows * (1 - c.bootstrap_warmup) * shortcut for c in (d, a.dynamics)]
+    encode, dream = _step(preset.tokenizer), _step(preset.dynamics)
     per_frame = {
-        "tokenizer": _STEP * tokenizer,
-        "dynamics": (_STEP + targets[0]) * dynamics,
-        "agent": (_STEP + targets[1] / 2) * dynamics + _STEP * heads,
+        "tokenizer": encode * tokenizer,
+        "dynamics": (dream + targets[0]) * dynamics,
+        "agent": (dream + targets[1] / 2) * dynamics + _HEAD_STEP * heads,
         # A batch of rollouts serves several steps. Each of its frames is sampled and then committed.
-        "imagination": (i.settings.steps + 1) * dynamics / i.reuse + _STEP * heads,
+        "imagination": (i.settings.steps + 1) * dynamics / i.reuse + _HEAD_STEP * heads,
     }
     steps = dict(zip(PHASES, (t.steps, d.steps, a.steps, i.steps), strict=True))
     return {name: Work(steps[name], frames[name], frames[name] * per_frame[name]) for name in PHASES}
+
+
+def _step(cfg: TransformerConfig) -> float:
+    """A step forward and backward, in forward passes."""
+    return 4.0 if cfg.recompute else 3.0
 
 
 def on_ranks(preset: Preset, ranks: int) -> dict[str, float]:
@@ -113,7 +119,7 @@ def speed(cfg: TransformerConfig, width: int, device: torch.device) -> float:
             torch.cuda.synchronize(device)
         taken.append(clock() - began)
     torch.set_num_threads(threads)
-    flops = _STEP * x.shape[0] * clip * width * layer_flops(cfg, width) * small.depth
+    flops = _step(cfg) * x.shape[0] * clip * width * layer_flops(cfg, width) * small.depth
     cores = max(1.0, min(len(os.sched_getaffinity(0)), cgroup_quota())) if on_cpu else 1.0
     return cores * flops / min(taken[1:])  # the first pays for the start
 

@@ -17,8 +17,12 @@ from d4_datasets.errors import UserError
 
 # weights, gradient, EMA and two optimiser moments in float32
 _BYTES_PER_PARAMETER = 4 * 5
-# activations that backward keeps, per token and layer, in units of the width, measured on `nano` and `small`
-_ACTIVATIONS = 40
+# What backward keeps per token and layer, without and with bfloat16 (the tests count it): floats as many
+# times the width, as many more for each unit of mlp_ratio, and bytes for each logit of a head.
+_KEPT = {False: (13, 4, 7), True: (9, 2, 8)}
+# Layers' worth of gradients, and of results that backward does not keep, at the peak: counted 0.3, and 1.4 if
+# layers are run again, in 8 layers 256 wide on 4480 tokens; allocators leave gaps.
+_WORKING, _WORKING_AGAIN = 1, 2
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,21 @@ class Cost:
     train_bytes: float
 
 
-def costs(preset: Preset, contract: Contract, ranks: int = 1) -> dict[str, Cost]:
-    """Cost of tokenizer, dynamics and agent for a contract; memory of each of `ranks` sharing a batch."""
+def costs(preset: Preset, contract: Contract, ranks: int = 1, reduced: bool = False) -> dict[str, Cost]:
+    """Cost of tokenizer, dynamics and agent for a contract.
+
+    Args:
+        ranks: processes that share a batch; memory is that of one of them.
+        reduced: whether layers compute in bfloat16, as on a GPU.
+    """
     with torch.device("meta"):
         models = build(preset, contract, "agent")
     assert models.dynamics is not None
     assert models.agent is not None
     tok, dyn, width = models.tokenizer.cfg, models.dynamics.cfg, slots(preset, contract)
-    t, d = preset.tokenizer_training, preset.dynamics_training
-    longest = t.length if t.clip_share else 1
-    frames = {"tokenizer": max(longest, share(t.batch, ranks)), "dynamics": share(d.batch, ranks) * d.length}
+    t, d, a = preset.tokenizer_training, preset.dynamics_training, preset.agent_training
+    clips = {name: share(phase.batch, ranks) for name, phase in (("dynamics", d), ("agent", a))}
+    tokenizer_frames = max(t.length if t.clip_share else 1, share(t.batch, ranks))
     shape: dict[str, tuple[nn.Module, TransformerConfig, int, int]] = {
         "tokenizer": (models.tokenizer, tok.transformer, width["tokenizer"], 2),
         "dynamics": (models.dynamics, dyn.transformer, width["dynamics"], 1),
@@ -53,12 +62,26 @@ def costs(preset: Preset, contract: Contract, ranks: int = 1) -> dict[str, Cost]
     out = {}
     for name, (module, cfg, count, stacks) in shape.items():
         per_frame = stacks * count * (layer_flops(cfg, count) * cfg.depth)
-        kept = 4 * _ACTIVATIONS * cfg.dim * cfg.depth * count * stacks * frames[name]
+        frames = max(clips["dynamics"] * d.length, d.long_length) if name == "dynamics" else tokenizer_frames
+        kept = activation_bytes(cfg, count, frames, stacks, reduced)
         out[name] = Cost(_count(module), per_frame, _BYTES_PER_PARAMETER * _count(module) + kept)
     heads = _count(models.agent)
-    both = out["dynamics"].train_bytes + _BYTES_PER_PARAMETER * heads
-    out["agent"] = Cost(heads, 2.0 * heads, both)
+    weights = _BYTES_PER_PARAMETER * (out["dynamics"].parameters + heads)
+    frames = max(clips["agent"] * a.length, 2 * a.long_length)
+    kept = activation_bytes(dyn.transformer, width["dynamics"], frames, reduced=reduced)
+    out["agent"] = Cost(heads, 2.0 * heads, weights + kept)
     return out
+
+
+def activation_bytes(
+    cfg: TransformerConfig, slots: int, frames: int, stacks: int = 1, reduced: bool = False
+) -> float:
+    """What a step keeps for its backward pass, and works with: `frames` of `slots` tokens."""
+    fixed, mlp, logit = _KEPT[reduced]
+    layer = 4 * (fixed + mlp * cfg.mlp_ratio) * cfg.dim + logit * cfg.heads * seen(cfg, slots)
+    if cfg.recompute:
+        return frames * slots * (stacks * cfg.depth * 4 * cfg.dim + _WORKING_AGAIN * layer)
+    return frames * slots * (stacks * cfg.depth + _WORKING) * layer
 
 
 def slots(preset: Preset, contract: Contract) -> dict[str, int]:
@@ -79,9 +102,12 @@ def layer_flops(cfg: TransformerConfig, slots: int) -> float:
     """FLOPs of one layer per token, averaged over space and time layers."""
     width, keys = cfg.dim, cfg.kv_heads * cfg.head_dim
     matrices = 2 * width * width + 2 * width * keys + 3 * width * int(width * cfg.mlp_ratio)
-    space, time = slots, cfg.context
-    seen = ((cfg.time_every - 1) * space + time) / cfg.time_every
-    return 2 * matrices + 4 * width * seen
+    return 2 * matrices + 4 * width * seen(cfg, slots)
+
+
+def seen(cfg: TransformerConfig, slots: int) -> float:
+    """Tokens that a token attends to, averaged over space and time layers."""
+    return ((cfg.time_every - 1) * slots + cfg.context) / cfg.time_every
 
 
 def available_bytes(device: torch.device) -> float:
@@ -100,11 +126,12 @@ def require_memory(
     Raises:
         UserError: with the memory needed and the memory free.
     """
-    cost = costs(preset, contract, ranks)
+    cost = costs(preset, contract, ranks, reduced=device.type == "cuda")
     needed, free = cost.get(phase, cost["agent"]).train_bytes, available_bytes(device)
     needed *= ranks if device.type == "cpu" else 1
     if needed > free:
         raise UserError(
             f"{phase} of this preset needs about {needed / 2**30:.1f} GiB but {free / 2**30:.1f} GiB are "
-            f"free on {device.type}: choose a smaller preset or lower the batch size with --set"
+            f"free on {device.type}: choose a smaller preset, or --set a smaller batch "
+            "or, which costs time, tokenizer.recompute=true dynamics.recompute=true"
         )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 NEG_INF = float("-inf")
 
@@ -33,6 +34,8 @@ class TransformerConfig:
         context: frames that a time layer sees, the current one included (C).
         soft_cap: attention logits are soft-capped to +-soft_cap by tanh; 0 switches it off.
         rope_theta: base of the rotary frequencies.
+        recompute: keep only the input of each layer for the backward pass and run the layer again there: a
+            third more operations, and memory that hardly grows with depth. Results are the same.
     """
 
     dim: int = 512
@@ -44,6 +47,7 @@ class TransformerConfig:
     context: int = 32
     soft_cap: float = 50.0
     rope_theta: float = 1e4
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if self.depth % self.time_every:
@@ -226,10 +230,30 @@ class Layer(nn.Module):
         self.up = nn.Linear(cfg.dim, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, cfg.dim, bias=False)
 
+    def forward(
+        self,
+        x_BTSD: Tensor,
+        space_bias: Tensor | None,
+        bias: Tensor,
+        table: tuple[Tensor, Tensor],
+        time_slots: int | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Whole clips; also keys and values (B, S, K, T, E) if this is a time layer."""
+        normed = self.norm_attention(x_BTSD)
+        if not self.over_time:
+            return self.mlp(x_BTSD + self.attention.forward_space(normed, space_bias)), None
+        y, key, value = self.attention.forward_time(normed[:, :, :time_slots], bias, table)
+        return self.mlp(add(x_BTSD, y)), (key, value)
+
     def mlp(self, x: Tensor) -> Tensor:
         """Residual SwiGLU."""
         gate, value = self.up(self.norm_mlp(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * value)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """Residual sum (B, T, S, D); y may cover only the leading slots of x."""
+    return x + F.pad(y, (0, 0, 0, x.shape[2] - y.shape[2])) if y.shape[2] < x.shape[2] else x + y
 
 
 class Transformer(nn.Module):
@@ -272,24 +296,20 @@ class Transformer(nn.Module):
         bias = time_bias(length, self.cfg.context, image_rows, x_BTSD.device)
         table = rotary_tables(frames, self.cfg.head_dim, self.cfg.rope_theta)
         x, time_layer = x_BTSD, 0
+        again = self.cfg.recompute and torch.is_grad_enabled()
         for layer in self.layers:
-            normed = layer.norm_attention(x)
-            if layer.over_time:
-                y, key, value = layer.attention.forward_time(normed[:, :, : self.time_slots], bias, table)
-                if cache is not None:
-                    _prefill(cache, time_layer, key, value)
-                time_layer += 1
+            inputs = (x, space_bias, bias, table, self.time_slots)
+            if again:
+                x, past = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                y = layer.attention.forward_space(normed, space_bias)
-            x = layer.mlp(self._add(x, y))
+                x, past = layer(*inputs)
+            if past is not None:
+                if cache is not None:
+                    _prefill(cache, time_layer, *past)
+                time_layer += 1
         if cache is not None:
             cache.position.fill_(length)
         return self.norm(x)
-
-    @staticmethod
-    def _add(x: Tensor, y: Tensor) -> Tensor:
-        """Residual sum; y may cover only the leading slots of x."""
-        return x + F.pad(y, (0, 0, 0, x.shape[2] - y.shape[2])) if y.shape[2] < x.shape[2] else x + y
 
     def begin(self, cache: KVCache) -> Frame:
         """Mask and rotary table of the cache's current frame; one call serves all passes over that frame."""
@@ -318,7 +338,7 @@ class Transformer(nn.Module):
                 time_layer += 1
             else:
                 y = layer.attention.forward_space(normed, space_bias)
-            x = layer.mlp(self._add(x, y))
+            x = layer.mlp(add(x, y))
         return self.norm(x)
 
 

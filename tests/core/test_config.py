@@ -134,6 +134,7 @@ def test_training_settings_of_later_phases_do_not_matter(phase: str) -> None:
             same = changed.up_to(phase) == plain.up_to(phase)
             assert same == (number > mine), setting
     assert override(plain, ["patch=8"]).up_to(phase) != plain.up_to(phase)
+    assert override(plain, ["dynamics.recompute=true"]).up_to(phase) == plain.up_to(phase)
     assert from_dict(Preset, PRESETS["small"].up_to("imagination")) == PRESETS["small"]
     assert from_dict(Preset, plain.up_to(phase)).dynamics == plain.dynamics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d4_core import memory
 from d4_core.config import PRESETS, override
-from d4_core.memory import available_bytes, costs, require_memory
+from d4_core.memory import activation_bytes, available_bytes, costs, require_memory
 from d4_core.models import build
+from d4_core.transformer import Transformer, TransformerConfig
 from d4_datasets.errors import UserError
 
 CPU = torch.device("cpu")
@@ -52,6 +54,46 @@ def test_memory_grows_with_batch_and_model(robot) -> None:
     assert batch["dynamics"].flops == small["dynamics"].flops
     assert model["dynamics"].train_bytes > small["dynamics"].train_bytes
     assert small["agent"].train_bytes > small["dynamics"].train_bytes  # it trains both
+
+
+def kept_bytes(cfg: TransformerConfig, frames: int, slots: int, reduced: bool) -> int:
+    """Distinct memory that autograd holds on to after a forward pass, weights left out."""
+    network, held = Transformer(cfg), {}
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        held[t.untyped_storage().data_ptr()] = t.untyped_storage()  # held, so that no address comes twice
+        return t
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+        network(torch.randn(1, frames, slots, cfg.dim, requires_grad=True))
+    return sum(storage.nbytes() for at, storage in held.items() if at not in weights)
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "mlp_ratio", "slots", "frames"),
+    [(4, 2.0, 20, 32), (4, 4.0, 30, 32), (2, 4.0, 150, 8), (8, 4.0, 20, 64)],
+)  # fmt: skip
+def test_activations_are_those_that_autograd_keeps(
+    heads: int, mlp_ratio: float, slots: int, frames: int, reduced: bool
+) -> None:
+    shape = {"dim": 128, "depth": 4, "heads": heads, "kv_heads": 1, "mlp_ratio": mlp_ratio, "context": frames}
+    plain, deep = TransformerConfig(**shape), TransformerConfig(**shape | {"depth": 8})
+    counted = [activation_bytes(cfg, slots, frames, reduced=reduced) for cfg in (plain, deep)]
+    four = counted[1] - counted[0]
+    assert kept_bytes(plain, frames, slots, reduced) == pytest.approx(four, rel=0.15)
+    assert kept_bytes(replace(plain, recompute=True), frames, slots, reduced) < four / 5
+    again = replace(deep, recompute=True)
+    assert activation_bytes(again, slots, frames, reduced=reduced) < counted[1] / 2
+
+
+def test_the_longest_clip_counts_on_a_gpu_that_has_only_one(robot) -> None:
+    cfg = override(toy_run.PRESET, ["dynamics_training.batch=4", "dynamics_training.long_length=64"])
+    longer = override(cfg, ["dynamics_training.long_length=128"])
+    grown = [costs(c, robot, ranks=4)["dynamics"].train_bytes for c in (cfg, longer)]
+    assert grown[1] > grown[0]
 
 
 @pytest.mark.parametrize("phase", ["tokenizer", "dynamics", "agent", "imagination"])

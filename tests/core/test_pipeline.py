@@ -220,9 +220,11 @@ def test_a_phase_notices_that_its_input_was_retrained_behind_its_back(copy, data
     assert hashes(copy)["agent"] == before["agent"]
 
 
+@pytest.mark.parametrize("settings", [(), ("tokenizer.recompute=true", "dynamics.recompute=true")])
 def test_an_interrupted_run_goes_on_to_the_same_weights(
-    finished, dataset, tmp_path, monkeypatch, capsys
+    finished, dataset, tmp_path, monkeypatch, capsys, settings: tuple[str, ...]
 ) -> None:
+    """Also if it keeps less in memory from there on."""
     forward = DynamicsPhase.forward
 
     def interrupted(self, batch, gen, step):
@@ -239,7 +241,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     assert set(hashes(run)) == {"tokenizer", "dynamics"}
     assert unfinished_procs(run) == 1
     monkeypatch.undo()
-    train.run(args(dataset, run))
+    train.run(args(dataset, run, *settings))
     assert hashes(run) == hashes(finished)
     assert unfinished_procs(run) == 0
     assert steps_of(run) == sorted(set(steps_of(run)), key=steps_of(run).index)  # no step was logged twice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -48,6 +49,38 @@ def stream(model: Transformer, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
 
 
 # ---- arithmetic
+
+
+@pytest.mark.parametrize("time_slots", [0, 2])
+def test_layers_that_are_run_again_give_the_same_gradients(tiny_shape, time_slots: int) -> None:
+    x = torch.randn(2, 4, SLOTS, tiny_shape().dim)
+    images = torch.tensor([True, False])
+    found, kept = [], []
+    for again in (False, True):
+        model, sizes = build(tiny_shape(recompute=again), time_slots), []
+        with torch.autograd.graph.saved_tensors_hooks(partial(_weigh, sizes), lambda t: t):
+            loss = model(x, image_rows=images).square().mean()
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters())])
+        kept.append(sum(sizes))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept[1] < kept[0] / 3
+
+
+def _weigh(sizes: list[int], t: torch.Tensor) -> torch.Tensor:
+    sizes.append(t.nbytes)
+    return t
+
+
+def test_layers_are_not_run_again_for_nothing(tiny_shape) -> None:
+    """Without a gradient, as in imagination, and while a cache is filled, everything is as without it."""
+    x = torch.randn(2, 4, SLOTS, tiny_shape().dim)
+    plain, again = build(tiny_shape()), build(tiny_shape(recompute=True))
+    caches = cache_of(plain), cache_of(again)
+    with torch.no_grad():
+        assert torch.equal(plain(x, cache=caches[0]), again(x, cache=caches[1]))
+    assert torch.equal(caches[0].keys, caches[1].keys)
+    assert caches[0].keys.any()
 
 
 @pytest.mark.parametrize("changes", [{"depth": 3}, {"kv_heads": 3}, {"dim": 18}, {"dim": 12}])

@@ -178,7 +178,8 @@ def _on_gpus(recipe: Recipe, operations: Mapping[str, float], encoding: float) -
 
 def _memory(settings: Preset, contract: Contract) -> Iterator[str]:
     """What training takes on each GPU, and whether that is there."""
-    each = {n: max(cost.train_bytes for cost in costs(settings, contract, n).values()) for n in GPU_COUNTS}
+    on = {n: costs(settings, contract, n, reduced=True).values() for n in GPU_COUNTS}
+    each = {n: max(cost.train_bytes for cost in found) for n, found in on.items()}
     sizes = ", ".join(f"{n} GPU{'s' * (n > 1)} {size / 1e9:,.3g} GB" for n, size in each.items())
     fits = [n for n, size in each.items() if size <= GPU_BYTES]
     lacks = ""
