@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -144,34 +144,15 @@ def distance(a: Tensor, b: Tensor) -> float:
 def tokenizer_gates(
     tokenizer: Tokenizer, logs: Logs, latents: Frames, probes: dict[str, Probe], held_out: np.ndarray
 ) -> list[Gate]:
-    """PSNR above the mean image, latent spread, saturation and collapse, and probes, on held-out episodes."""
-    squared, baseline, z_all = [], [], []
-    camera = tokenizer.cfg.cameras[0]
-    pictures = logs.images.get(camera.name)
-    for e in held_out[:40]:
-        z = encode_episode(tokenizer, logs, int(e))
-        z_all.append(z)
-        if pictures is None:
-            continue
-        rows = slice(logs.episode_start[e], logs.episode_start[e] + logs.episode_length[e])
-        real = torch.from_numpy(np.array(pictures[rows])).to(z.device).float() / 255
-        made = tokenizer.to_pixels(camera.name, tokenizer.decode(z[None])[camera.name])[0].clamp(0, 1)
-        squared.append(float((made - real).square().mean()))
-        baseline.append(float((getattr(tokenizer, f"mean_{camera.name}") - real).square().mean()))
-    z = torch.cat(z_all).flatten(1)
+    """PSNR above mean images, latent spread, saturation and collapse, and probes, on held-out episodes."""
+    episodes = held_out[:40]
+    encoded = [encode_episode(tokenizer, logs, int(e)) for e in episodes]
+    cameras = [camera.name for camera in tokenizer.cfg.cameras]
+    gates = [picture_gate(tokenizer, camera, logs, episodes, encoded) for camera in cameras]
+    z = torch.cat(encoded).flatten(1)
     centred = z - z.mean(0)
     other = centred[torch.randperm(len(centred), generator=torch.Generator().manual_seed(0))]
     cosine = torch.nn.functional.cosine_similarity(centred, other, dim=-1).mean()
-    gates = [not_measured("PSNR above the mean image", "the dataset holds latents, not pictures")]
-    if pictures is not None and max(baseline) < 1e-7:
-        gates = [not_measured("PSNR above the mean image", "all held-out pictures are the mean image")]
-    elif pictures is not None:
-        psnr, mean_psnr = (float(-10 * np.log10(np.mean(x))) for x in (squared, baseline))
-        gates = [
-            Gate("PSNR above the mean image (dB)", psnr - mean_psnr, ">=", 3.0,
-                 "the tokenizer has learned little: train longer",
-                 {"psnr": psnr, "mean_image_psnr": mean_psnr})
-        ]  # fmt: skip
     gates += [
         Gate("latent spread (std per channel)", float(z.std(0).mean()), ">=", 0.05,
              "latents have collapsed: check the data for static video"),
@@ -196,6 +177,29 @@ def tokenizer_gates(
                  {"rmse": error.tolist(), "spread": spread.tolist()})
         )  # fmt: skip
     return gates
+
+
+def picture_gate(
+    tokenizer: Tokenizer, camera: str, logs: Logs, episodes: np.ndarray, encoded: Sequence[Tensor]
+) -> Gate:
+    """PSNR of a camera's pictures, made of the latents of some episodes, above that of its mean image."""
+    name = "PSNR above the mean image"
+    name += f" of {camera}" if len(tokenizer.cfg.cameras) > 1 else ""
+    if camera not in logs.images:
+        return not_measured(name, "the dataset holds latents, not pictures")
+    squared, baseline = [], []
+    for e, z in zip(episodes, encoded, strict=True):
+        rows = slice(logs.episode_start[e], logs.episode_start[e] + logs.episode_length[e])
+        real = torch.from_numpy(np.array(logs.images[camera][rows])).to(z.device).float() / 255
+        made = tokenizer.to_pixels(camera, tokenizer.decode(z[None])[camera])[0].clamp(0, 1)
+        squared.append(float((made - real).square().mean()))
+        baseline.append(float((getattr(tokenizer, f"mean_{camera}") - real).square().mean()))
+    if max(baseline) < 1e-7:
+        return not_measured(name, "all held-out pictures are the mean image")
+    psnr, mean_psnr = (float(-10 * np.log10(np.mean(x))) for x in (squared, baseline))
+    hint = "the tokenizer has learned little: train longer"
+    detail = {"psnr": psnr, "mean_image_psnr": mean_psnr}
+    return Gate(f"{name} (dB)", psnr - mean_psnr, ">=", 3.0, hint, detail)
 
 
 # -- dynamics ------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from d4_core.gates import (
     tokenizer_gates,
 )
 from d4_core.shortcut import Grid
-from d4_core.tokenizer import Tokenizer
+from d4_core.tokenizer import Camera, Tokenizer
 
 SPEED = 0.3
 GOALS = torch.tensor([[1.0, 0.0], [-1.0, 0.5]])
@@ -306,6 +306,29 @@ def test_each_fault_of_a_tokenizer_fails_its_gate(pictures, fault: str, gate: st
     gates = by_name(tokenizer_gates(tokenizer, logs, latents, {"level": level_of}, np.array([2, 3])))
     assert not gates[gate].ok
     assert gates["probe of level (rmse / spread)"].ok  # measured on the cached latents
+
+
+class Squint(Mirror):
+    """Sees with one eye what it shows of both, that of the wrist blurred."""
+
+    def decode(self, latents: Tensor) -> dict[str, Tensor]:
+        front = super().decode(latents)["front"]
+        return {"front": front, "wrist": 0.1 * front}
+
+
+def test_every_camera_has_its_gate(make_tokenizer, make_logs) -> None:
+    """Only the first one's pictures were looked at: a hand's camera could be lost without a word."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (80, 8, 12, 3), np.uint8)
+    logs = make_logs((20,) * 4, images={"front": images, "wrist": images})
+    names = ("front", "wrist")
+    tokenizer = make_tokenizer(cameras=tuple(Camera(name=name, height=8, width=12) for name in names))
+    tokenizer.__class__ = Squint
+    mean, scale = torch.from_numpy(images / 255).float().mean(0), torch.tensor(0.25)
+    tokenizer.set_statistics(dict.fromkeys(names, mean), dict.fromkeys(names, scale))
+    gates = by_name(tokenizer_gates(tokenizer, logs, np.zeros((80, 2, 1)), {}, np.array([2, 3])))
+    assert gates["PSNR above the mean image of front (dB)"].ok
+    assert not gates["PSNR above the mean image of wrist (dB)"].ok
 
 
 def test_latents_that_leave_out_the_robot_fail_whatever_the_psnr(pictures) -> None:
