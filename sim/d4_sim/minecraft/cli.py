@@ -215,7 +215,8 @@ class Record:
         _require_game(game, self.python)
         session = play(game, options, make_player(self.player, game, self.zoom), settings)
         print(
-            f"{session.ticks} ticks in {session.episodes} episodes, {len(session.parts)} parts in {self.out}"
+            f"{session.ticks} ticks in {_many(session.episodes, 'episode')}, "
+            f"{_many(len(session.parts), 'part')} in {self.out}"
         )
         for what, late in (("pictures", session.late_ms), ("actions", session.action_ms)):
             if late and max(late) > 0:
@@ -224,9 +225,13 @@ class Record:
                     f"{what} late by: median {median:.1f} ms, 95 % {most:.1f} ms, at most {max(late):.1f} ms"
                 )
         if session.missed:
-            print(f"{session.missed} ticks passed unseen; a part of the recording ends before each gap")
+            print(
+                f"{_many(session.missed, 'tick')} passed unseen; a part of the recording ends before each gap"
+            )
         if session.refused:
-            print(f"{session.refused} parts left out: over {self.most_late:.0%} of their pictures came late")
+            print(
+                f"{_many(session.refused, 'part')} left out: over {self.most_late:.0%} of their pictures came late"
+            )
         if not session.parts:
             raise UserError("nothing was recorded that can be used")
         contract = example("luanti.yaml" if self.engine == "luanti" else "minecraft.yaml")
@@ -326,6 +331,10 @@ class _Once:
 
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def example(name: str) -> Path:
