@@ -229,9 +229,8 @@ class Record:
                 f"{_many(session.missed, 'tick')} passed unseen; a part of the recording ends before each gap"
             )
         if session.refused:
-            print(
-                f"{_many(session.refused, 'part')} left out: over {self.most_late:.0%} of their pictures came late"
-            )
+            refused = _many(session.refused, "part")
+            print(f"{refused} left out: over {self.most_late:.0%} of their pictures came late")
         if not session.parts:
             raise UserError("nothing was recorded that can be used")
         contract = example("luanti.yaml" if self.engine == "luanti" else "minecraft.yaml")
