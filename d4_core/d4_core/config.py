@@ -150,31 +150,40 @@ def override(preset: Preset, settings: list[str]) -> Preset:
     Raises:
         UserError: a path or a value does not fit the preset, or the values do not fit each other.
     """
+    parsed = [_parse(preset, setting) for setting in settings]
     try:
-        return _changed(preset, [_parse(setting) for setting in settings]) if settings else preset
-    except _MISFITS as error:
-        blamed = [setting for setting in settings if _misfits_alone(preset, setting)] or settings
-        raise UserError(f"--set {' '.join(blamed)}: {error}") from error
+        return _changed(preset, parsed) if settings else preset
+    except ValueError as error:
+        others = [parsed[:i] + parsed[i + 1 :] for i in range(len(parsed))]
+        guilty = [s for s, rest in zip(settings, others, strict=True) if _fits(preset, rest)]
+        apart = [s for s, one in zip(settings, parsed, strict=True) if not _fits(preset, [one])]
+        raise UserError(f"--set {' '.join(guilty or apart or settings)}: {error}") from error
 
 
-_MISFITS = (AttributeError, TypeError, ValueError)
 _Setting = tuple[list[str], Any]  # path of field names, value
 
 
-def _parse(setting: str) -> _Setting:
-    path, separator, text = setting.partition("=")
+def _parse(preset: Preset, setting: str) -> _Setting:
+    text, separator, value = setting.partition("=")
     try:
-        return path.split("."), json.loads(text) if separator else None
+        found = json.loads(value) if separator else None
     except json.JSONDecodeError:
-        return path.split("."), text
-
-
-def _misfits_alone(preset: Preset, setting: str) -> bool:
+        found = value
+    path, node = text.split("."), preset
     try:
-        _changed(preset, [_parse(setting)])
-    except _MISFITS:
-        return True
-    return False
+        for name in path:
+            node = getattr(node, name)
+        return path, _like(node, found)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"--set {setting}: {error}") from error
+
+
+def _fits(preset: Preset, settings: list[_Setting]) -> bool:
+    try:
+        _changed(preset, settings)
+    except ValueError:
+        return False
+    return True
 
 
 def _changed(node: Any, settings: list[_Setting]) -> Any:
@@ -185,7 +194,7 @@ def _changed(node: Any, settings: list[_Setting]) -> Any:
         if rest:
             below.setdefault(name, []).append((rest, value))
         else:
-            fields[name] = _like(getattr(node, name), value)
+            fields[name] = value
     for name, inner in below.items():
         fields[name] = _changed(getattr(node, name), inner)
     return replace(node, **fields)

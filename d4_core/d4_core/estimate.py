@@ -18,7 +18,7 @@ import torch
 
 from d4_core.config import PHASES, PRESETS, Preset
 from d4_core.distributed import share
-from d4_core.loop import bf16_on_cpu
+from d4_core.loop import computes_reduced
 from d4_core.memory import costs, layer_flops, slots
 from d4_core.threads import cgroup_quota
 from d4_core.transformer import Transformer, TransformerConfig
@@ -107,7 +107,7 @@ def speed(cfg: TransformerConfig, width: int, device: torch.device) -> float:
     clip = min(frames, 8)
     network = Transformer(small).to(device)
     x = torch.randn(max(1, frames // clip), clip, width, cfg.dim, device=device)
-    reduced = device.type == "cuda" or bf16_on_cpu()
+    reduced = computes_reduced(device)
     on_cpu, threads, taken = device.type == "cpu", torch.get_num_threads(), []
     clock = time.process_time if on_cpu else time.perf_counter
     torch.set_num_threads(1)
@@ -149,7 +149,7 @@ def facts(name: str, preset: Preset, contract: Contract, frames: int) -> dict[st
     its frame cache; or `reason`, why it does not fit the contract.
     """
     try:
-        cost = costs(preset, contract)
+        cost = costs(preset, contract, reduced=computes_reduced(_device()))
     except UserError as error:
         return {"preset": name, "reason": str(error)}
     tokenizer = preset.tokenizer_config(contract)

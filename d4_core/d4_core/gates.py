@@ -145,10 +145,14 @@ def tokenizer_gates(
     tokenizer: Tokenizer, logs: Logs, latents: Frames, probes: dict[str, Probe], held_out: np.ndarray
 ) -> list[Gate]:
     """PSNR above mean images, latent spread, saturation and collapse, and probes, on held-out episodes."""
-    episodes = held_out[:40]
-    encoded = [encode_episode(tokenizer, logs, int(e)) for e in episodes]
     cameras = [camera.name for camera in tokenizer.cfg.cameras]
-    gates = [picture_gate(tokenizer, camera, logs, episodes, encoded) for camera in cameras]
+    encoded: list[Tensor] = []
+    errors: dict[str, list[tuple[float, float]]] = {camera: [] for camera in cameras}
+    for e in held_out[:40]:
+        encoded.append(encode_episode(tokenizer, logs, int(e)))
+        for camera, squared in _picture_errors(tokenizer, logs, int(e), encoded[-1]).items():
+            errors[camera].append(squared)
+    gates = [_picture_gate(f" of {name}" * (len(cameras) > 1), errors[name]) for name in cameras]
     z = torch.cat(encoded).flatten(1)
     centred = z - z.mean(0)
     other = centred[torch.randperm(len(centred), generator=torch.Generator().manual_seed(0))]
@@ -179,24 +183,28 @@ def tokenizer_gates(
     return gates
 
 
-def picture_gate(
-    tokenizer: Tokenizer, camera: str, logs: Logs, episodes: np.ndarray, encoded: Sequence[Tensor]
-) -> Gate:
-    """PSNR of a camera's pictures, made of the latents of some episodes, above that of its mean image."""
-    name = "PSNR above the mean image"
-    name += f" of {camera}" if len(tokenizer.cfg.cameras) > 1 else ""
-    if camera not in logs.images:
+def _picture_errors(tokenizer: Tokenizer, logs: Logs, e: int, z: Tensor) -> dict[str, tuple[float, float]]:
+    """Squared errors of an episode's pictures made of its latents, and of the mean image, by camera."""
+    if not logs.images:
+        return {}
+    rows = slice(logs.episode_start[e], logs.episode_start[e] + logs.episode_length[e])
+    out = {}
+    for camera, patches in tokenizer.decode(z[None]).items():
+        if camera in logs.images:
+            real = torch.from_numpy(np.array(logs.images[camera][rows])).to(z.device).float() / 255
+            made = tokenizer.to_pixels(camera, patches)[0].clamp(0, 1)
+            mean = getattr(tokenizer, f"mean_{camera}")
+            out[camera] = (float((made - real).square().mean()), float((mean - real).square().mean()))
+    return out
+
+
+def _picture_gate(whose: str, errors: Sequence[tuple[float, float]]) -> Gate:
+    name = f"PSNR above the mean image{whose}"
+    if not errors:
         return not_measured(name, "the dataset holds latents, not pictures")
-    squared, baseline = [], []
-    for e, z in zip(episodes, encoded, strict=True):
-        rows = slice(logs.episode_start[e], logs.episode_start[e] + logs.episode_length[e])
-        real = torch.from_numpy(np.array(logs.images[camera][rows])).to(z.device).float() / 255
-        made = tokenizer.to_pixels(camera, tokenizer.decode(z[None])[camera])[0].clamp(0, 1)
-        squared.append(float((made - real).square().mean()))
-        baseline.append(float((getattr(tokenizer, f"mean_{camera}") - real).square().mean()))
-    if max(baseline) < 1e-7:
+    if max(mean for _, mean in errors) < 1e-7:
         return not_measured(name, "all held-out pictures are the mean image")
-    psnr, mean_psnr = (float(-10 * np.log10(np.mean(x))) for x in (squared, baseline))
+    psnr, mean_psnr = (float(-10 * np.log10(x)) for x in np.mean(errors, 0))
     hint = "the tokenizer has learned little: train longer"
     detail = {"psnr": psnr, "mean_image_psnr": mean_psnr}
     return Gate(f"{name} (dB)", psnr - mean_psnr, ">=", 3.0, hint, detail)

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from d4_core import checkpoint, threads
 from d4_core.config import PHASES, PRESETS, Preset, preset
 from d4_core.estimate import training_seconds, work
+from d4_core.loop import computes_reduced
 from d4_core.memory import available_bytes, costs
 from d4_core.models import preset_of
 from d4_datasets import places
@@ -361,7 +362,7 @@ def _bag_line(path: Path) -> Fact:
 def preset_facts(settings: Preset, contract: Contract) -> list[Fact]:
     """Parameters, FLOPs and training memory of every network, counted without allocating it."""
     facts, total = [], 0
-    for name, cost in costs(settings, contract).items():
+    for name, cost in costs(settings, contract, reduced=computes_reduced(_device())).items():
         total += cost.parameters
         facts.append(
             Fact(name, f"{_si(cost.parameters)}parameters, {_si(cost.flops)}FLOPs per frame, "
@@ -397,7 +398,7 @@ def time_facts(settings: Preset, contract: Contract, frames: int | None = None) 
 
 def _preset_line(name: str, settings: Preset, contract: Contract, frames: int | None) -> Fact:
     try:
-        cost = costs(settings, contract)
+        cost = costs(settings, contract, reduced=computes_reduced(_device()))
     except UserError as error:
         return Fact(name, f"does not fit: {error}")
     count, size = sum(c.parameters for c in cost.values()), max(c.train_bytes for c in cost.values())

@@ -89,7 +89,8 @@ def train(
     if found is not None and found["status"] == "done":
         checkpoint.load_modules(folder, phase.to(device).checkpoint_modules())
         return dict(found["metrics"])
-    run = _Run(phase, run_dir, identity, contract, optim, device, _autocast(device, autocast))
+    reduced = computes_reduced(device) if autocast is None else autocast
+    run = _Run(phase, run_dir, identity, contract, optim, device, reduced)
     if found is not None:
         run.resume(found)
     with contextlib.ExitStack() as stack:
@@ -403,9 +404,8 @@ def bf16_on_cpu() -> bool:
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
-def _autocast(device: torch.device, wanted: bool | None) -> bool:
-    if wanted is not None:
-        return wanted
+def computes_reduced(device: torch.device) -> bool:
+    """Whether training on a device uses bfloat16 by itself: where the hardware multiplies it."""
     return bf16_on_cpu() if device.type == "cpu" else device.type == "cuda"
 
 

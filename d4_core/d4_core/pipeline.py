@@ -222,6 +222,9 @@ class Pipeline:
             assert fresh.dynamics is not None
             return DynamicsPhase(self.preset.dynamics_training, fresh.dynamics, tokenizer, *data)
         assert before.dynamics is not None
+        # how a step uses memory is this run's choice, not the checkpoint's
+        network = before.dynamics.transformer
+        network.cfg = replace(network.cfg, recompute=self.preset.dynamics.recompute)
         inputs = (before.dynamics, before.tokenizer, *data)
         if phase == "agent":
             assert fresh.agent is not None

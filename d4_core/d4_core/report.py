@@ -38,7 +38,7 @@ POLICIES = {
     "data": "what the logs did",
     "bc_scratch": "behaviour cloning without a world model",
     "wm_bc": "behaviour cloning on the world model",
-    "imagination": "the same, improved in imagination",
+    "imagination": "cloned on the world model, improved in imagination",
     "expert": "scripted, sees the true state",
 }
 _OTHERS = {  # shown where they were run

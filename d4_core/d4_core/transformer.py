@@ -35,7 +35,7 @@ class TransformerConfig:
         soft_cap: attention logits are soft-capped to +-soft_cap by tanh; 0 switches it off.
         rope_theta: base of the rotary frequencies.
         recompute: keep only the input of each layer for the backward pass and run the layer again there: a
-            third more operations, and memory that hardly grows with depth. Results are the same.
+            third more operations for a small part of the memory. Results are the same.
     """
 
     dim: int = 512

@@ -118,6 +118,10 @@ def test_settings_that_only_fit_together_are_checked_together() -> None:
         assert override(PRESETS["nano"], settings).num_tokens == 12
     with pytest.raises(UserError, match=r"^--set num_latents=12 num_tokens=9: num_latents 12 is"):
         override(PRESETS["nano"], ["hidden=64", "num_latents=12", "num_tokens=9"])
+    with pytest.raises(UserError, match=r"^--set dynamics\.depth=7: depth 7 must be a multiple"):
+        override(PRESETS["nano"], ["num_latents=12", "dynamics.depth=7", "num_tokens=12"])
+    with pytest.raises(UserError, match=r"^--set patch=x: expected int"):
+        override(PRESETS["nano"], ["num_latents=12", "num_tokens=12", "patch=x"])
     assert override(PRESETS["nano"], ["patch=8", "patch=4"]).patch == 4
 
 

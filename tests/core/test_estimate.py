@@ -31,6 +31,8 @@ def test_work_grows_with_steps_and_batches() -> None:
     assert after["dynamics"] == before["dynamics"]
     per_frame = before["tokenizer"].flops / before["tokenizer"].frames
     assert per_frame == 3 * costs(preset, contract)["tokenizer"].flops
+    again = estimate.work(replace(preset, tokenizer=replace(preset.tokenizer, recompute=True)), contract)
+    assert again["tokenizer"].flops == pytest.approx(4 / 3 * before["tokenizer"].flops)
 
 
 def test_without_the_shortcut_loss_no_phase_pays_a_teacher() -> None:

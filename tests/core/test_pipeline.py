@@ -16,7 +16,7 @@ import toy_run
 import yaml
 from safetensors.torch import load_file
 
-from d4_core import memory, pipeline, train
+from d4_core import memory, pipeline, train, transformer
 from d4_core.arguments import TrainArgs, scaled
 from d4_core.gates import Gate
 from d4_core.models import CONTENTS, load, weights_hash
@@ -26,6 +26,7 @@ from d4_core.train import default_procs, unfinished_procs
 from d4_datasets.errors import UserError
 
 PHASES = ("tokenizer", "dynamics", "agent", "imagination")
+AGAIN = ("tokenizer.recompute=true", "dynamics.recompute=true")
 # `nano` for a 16x24 picture, a few steps of each phase
 TINY = [
     "patch=8", "num_tokens=2", "num_latents=4", "latent_dim=4", "registers=1", "agent_tokens=2", "leads=2",
@@ -220,7 +221,27 @@ def test_a_phase_notices_that_its_input_was_retrained_behind_its_back(copy, data
     assert hashes(copy)["agent"] == before["agent"]
 
 
-@pytest.mark.parametrize("settings", [(), ("tokenizer.recompute=true", "dynamics.recompute=true")])
+def test_every_phase_that_trains_a_transformer_runs_its_layers_again(dataset, tmp_path, monkeypatch) -> None:
+    """The agent phase took the network from a checkpoint, which does not say so, and kept everything."""
+    phases, plain = [], transformer.checkpoint
+
+    def counted(*inputs, **options):
+        phases.append(current[0])
+        return plain(*inputs, **options)
+
+    current, run_phase = [""], Pipeline.run_phase
+
+    def noted(self, phase):
+        current[0] = phase
+        run_phase(self, phase)
+
+    monkeypatch.setattr(transformer, "checkpoint", counted)
+    monkeypatch.setattr(Pipeline, "run_phase", noted)
+    train.run(args(dataset, tmp_path / "run", *AGAIN))
+    assert set(phases) == {"tokenizer", "dynamics", "agent"}
+
+
+@pytest.mark.parametrize("settings", [(), AGAIN])
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     finished, dataset, tmp_path, monkeypatch, capsys, settings: tuple[str, ...]
 ) -> None:

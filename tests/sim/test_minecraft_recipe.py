@@ -97,7 +97,7 @@ def test_what_fits_no_gpu_says_so(tmp_path) -> None:
         )
     assert "141" not in said["base", ()]
     assert "141" not in said["large", ()]
-    assert "an H200 has 141 GB, so 8 are needed" in said["paper", ()]
+    assert "an H200 has 141 GB, so 4 are needed" in said["paper", ()]
     assert "none has so much" in said["paper", keep_all]
 
 
