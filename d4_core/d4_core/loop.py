@@ -89,8 +89,7 @@ def train(
     if found is not None and found["status"] == "done":
         checkpoint.load_modules(folder, phase.to(device).checkpoint_modules())
         return dict(found["metrics"])
-    reduced = computes_reduced(device) if autocast is None else autocast
-    run = _Run(phase, run_dir, identity, contract, optim, device, reduced)
+    run = _Run(phase, run_dir, identity, contract, optim, device, autocast)
     if found is not None:
         run.resume(found)
     with contextlib.ExitStack() as stack:
@@ -137,13 +136,14 @@ class _Run:
         contract: Contract,
         optim: OptimConfig,
         device: torch.device,
-        autocast: bool,
+        autocast: bool | None,
     ) -> None:
         self.phase, self.device, self.contract = phase.to(device), device, contract
         self.start = 0
         self.metrics: dict[str, float] = {}
         self.last_losses: dict[str, Tensor] = {}
-        self._folder, self._identity, self._autocast = run_dir / phase.name, identity, autocast
+        self._folder, self._identity = run_dir / phase.name, identity
+        self._autocast = computes_reduced(device) if autocast is None else autocast
         self._named = dict(phase.trainable())
         trained = set(self._named.values())
         for p in phase.parameters():
