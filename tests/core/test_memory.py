@@ -67,7 +67,7 @@ def kept_bytes(cfg: TransformerConfig, frames: int, slots: int, reduced: bool) -
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         held[t.untyped_storage().data_ptr()] = t.untyped_storage()  # held, so that no address comes twice
-        return t
+        return t.detach()  # an operation that holds its own result would never be let go
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=reduced):

@@ -208,6 +208,7 @@ def _child(work: Path, sample: Sample) -> None:
 
 def run(sample: Sample, work: Path) -> Outcome:
     """Read `work`/in in a process of its own."""
+    inherited = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     pid = os.fork()
     if pid == 0:
         try:
@@ -229,8 +230,8 @@ def run(sample: Sample, work: Path) -> Outcome:
     if os.WIFSIGNALED(status) or not answer:
         log = (work / "log").read_text(errors="replace")[-3000:]
         return Outcome(FINDING, f"status {status}\n{log}", f"crash {sample.name} {log[-200:]}")
-    if usage.ru_maxrss << 10 > MEMORY:
-        return Outcome(FINDING, f"{usage.ru_maxrss >> 10} MiB of memory: {text}", f"memory {sample.name}")
+    if (taken := (usage.ru_maxrss << 10) - inherited) > MEMORY:
+        return Outcome(FINDING, f"{taken >> 20} MiB of memory: {text}", f"memory {sample.name}")
     return Outcome(what, text, _place(text) if what == FINDING else "")
 
 

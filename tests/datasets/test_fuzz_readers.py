@@ -78,6 +78,16 @@ def test_the_harness_sees_what_goes_wrong(tmp_path, samples, monkeypatch, body, 
     assert text in outcome.text
 
 
+def test_memory_of_the_tests_before_is_nobodys_finding(tmp_path, samples, monkeypatch):
+    """A fork begins with the memory of its parent, and that of a long session was taken for the reader's."""
+    monkeypatch.setattr(fuzz_readers, "MEMORY", 1 << 27)
+    monkeypatch.setattr(fuzz_readers, "_read", lambda source, sample, out: DATASET)
+    (tmp_path / "in").mkdir()
+    ballast = np.ones(1 << 28, np.uint8)
+    assert fuzz_readers.run(samples[0], tmp_path).what == DATASET
+    del ballast
+
+
 def test_the_command_saves_findings(tmp_path, monkeypatch, capsys):
     def read(source, sample, out):
         raise ValueError("a bug")
