@@ -1,6 +1,7 @@
 """The training node as a process, with the real d4-train at a tiny scale."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -95,10 +96,16 @@ class Client:
         self._thread.join(5)
 
     def send(self, **fields):
-        """The handle of a goal, accepted or not."""
+        """The handle of a goal, accepted or not; sent where its answer is taken: rclpy loses a quick one."""
         self.feedback = []
         goal = Train.Goal(**{"phase": "tokenizer", **fields})
-        return wait_for(self.action.send_goal_async(goal, lambda m: self.feedback.append(m.feedback)))
+        send = functools.partial(
+            self.action.send_goal_async, goal, lambda m: self.feedback.append(m.feedback)
+        )
+        return wait_for(wait_for(self._executor.create_task(send)))
+
+    def _hear(self, message) -> None:
+        self.feedback.append(message.feedback)
 
     def until(self, condition, timeout_s: float = 60.0) -> None:
         end = time.monotonic() + timeout_s
