@@ -13,8 +13,9 @@ import numpy as np
 from d4_core.stats import Interval, crossed_mean, nested_mean, widest
 from d4_sim.stages import clock
 from d4_sim.study_figures import film
-from d4_sim.study_page import NAMES, costs, failed_gates, policies, spread, table
+from d4_sim.study_page import NAMES, costs, failed_gates, policies
 from d4_sim.study_results import TABLE, differences, read_json, rows_of, run_results
+from d4_sim.tables import spread, table
 
 if TYPE_CHECKING:
     from d4_sim.bench import Size

@@ -78,6 +78,9 @@ def fork(args: Fork) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             shutil.copytree(args.source / name, aside, copy_function=os.link)
             aside.rename(args.run / name)
+    for name in ("config.yaml", "contract.yaml"):  # seed, labels and robot; d4-train writes its own over them
+        if not (args.run / name).exists():
+            shutil.copyfile(args.source / name, args.run / name)
 
 
 def open_loop(args: OpenLoop) -> None:

@@ -12,29 +12,37 @@ from typing import Any
 import numpy as np
 import tyro
 
-from d4_core.stats import Interval, bootstrap_mean, crossed_rate, wilson
+from d4_core.stats import bootstrap_mean, crossed_mean, crossed_rate, student
 from d4_datasets.errors import UserError, run_cli
 from d4_sim.stages import clock
-from d4_sim.study import BASELINE_STEPS, CASCADE, FRESH, IMPROVEMENT, LABELS, OWN_LOOK, POLICY_CHAINS, SEEDS
+from d4_sim.study import (
+    BASELINE_STEPS,
+    IMPROVEMENT,
+    POLICY_CHAINS,
+    SEEDS,
+)
 from d4_sim.study_figures import figures
 from d4_sim.study_results import (
+    CLONED_DRIVES,
     LIKELIEST,
     PAIRS,
-    at_horizon,
     collect,
     differences,
     gap_closed,
     merged,
     on_other_starts,
     policy_table,
-    recovered,
     rows_of,
     with_longer,
 )
+from d4_sim.study_worlds import shortcut, sparse_labels
+from d4_sim.tables import spread, table, verdict
 
 LONG = f", {BASELINE_STEPS} steps"
 NAMES = {
-    "random": "random", "data": "the logs themselves", "bc_scratch": "cloned from scratch",
+    "random": "random", "data": "the logs themselves",
+    CLONED_DRIVES: "the logs' episodes with 0.4 of the best return (what is cloned)",
+    "bc_scratch": "cloned from scratch",
     "vpt": "VPT style (inverse dynamics, pseudo-labels, cloned)", "wm_bc": "cloned on the world model",
     "planner": "CEM planning in the world model", "imagination": "after imagination training",
     "expert": "expert", "wm_bc_argmax": "cloned on the world model, argmax",
@@ -43,23 +51,7 @@ NAMES = {
     "bc_scratch_longer_argmax": f"cloned from scratch{LONG}, argmax",
     "vpt_longer_argmax": f"VPT style{LONG}, argmax",
 }  # fmt: skip
-CHANGES = {
-    "nano": "`nano` with the shortcut loss",
-    "velocity": "predicts velocities, loss on x",
-    "velocity_loss": "predicts velocities, loss on them",
-    "ramp": "loss grows with the signal level (ramp)",
-    "one_time_layer": "one layer of attention over time instead of two",
-    "no_registers": "no registers",
-    "no_committed": "no frames at the signal level of the context",
-    "noisy_context": "noisier context, signal level 0.75",
-    "no_image_rows": "no clips taken as single pictures",
-    "more_image_rows": "more clips taken as single pictures, 0.3",
-    "one_length": "one length of clips",
-    "labels_as_they_come": "clips with commands as they come, a fifth",
-    "no_bootstrap": "no shortcut (bootstrap) loss: `nano`",
-}
 FIRST_TICKS = ("imagined return of the first ticks", "real return of the same starts")
-HORIZON = 8  # frames ahead, in the tables that show one horizon
 
 
 @dataclass(kw_only=True)
@@ -77,23 +69,6 @@ class Args:
     and films are those of <out> alone."""
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
-
-
-def spread(value: Interval, digits: int = 2, sign: bool = False) -> str:
-    """mean [low, high]."""
-    mean, low, high = (f"{x:+.{digits}f}" if sign else f"{x:.{digits}f}" for x in value)
-    return f"{mean} [{low}, {high}]"
-
-
-def verdict(claim: str, holds: bool, figure: str) -> str:
-    """One line that says whether a claim holds."""
-    return f"- {'**holds**' if holds else '**does not hold**'}: {claim} ({figure})\n"
-
-
 def policies(heading: str, chains: Mapping[str, Any]) -> Iterator[str]:
     """Every policy of a world over its chains."""
     rows = policy_table(chains)
@@ -101,10 +76,13 @@ def policies(heading: str, chains: Mapping[str, Any]) -> Iterator[str]:
     yield f"{heading}, {len(seeds)} full chains\n"
     shown = [policy for policy in rows if not policy.endswith("argmax")]
     yield table(
-        ["policy", "return [95 %, seeds and episodes]", *(f"seed {s}" for s in seeds), "success", "episodes"],
+        [
+            "policy", "return [95 %, seeds and episodes]", "[t, seeds]", *(f"seed {s}" for s in seeds),
+            "success", "episodes",
+        ],
         [
             [
-                NAMES[p], spread(rows[p]["mean"]),
+                NAMES[p], spread(rows[p]["mean"]), _t_cell(rows[p], seeds),
                 *(f"{rows[p]['seeds'][s][0]:.2f}" if s in rows[p]["seeds"] else "-" for s in seeds),
                 spread(rows[p]["success"]), rows[p]["episodes"],
             ]
@@ -119,12 +97,16 @@ def policies(heading: str, chains: Mapping[str, Any]) -> Iterator[str]:
         {pair: found for pair in pairs if (found := differences(chains, *pair, "success"))}, seeds
     )
     for (a, b), d in pairs.items():
+        claim = f"{NAMES[a]} is better than {NAMES[b]}"
         if len(d["seeds"]) < len(seeds):
-            done = f"{len(d['seeds'])} of {len(seeds)} chains, {d['both'][0]:+.2f}"
-            yield f"- **open**: {NAMES[a]} is better than {NAMES[b]} ({done})\n"
+            yield f"- **open**: {claim} ({len(d['seeds'])} of {len(seeds)} chains, {d['both'][0]:+.2f})\n"
             continue
-        low = lowest(d, "both")
-        yield verdict(f"{NAMES[a]} is better than {NAMES[b]}", low > 0, f"in return by at least {low:+.2f}")
+        for what in ("return", "success"):
+            found = differences(chains, a, b, what)
+            assert found is not None
+            low = lowest(found, "both")
+            yield verdict(f"{claim} in {what}", low > 0, f"by at least {low:+.2f}")
+    yield from beyond_the_drives(rows)
     closed = gap_closed(chains)
     if closed:
         each = ", ".join(f"seed {s} {v:.3f}" for s, v in closed["seeds"].items())
@@ -133,6 +115,24 @@ def policies(heading: str, chains: Mapping[str, Any]) -> Iterator[str]:
         if "student" in closed:
             figure += f", {spread(closed['student'])} as a t interval over seeds"
         yield verdict(claim, lowest(closed, "mean") >= 1 / 3, f"{figure}; {each}")
+
+
+def _t_cell(row: Mapping[str, Any], seeds: Sequence[str]) -> str:
+    if len(row["seeds"]) < len(seeds):
+        return f"{len(row['seeds'])} of {len(seeds)} chains"
+    return "[{:.2f}, {:.2f}]".format(*row["student"][1:]) if "student" in row else "one seed"
+
+
+def beyond_the_drives(rows: Mapping[str, Any]) -> Iterator[str]:
+    """Whether the improved policy returns more than what was cloned did, which is other starts."""
+    drives, improved = (rows.get(name, {}).get("seeds", {}) for name in (CLONED_DRIVES, "imagination"))
+    gains = [improved[s][0] - drives[s][0] for s in improved if s in drives]
+    if len(gains) > 1:
+        found = student(gains)
+        claim = f"{NAMES['imagination']} returns are higher than those of the logs' episodes that are cloned"
+        yield verdict(
+            claim, found[1] > 0, f"{spread(found, sign=True)}, t over seeds; their starts are others"
+        )
 
 
 def lowest(found: Mapping[str, Any], key: str) -> float:
@@ -241,7 +241,18 @@ def improvement(results: Mapping[str, Any]) -> Iterator[str]:
         yield "## Imagination training on one agent: seeds and settings (yard, chain 0)\n"
         header = ["run", "return", "paired difference to the clone", "KL to the clone, nats", "falls"]
         yield table([*header, *FIRST_TICKS], rows)
+        yield from over_imagination_seeds(runs, clone)
     yield from other_networks(results)
+
+
+def over_imagination_seeds(runs: Mapping[str, Any], clone: Mapping[str, Any]) -> Iterator[str]:
+    """Mean gain of the seeds of imagination on one agent; the first ones of `runs` are these."""
+    seeds = [run.get("policies", {}).get("imagination") for run in list(runs.values())[: len(SEEDS)]]
+    gains = [np.subtract(row["return"], clone["return"]) for row in seeds if row]
+    if len(gains) > 1:
+        over = spread(crossed_mean(gains), sign=True)
+        t = spread(student([float(gain.mean()) for gain in gains]), sign=True)
+        yield f"Over these {len(gains)} seeds: {over} over seeds and starts, {t} as a t interval.\n"
 
 
 def other_networks(results: Mapping[str, Any]) -> Iterator[str]:
@@ -265,152 +276,6 @@ def other_networks(results: Mapping[str, Any]) -> Iterator[str]:
         yield "Other networks, and the paired difference to the chain's own:\n"
         header = ["change", "chain", "policy", "return", "success", "falls", "difference"]
         yield table(header, rows)
-
-
-_OPEN_LOOP = ["run", "K", f"PSNR, {HORIZON} frames ahead (dB)", "SSIM", "position error (m)"]
-
-
-def quality(curves: Mapping[str, Any], version: str = "model") -> list[str]:
-    """Cells of PSNR, SSIM and position error of an open-loop measurement at `HORIZON` frames."""
-    values = [at_horizon(curves, kind, HORIZON, version) for kind in ("psnr", "ssim", "position")]
-    return ["-" if v is None else f"{v:.{d}f}" for v, d in zip(values, (2, 3, 3), strict=True)]
-
-
-def open_loop_rows(runs: Mapping[str, Any], names: Mapping[str, str]) -> list[list[str]]:
-    """Rows under `_OPEN_LOOP`; the first one is what copying the last frame gives."""
-    found = {name: curves for key, name in names.items() if (curves := by_steps(runs, key))}
-    rows = [[name, steps, *quality(c)] for name, curves in found.items() for steps, c in curves.items()]
-    if rows:
-        first = next(iter(next(iter(found.values())).values()))
-        rows.insert(0, ["the last real frame, copied", "-", *quality(first, "copy_last")])
-    return rows
-
-
-def by_steps(runs: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """{number of sampling steps: open-loop measurement} of a run."""
-    found: dict[str, Any] = runs.get(key, {}).get("open_loop", {}).get("by_steps", {})
-    return found
-
-
-def psnr_of(runs: Mapping[str, Any], key: str, horizon: int = HORIZON) -> float | None:
-    """PSNR of a run at `horizon` frames with its first number of sampling steps."""
-    found = by_steps(runs, key)
-    return at_horizon(next(iter(found.values())), "psnr", horizon) if found else None
-
-
-def sparse_labels(results: Mapping[str, Any]) -> Iterator[str]:
-    """Section 2: how many commands are enough, and whether they carry over to another look."""
-    runs = results["runs"]
-    keys = {f"labels-{share:g}": f"{share:.0%} of the commands" for share in LABELS}
-    yield from labelled(runs, "## Sparse commands (yard)\n", keys)
-    yield from share_of_labels(runs)
-    half = {f"half-{share:g}": f"{share:.0%} of the commands" for share in LABELS[1:-1]}
-    yield from labelled(runs, "### The same with every other clip of a batch from labelled drives\n", half)
-    yield from another_look(runs)
-
-
-def share_of_labels(runs: Mapping[str, Any]) -> Iterator[str]:
-    """What a tenth of the commands recovers, frame by frame, on every recording."""
-    places = {"labels": "the recording above"} | {f"fresh-{s}": f"a fresh one, seed {s}" for s in FRESH}
-    places |= {f"full-{s}": f"a fresh one, seed {s}, all of the training" for s in FRESH}
-    rows = []
-    for place, name in places.items():
-        shares = []
-        for horizon in (1, 2, 4, 8, 16):
-            found = {k: psnr_of(runs, f"{place}-{k}", horizon) for k in ("0", "0.1", "1")}
-            values = {k: v for k, v in found.items() if v is not None}
-            shares.append(recovered(values, "0.1", "0", "1") if len(values) == len(found) else None)
-        if shares[3] is not None:
-            rows.append((name, shares))
-    if not rows:
-        return
-    yield "Share of the PSNR between none and all that 10 % of the commands recover, by frames ahead:\n"
-    yield table(
-        ["recording", "1", "2", "4", "8", "16"],
-        [[name, *("-" if v is None else f"{v:.2f}" for v in shares)] for name, shares in rows],
-    )
-    for name, shares in rows:
-        share = shares[3]
-        assert share is not None
-        claim = f"10 % of the commands recover 85 % of the PSNR between none and all, {HORIZON} frames ahead"
-        yield verdict(f"{claim}, on {name}", share >= 0.85, f"{share:.2f}")
-
-
-def labelled(runs: Mapping[str, Any], heading: str, keys: Mapping[str, str]) -> Iterator[str]:
-    """World models and policies of runs that saw a share of the commands."""
-    rows = open_loop_rows(runs, keys)
-    if not rows:
-        return
-    yield heading
-    yield table(_OPEN_LOOP, rows)
-    driven = [(name, runs[k]["policies"]) for k, name in keys.items() if runs.get(k, {}).get("policies")]
-    yield table(
-        ["run", "cloned: return", "cloned: success", "improved: return", "improved: success", "difference"],
-        [[name, *driven_cells(p)] for name, p in driven],
-    )
-
-
-def driven_cells(policies: Mapping[str, Any]) -> list[str]:
-    """Return and success of the clone and the improved policy of one run, and their paired difference."""
-    found = [policies.get(kind) for kind in ("wm_bc", "imagination")]
-    cells = []
-    for row in found:
-        if row is None:
-            cells += ["-", "-"]
-        else:
-            success = row["success"]
-            cells += [spread(bootstrap_mean(row["return"])), spread(wilson(sum(success), len(success)))]
-    change = differences({"0": {"policies": policies}}, "imagination", "wm_bc")
-    return [*cells, spread(change["seeds"]["0"], sign=True) if change else "-"]
-
-
-def another_look(runs: Mapping[str, Any]) -> Iterator[str]:
-    """Commands in one look of the world, measured in the other and in their own."""
-    looks = {"looks-none": "no commands", "looks-first": "commands in the first look only",
-             "looks-both": "commands in both looks"}  # fmt: skip
-    own = {key: {"open_loop": run.get(OWN_LOOK, {})} for key, run in runs.items() if key in looks}
-    for title, found in (("the second look", runs), ("the first look", own)):
-        rows = open_loop_rows(found, looks)
-        if rows:
-            yield f"### Two looks: video of both, measured in {title}\n"
-            yield table(_OPEN_LOOP, rows)
-            shares = [recovery(found, kind) for kind in ("psnr", "position")]
-            if all(share is not None for share in shares):
-                psnr, position = (f"{share:.0%}" for share in shares)
-                yield f"Those of the first look recover {psnr} of the PSNR here, {position} of the error.\n"
-
-
-def recovery(runs: Mapping[str, Any], kind: str) -> float | None:
-    """Share of the gap between no commands and those of both looks that the first look's close."""
-    values = {}
-    for key in ("looks-none", "looks-first", "looks-both"):
-        curves = next(iter(by_steps(runs, key).values()), None)
-        value = at_horizon(curves, kind, HORIZON) if curves else None
-        if value is None:
-            return None
-        values[key] = value
-    return recovered(values, "looks-first", "looks-none", "looks-both")
-
-
-def shortcut(results: Mapping[str, Any]) -> Iterator[str]:
-    """Section 3: sampling steps, and one change at a time."""
-    runs = results["runs"]
-    names = {"shortcut-with": "with the shortcut loss", "shortcut-without": "without"}
-    rates = [f"{c['frames_per_s']:.0f}" for key in names for c in by_steps(runs, key).values()]
-    rows = open_loop_rows(runs, names)
-    if rows:
-        yield "## Shortcut forcing (yard, 64 levels)\n"
-        yield table([*_OPEN_LOOP, "frames/s"], [[*r, v] for r, v in zip(rows, ["-", *rates], strict=True)])
-        found = by_steps(runs, "shortcut-with")
-        few, many = (at_horizon(found[k], "psnr", HORIZON) if k in found else None for k in ("4", "64"))
-        if few is not None and many is not None:
-            yield verdict(
-                "K = 4 is within 5 % of K = 64", few >= 0.95 * many, f"PSNR {few:.2f} and {many:.2f} dB"
-            )
-    rows = open_loop_rows(runs, {f"cascade-{name}": CHANGES[name] for name in CASCADE})
-    if rows:
-        yield "## One change at a time, with the shortcut loss (yard, half of the training)\n"
-        yield table(_OPEN_LOOP, rows)
 
 
 def ladder(results: Mapping[str, Any]) -> Iterator[str]:

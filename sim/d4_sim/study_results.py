@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from d4_core.phases import AgentTraining
 from d4_core.stats import (
     Interval,
     bootstrap_mean,
@@ -34,8 +35,9 @@ from d4_sim.study import (
     WORLDS,
 )
 
-TABLE = ("random", "data", "bc_scratch", "bc_scratch_longer", "vpt", "vpt_longer", "wm_bc", "planner",
-         "imagination", "expert")  # fmt: skip
+CLONED_DRIVES = "cloned_drives"  # not a policy: the logs' episodes with enough return to be cloned by default
+TABLE = ("random", "data", CLONED_DRIVES, "bc_scratch", "bc_scratch_longer", "vpt", "vpt_longer", "wm_bc",
+         "planner", "imagination", "expert")  # fmt: skip
 PAIRS = (
     ("imagination", "wm_bc"), ("imagination_argmax", "wm_bc_argmax"), ("wm_bc", "bc_scratch"),
     ("wm_bc", "vpt"), ("wm_bc", "bc_scratch_longer"), ("wm_bc", "vpt_longer"), ("imagination", "vpt_longer"),
@@ -135,8 +137,19 @@ def read_json(path: Path) -> Any:
 
 
 def rows_of(chains: Mapping[str, Any], policy: str) -> dict[str, dict[str, Any]]:
-    """{seed: row of eval.json} of a policy over the chains that have it."""
+    """{seed: row of eval.json} of a policy over the chains that have it; of `CLONED_DRIVES`, that of the logs
+    without the episodes whose return is too low to be cloned.
+    """
+    if policy == CLONED_DRIVES:
+        return {seed: _relevant(row) for seed, row in rows_of(chains, "data").items()}
     return {s: run["policies"][policy] for s, run in chains.items() if policy in run.get("policies", {})}
+
+
+def _relevant(row: Mapping[str, Any]) -> dict[str, Any]:
+    returns = np.array(row["return"])
+    enough = returns >= AgentTraining().relevant_return * returns.max()
+    kept = ("return", "success", "task")
+    return {what: np.array(row[what])[enough].tolist() for what in kept if what in row}
 
 
 def over_seeds(policy: str, rows: Iterable[Mapping[str, Any]], what: str = "return") -> Interval:
@@ -145,7 +158,7 @@ def over_seeds(policy: str, rows: Iterable[Mapping[str, Any]], what: str = "retu
     All seeds drive the same starts; only the logs have episodes of their own in every chain.
     """
     values = [row[what] for row in rows]
-    if policy == "data":
+    if policy in ("data", CLONED_DRIVES):
         return nested_mean(values)
     return crossed_rate(values) if what == "success" else crossed_mean(values)
 
@@ -153,7 +166,8 @@ def over_seeds(policy: str, rows: Iterable[Mapping[str, Any]], what: str = "retu
 def policy_table(chains: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return and success of every policy over the chains of one world.
 
-    Values: `seeds` {seed: Interval over episodes}, `mean` and `success` Interval over seeds and episodes.
+    Values: `seeds` {seed: Interval over episodes}, `mean` and `success` Interval over seeds and episodes,
+    `student` the t interval of the seeds' mean returns where there are several.
     """
     out = {}
     for policy in (*TABLE, *LIKELIEST):
@@ -165,6 +179,8 @@ def policy_table(chains: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 "success": over_seeds(policy, rows.values(), "success"),
                 "episodes": min(len(row["return"]) for row in rows.values()),
             }
+            if len(rows) > 1:
+                out[policy]["student"] = student([float(np.mean(row["return"])) for row in rows.values()])
     return out
 
 

@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "core"))
 import toy_run
 
+from d4_core.clone import about, require_run
 from d4_core.gates import ssim
 from d4_core.latent_cache import latent_cache
 from d4_core.models import load, weights_hash
@@ -47,8 +48,16 @@ def place(tmp_path: Path) -> Path:
 
 def test_a_fork_has_the_networks_up_to_a_phase_and_changes_nothing_in_its_source(place: Path) -> None:
     source, run = place / "run", place / "fork"
+    (source / "config.yaml").write_text("seed: 3\n")
+    (source / "contract.yaml").touch()
     fork(Fork(source=source, run=run, phase="tokenizer"))
-    assert sorted(path.name for path in run.iterdir()) == ["latents", "tokenizer"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        "config.yaml", "contract.yaml", "latents", "tokenizer"
+    ]  # fmt: skip
+    require_run(run)
+    assert about(run)["seed"] == 3  # baselines in a fork had seed 0, whatever the chain's
+    (run / "config.yaml").write_text("seed: 4\n")  # as d4-train does
+    assert about(source)["seed"] == 3
     weights = [path.read_bytes() for path in sorted(source.glob("*/*.safetensors"))]
     toy_run.write_checkpoint(run, "tokenizer", Windows(place / "data").contract)  # trained again
     assert [path.read_bytes() for path in sorted(source.glob("*/*.safetensors"))] == weights

@@ -14,8 +14,9 @@ from d4_core.stats import Interval, crossed_mean, crossed_rate, few_mean, studen
 from d4_sim.crafter.milestones import LADDER, MILESTONES, crafter_score
 from d4_sim.crafter.world import CHAIN, HORIZON
 from d4_sim.stages import clock
-from d4_sim.study_page import costs, spread, table
+from d4_sim.study_page import costs
 from d4_sim.study_results import read_json, rows_of, run_results
+from d4_sim.tables import spread, table
 
 if TYPE_CHECKING:
     from d4_sim.crafter.experiment import Args

@@ -1,0 +1,25 @@
+"""Markdown of the pages: tables, intervals, and whether a claim holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from d4_core.stats import Interval
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def spread(value: Interval, digits: int = 2, sign: bool = False) -> str:
+    """mean [low, high]."""
+    mean, low, high = (f"{x:+.{digits}f}" if sign else f"{x:.{digits}f}" for x in value)
+    return f"{mean} [{low}, {high}]"
+
+
+def verdict(claim: str, holds: bool, figure: str) -> str:
+    """One line that says whether a claim holds."""
+    return f"- {'**holds**' if holds else '**does not hold**'}: {claim} ({figure})\n"
