@@ -120,7 +120,8 @@ def policies(heading: str, chains: Mapping[str, Any]) -> Iterator[str]:
 def _t_cell(row: Mapping[str, Any], seeds: Sequence[str]) -> str:
     if len(row["seeds"]) < len(seeds):
         return f"{len(row['seeds'])} of {len(seeds)} chains"
-    return "[{:.2f}, {:.2f}]".format(*row["student"][1:]) if "student" in row else "one seed"
+    low, high = row.get("student", (0, 0, 0))[1:]
+    return f"[{low:.2f}, {high:.2f}]" if low < high else "-"  # nothing is learned there, or in one chain only
 
 
 def beyond_the_drives(rows: Mapping[str, Any]) -> Iterator[str]:
