@@ -35,7 +35,7 @@ from d4_sim.study import (
     WORLDS,
 )
 
-CLONED_DRIVES = "cloned_drives"  # not a policy: the logs' episodes with enough return to be cloned by default
+CLONED_DRIVES = "cloned_drives"  # not a policy: the logs' episodes with enough return to be cloned
 TABLE = ("random", "data", CLONED_DRIVES, "bc_scratch", "bc_scratch_longer", "vpt", "vpt_longer", "wm_bc",
          "planner", "imagination", "expert")  # fmt: skip
 PAIRS = (
@@ -92,8 +92,10 @@ def merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def with_longer(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The chains of a study; longer trained baselines are policies of theirs, as <name>_longer."""
+def with_derived(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The chains of a study; what was cloned and, as <name>_longer, longer trained baselines are policies of
+    theirs, too.
+    """
     out: dict[str, dict[str, Any]] = {}
     for world, chains in results["chains"].items():
         out[world] = {}
@@ -103,8 +105,17 @@ def with_longer(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 f"{name}_longer{mode}": found[name + mode]
                 for name in LONGER for mode in ("", "_argmax") if name + mode in found
             }  # fmt: skip
-            out[world][seed] = {**run, "policies": run.get("policies", {}) | longer}
+            own = run.get("policies", {})
+            drives = {CLONED_DRIVES: _relevant(own["data"])} if "data" in own else {}
+            out[world][seed] = {**run, "policies": own | drives | longer}
     return out
+
+
+def _relevant(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The logs without the episodes whose return is too low to be cloned."""
+    returns = np.array(row["return"])
+    enough = returns >= AgentTraining().relevant_return * returns.max()
+    return {what: np.array(row[what])[enough].tolist() for what in ("return", "success")}
 
 
 def on_other_starts(results: Mapping[str, Any], world: str) -> dict[str, Any]:
@@ -137,19 +148,8 @@ def read_json(path: Path) -> Any:
 
 
 def rows_of(chains: Mapping[str, Any], policy: str) -> dict[str, dict[str, Any]]:
-    """{seed: row of eval.json} of a policy over the chains that have it; of `CLONED_DRIVES`, that of the logs
-    without the episodes whose return is too low to be cloned.
-    """
-    if policy == CLONED_DRIVES:
-        return {seed: _relevant(row) for seed, row in rows_of(chains, "data").items()}
+    """{seed: row of eval.json} of a policy over the chains that have it."""
     return {s: run["policies"][policy] for s, run in chains.items() if policy in run.get("policies", {})}
-
-
-def _relevant(row: Mapping[str, Any]) -> dict[str, Any]:
-    returns = np.array(row["return"])
-    enough = returns >= AgentTraining().relevant_return * returns.max()
-    kept = ("return", "success", "task")
-    return {what: np.array(row[what])[enough].tolist() for what in kept if what in row}
 
 
 def over_seeds(policy: str, rows: Iterable[Mapping[str, Any]], what: str = "return") -> Interval:

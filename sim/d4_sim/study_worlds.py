@@ -109,10 +109,9 @@ def labelled(runs: Mapping[str, Any], heading: str, keys: Mapping[str, str]) -> 
     yield heading
     yield table(_OPEN_LOOP, rows)
     driven = [(name, runs[k]["policies"]) for k, name in keys.items() if runs.get(k, {}).get("policies")]
-    yield table(
-        ["run", "cloned: return", "cloned: success", "improved: return", "improved: success", "difference"],
-        [[name, *driven_cells(p)] for name, p in driven],
-    )
+    if driven:
+        cells = [f"{kind}: {what}" for kind in ("cloned", "improved") for what in ("return", "success")]
+        yield table(["run", *cells, "difference"], [[name, *driven_cells(p)] for name, p in driven])
 
 
 def driven_cells(policies: Mapping[str, Any]) -> list[str]:

@@ -104,6 +104,33 @@ def test_the_page_says_what_holds_and_what_does_not(out: Path) -> None:
     assert "planner" not in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.count("|") > 2 and "nan" not in line for line in tables)
+    assert not re.search(r"\| --- \|\n(?!\|)", text)  # a table without a row: world models that drove nothing
+
+
+def test_what_was_cloned_is_told_from_all_of_the_logs(out: Path) -> None:
+    for seed in range(3):
+        path = out / f"yard-{seed}" / "run" / "eval.json"
+        policies = json.loads(path.read_text())["policies"]
+        logs = {"return": [2.0, 7.9, 8.1, 20.0], "success": [0, 0, 0, 1]}  # 0.4 of the best is 8
+        put(path, {"policies": policies | {"data": logs}})
+    text, results = study_page.write(out, "")
+    assert re.search(r"\(what is cloned\) \| 14.05 \[.*\| 14.05 \| 14.05 \| 14.05 \| 0.50 \[", text)
+    assert "- **holds**: returns after imagination training are above those of the drives" in text
+    assert "cloned_drives" not in results["chains"]["yard"]["0"]["policies"]
+
+
+def test_seeds_of_imagination_have_an_interval(out: Path) -> None:
+    for seed in (1, 2):
+        policies = {"imagination": row(20.0 + seed, seed)}
+        put(out / f"improve-seed_{seed}" / "run" / "eval.json", {"policies": policies})
+    text, _ = study_page.write(out, "")
+    found = re.search(
+        r"Over these 3 seeds: (\S+) \[(\S+), (\S+)\] over seeds .*, \S+ \[(\S+), (\S+)\] as a t", text
+    )
+    assert found is not None
+    mean, low, high, _, least, most = map(float, found.groups())
+    assert mean == pytest.approx(5.0, abs=0.2)  # of 4, 5 and 6
+    assert least < 3.5 < low < mean < high < 6.5 < most
 
 
 def test_other_starts_have_a_table_of_their_own(out: Path) -> None:

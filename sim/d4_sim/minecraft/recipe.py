@@ -178,13 +178,12 @@ def _on_gpus(recipe: Recipe, operations: Mapping[str, float], encoding: float) -
 
 def _memory(settings: Preset, contract: Contract) -> Iterator[str]:
     """What training takes on each GPU, and whether that is there."""
-
-    def needed(gpus: int) -> float:
-        return max(cost.train_bytes for cost in costs(settings, contract, gpus, reduced=True).values())
-
-    each = {n: needed(n) for n in GPU_COUNTS}
-    sizes = ", ".join(f"{n} GPU{'s' * (n > 1)} {size / 1e9:,.3g} GB" for n, size in each.items())
-    fits = [n for n in (1 << i for i in range(9)) if needed(n) <= GPU_BYTES]  # as many as share a batch
+    each = {
+        n: max(cost.train_bytes for cost in costs(settings, contract, n, reduced=True).values())
+        for n in (1 << i for i in range(GPU_COUNTS[-1].bit_length()))
+    }
+    sizes = ", ".join(f"{n} GPU{'s' * (n > 1)} {each[n] / 1e9:,.3g} GB" for n in GPU_COUNTS)
+    fits = [n for n, size in each.items() if size <= GPU_BYTES]
     lacks = ""
     if not fits:
         lacks = "; none has so much: give a smaller preset, or shorter clips with --set"
