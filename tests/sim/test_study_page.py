@@ -124,9 +124,8 @@ def test_seeds_of_imagination_have_an_interval(out: Path) -> None:
         policies = {"imagination": row(20.0 + seed, seed)}
         put(out / f"improve-seed_{seed}" / "run" / "eval.json", {"policies": policies})
     text, _ = study_page.write(out, "")
-    found = re.search(
-        r"Over these 3 seeds: (\S+) \[(\S+), (\S+)\] over seeds .*, \S+ \[(\S+), (\S+)\] as a t", text
-    )
+    interval = r"(\S+) \[(\S+), (\S+)\]"
+    found = re.search(rf"Over these 3 seeds: {interval} over seeds and starts, {interval} as a t", text)
     assert found is not None
     mean, low, high, _, least, most = map(float, found.groups())
     assert mean == pytest.approx(5.0, abs=0.2)  # of 4, 5 and 6
