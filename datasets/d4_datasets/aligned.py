@@ -279,6 +279,7 @@ class Aligned:
             start_ns=int(self.ticks.time[begin]),
             stale=int(repeats.sum()),
             dropped=self._dropped(number),
+            drive=int(self.ticks.group[begin]),
         )
 
     def _dropped(self, number: int) -> int:

@@ -39,12 +39,13 @@ from d4_datasets.progress import Shown
 from d4_datasets.video import Stats, Video
 from d4_datasets.workers import follow_parent
 
-_PART_FORMAT = 3  # raise it when what a worker leaves behind changes, so that old parts are not taken up
+_PART_FORMAT = 4  # raise it when what a worker leaves behind changes, so that old parts are not taken up
 
 
 # ---- parts: what a worker leaves behind ----
 
 _ARRAYS = ("action", "action_mask", "reward", "task_index", "is_terminal")
+_COUNTS = ("source", "start_ns", "stale", "dropped", "drive")
 
 
 def ingest_one(
@@ -88,7 +89,7 @@ def _fill_part(
             arrays[f"{number}/latents"] = episode.latents
         videos = {name: video for name, video in episode.images.items() if isinstance(video, Video)}
         files = {name: [video.path.name, video.frames, _lists(video.stats)] for name, video in videos.items()}
-        counts = {name: getattr(episode, name) for name in ("source", "start_ns", "stale", "dropped")}
+        counts = {name: getattr(episode, name) for name in _COUNTS}
         entries.append({**counts, "videos": files, "origin": episode.origin})
     np.savez(folder / "arrays.npz", **arrays)  # type: ignore[arg-type]
     (folder / "part.json").write_text(json.dumps({"episodes": entries, "warnings": warnings}))

@@ -52,7 +52,8 @@ class Episode:
     empty if `latents` of the robot's one camera stand for them.
 
     `stale` counts ticks that repeat the frame of the tick before, `dropped` ticks that belong to the same
-    recording but lacked an observation and so are in no episode.
+    recording but lacked an observation. `drive` numbers the start events of the recording: pieces of one
+    drive look alike and are held out together.
     """
 
     images: dict[str, np.ndarray | Video]
@@ -68,6 +69,7 @@ class Episode:
     start_ns: int = 0
     stale: int = 0
     dropped: int = 0
+    drive: int = 0
 
     @property
     def frames(self) -> int:
@@ -84,6 +86,7 @@ class Episode:
             "stale": int(self.stale),
             "terminal": bool(self.is_terminal[-1]),
             "dropped": int(self.dropped),
+            "drive": int(self.drive),
         }
 
 

@@ -429,6 +429,7 @@ def _copy(folder: Folder, listed: Listed, dataset: Dataset, out: Path) -> Episod
         vectors={vector.name: rows[vector.key] for vector in contract.vectors()},
         latents=kept,
         origin=origin,
+        drive=int(about.get("drive", 0)),  # not known to datasets that were made before 2026-11-22
         **{name: about[name] for name in ("source", "start_ns", "stale", "dropped")},
     )
 

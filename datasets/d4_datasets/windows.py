@@ -151,9 +151,9 @@ class Windows:
         """Split the episodes into (train, holdout) ids, int64 and sorted, always the same for the same seed.
 
         Neighbours in a recording look alike: where there are enough recordings, whole ones are held out, so
-        that none stands on both sides. Labelled and unlabelled ones are split apart, so that both kinds do. A
-        kind with one episode only stays in train; of two or more, at least one is held out (unless `holdout`
-        is 0).
+        that none stands on both sides, else whole drives where there are enough of these. Labelled and
+        unlabelled ones are split apart, so that both kinds do. A kind with one episode only stays in train;
+        of two or more, at least one is held out (unless `holdout` is 0).
         """
         if not 0.0 <= holdout < 1.0:
             raise UserError(f"holdout is {holdout}; it is a share of the episodes, at least 0 and below 1")
@@ -168,12 +168,19 @@ class Windows:
 
     def _units(self, holdout: float) -> np.ndarray:
         """int64 [E]: number of an episode's recording, if a share of the recordings of each kind is one or
-        more; else its own."""
+        more; else that of its drive, if the same holds for these; else its own."""
         recording = np.unique(self.sources, return_inverse=True)[1].reshape(-1)
-        labelled = np.bincount(recording, self.labelled) > 0
+        if self._enough(recording, holdout):
+            return recording
+        number = [about.get("drive", 0) for about in self.provenance]
+        number += [0] * (len(recording) - len(number))
+        drive = np.unique(np.stack([recording, number]), axis=1, return_inverse=True)[1].reshape(-1)
+        return drive if self._enough(drive, holdout) else np.arange(len(recording))
+
+    def _enough(self, unit: np.ndarray, holdout: float) -> bool:
+        labelled = np.bincount(unit, self.labelled) > 0
         counts = [(labelled == kind).sum() for kind in (True, False)]
-        enough = all(not count or count * holdout >= 1 for count in counts)
-        return recording if enough else np.arange(len(recording))
+        return all(not count or count * holdout >= 1 for count in counts)
 
     def of(self, recordings: str) -> np.ndarray:
         """Which episodes come from recordings whose name fits a pattern of the shell, bool [E]."""

@@ -22,7 +22,7 @@ import tyro
 from d4_core import threads
 from d4_core.config import override, preset
 from d4_datasets.errors import UserError, run_cli
-from d4_sim.chains import PHASES, Chains
+from d4_sim.chains import PHASES, SCRATCH_S, STARTS, Chains
 from d4_sim.crafter import experiment
 from d4_sim.lanes import Runner
 from d4_sim.mujoco_world import MujocoWorld
@@ -33,6 +33,7 @@ from d4_sim.world import contract_text, make_world, world_class, world_names
 
 POLICIES = ("data", "bc_scratch", "vpt", "wm_bc", "imagination")
 DISTURBED = ("wm_bc", "imagination")  # driven under disturbances, too
+EQUAL_STEPS = 10_000  # of both networks of the VPT style take the compute of a whole chain of `nano`
 
 _BYTES_PER_FRAME = 19_000  # bags and unpacked frames, of 64x64 pixels
 _KEPT_PER_FRAME = 2_000  # videos and tables of the dataset
@@ -75,7 +76,8 @@ class Size:
         labelled: share of the bags that keep the commands.
         model: preset of the networks.
         scale: multiplies the training steps.
-        scratch_steps: of each network of the policies that are cloned without a world model, before `scale`.
+        scratch_steps: of each network of the policies that are cloned without a world model, before `scale`;
+            claims against them are judged from `EQUAL_STEPS` on.
         eval_episodes: shared starts per policy and seed.
         expert_episodes: of them, those that the expert drives, once per world.
         planner_episodes: of them, those that the planner in the world model drives, for every seed.
@@ -90,7 +92,7 @@ class Size:
     labelled: float = 0.2
     model: str = "nano"
     scale: float = 1.0
-    scratch_steps: int = 1500
+    scratch_steps: int = EQUAL_STEPS
     eval_episodes: int = 100
     expert_episodes: int = 40
     planner_episodes: int = 10
@@ -99,11 +101,18 @@ class Size:
                                 "light=0.6")  # fmt: skip
     minutes: float = 0.0
 
+    @property
+    def is_equal(self) -> bool:
+        """Whether the VPT style has the compute of a chain."""
+        return self.model == "nano" and self.scratch_steps >= EQUAL_STEPS
+
 
 PRESETS: dict[str, Size] = {
     "night": Size(),
     # few disturbances: they are three of four episodes that are driven, and 24 minutes are for all chains
-    "h200": Size(frames=60_000, scale=0.6, minutes=24, disturb=(*_MEASURED, "latency=100+noise=0.1")),
+    # and less compute for what is cloned without a world model, which no GPU helps
+    "h200": Size(frames=60_000, scale=0.6, scratch_steps=1500, minutes=24,
+                 disturb=(*_MEASURED, "latency=100+noise=0.1")),
     "toy": Size(seeds=1, frames=400, labelled=0.5, scale=0.002, eval_episodes=4, expert_episodes=2,
                 planner_episodes=1, disturb=("latency=100+noise=0.1",)),
 }  # fmt: skip
@@ -134,8 +143,8 @@ class Args:
     scale: float | None = None
     """Multiplies the training steps."""
     scratch_steps: int | None = None
-    """Training steps, before --scale, of each network of what is cloned without a world model; 10000 take
-    about as long as a whole chain."""
+    """Training steps, before --scale, of each network of what is cloned without a world model; with 10000 the
+    VPT style takes about as long as a whole chain."""
     eval_episodes: int | None = None
     """Episodes per policy and seed, on shared starts."""
     expert_episodes: int | None = None
@@ -216,7 +225,7 @@ class Plan(Chains):
         size, out = self.size, self.shape.out / "reference" / world
         work = command(
             "reference", world, out=out, episodes=size.eval_episodes,
-            expert_episodes=size.expert_episodes, **self._many(),
+            expert_episodes=size.expert_episodes, seed=STARTS, **self._many(),
         )  # fmt: skip
         self.add(f"{world}/reference", [], 300, work, makes=(out,), weight=self.shape.recorders)
 
@@ -225,7 +234,7 @@ class Plan(Chains):
         size, place = self.size, self.shape.out / f"{world}-{seed}"
         name, dataset, run = place.name, place / "dataset", place / "run"
         episodes = max(2, round(size.frames / horizon))
-        typical_s = 0.01 * size.frames
+        typical_s = 0.01 * size.frames / self.shape.recorders
         recording = [(world, seed, size.labelled, episodes)]
         latest = self.data(place, recording, typical_s, self.shape.recorders)
         for phase, seconds in PHASES.items():
@@ -237,18 +246,19 @@ class Plan(Chains):
                 makes=makes, recipe=self.recipe(phase), weight=self.shape.trainers,
             )  # fmt: skip
         # a world in other looks, or easier, has the contract of another one
-        drive = partial(self.drive, run, dataset, world=world)
+        drive = partial(self.drive, run, dataset, world=world, seed=STARTS)
         trained = drive(*POLICIES, scratch_steps=size.scratch_steps)
         typical_s = 0.02 * size.eval_episodes * horizon * len(POLICIES)
-        latest = self.add(f"{name}/policies", [latest], typical_s, trained, weight=self.shape.trainers)
+        typical_s += 3 * SCRATCH_S * size.scratch_steps * size.scale
+        latest = self.add(f"{name}/policies", [latest], typical_s, trained)
         if size.planner_episodes:
             typical_s = 0.4 * size.planner_episodes * horizon
             work = drive("planner", planner_episodes=size.planner_episodes)
-            self.add(f"{name}/planner", [latest], typical_s, work, weight=self.shape.trainers)
+            self.add(f"{name}/planner", [latest], typical_s, work)
         if disturb := fitting(world, size.disturb):
             typical_s = 0.02 * size.eval_episodes * horizon * len(DISTURBED) * len(disturb)
             again = [drive(*DISTURBED, disturb=tuple(each.split("+"))) for each in disturb]
-            self.add(f"{name}/disturbed", [latest], typical_s, *again, weight=self.shape.trainers)
+            self.add(f"{name}/disturbed", [latest], typical_s, *again)
         if not self.shape.keep:
             last = [stage.name for stage in self.stages if latest in stage.needs] or [latest]
             self.add(f"{name}/tidy", last, 1, command("measure", "tidy", place))

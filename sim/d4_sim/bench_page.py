@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from d4_core.stats import Interval, crossed_mean, nested_mean, widest
+from d4_core.stats import Interval, crossed_mean, nested_mean, student, widest
 from d4_sim.stages import clock
 from d4_sim.study_figures import film
 from d4_sim.study_page import NAMES, costs, failed_gates, policies
-from d4_sim.study_results import TABLE, differences, read_json, rows_of, run_results
+from d4_sim.study_results import TABLE, differences, has_own_episodes, read_json, rows_of, run_results
 from d4_sim.tables import spread, table
 
 if TYPE_CHECKING:
     from d4_sim.bench import Size
 
 FILMED = DISTURBED = ("imagination", "wm_bc")
+UNEQUAL = ("bc_scratch", "vpt")  # claims against them are not judged if they had less compute
+_COMPUTE = {
+    True: "with which the VPT style takes the compute of a whole chain",
+    False: "which is not the compute of a chain, so that claims against it are not judged: with more it may "
+    "catch up with the clone on the world model (docs/results/learning.md)",
+}
 
 
 def collect(out: Path, worlds: tuple[str, ...], seeds: int) -> dict[str, Any]:
@@ -29,6 +35,8 @@ def collect(out: Path, worlds: tuple[str, ...], seeds: int) -> dict[str, Any]:
     Keys: `chains` {world: {seed: run}}, the reference's policies in every run, `stages` {name: seconds}, and
     `mujoco`, the versions that it was made with.
     """
+    done = read_json(out / "stages.json") or {}
+    seconds = {name: entry["seconds"] for name, entry in done.items() if entry["done"]}
     chains: dict[str, dict[str, Any]] = {}
     for world in worlds:
         reference = (read_json(out / "reference" / world / "eval.json") or {}).get("policies", {})
@@ -36,10 +44,9 @@ def collect(out: Path, worlds: tuple[str, ...], seeds: int) -> dict[str, Any]:
         for s, run in runs.items():
             run["disturbed"] = disturbed(out / f"{world}-{s}" / "run")
         chains[world] = {
-            s: run | {"policies": reference | run["policies"]} for s, run in runs.items() if "policies" in run
-        }
-    done = read_json(out / "stages.json") or {}
-    seconds = {name: entry["seconds"] for name, entry in done.items() if entry["done"]}
+            s: run | {"policies": reference | run["policies"], "is_done": f"{world}-{s}/policies" in seconds}
+            for s, run in runs.items() if "policies" in run
+        }  # fmt: skip
     versions = read_json(out / "mujoco.json") or []
     return {"chains": chains, "runs": {}, "stages": seconds, "mujoco": versions}
 
@@ -57,7 +64,7 @@ def own(row: Mapping[str, Any], task: int | None) -> np.ndarray:
 
 
 def normalised(chains: Mapping[str, Any], task: int | None = None) -> dict[str, Interval]:
-    """Scores of all policies, where random is 0 and the expert is 1: mean and 95 % interval.
+    """Scores of all policies, where random is 0 and the expert is 1: mean and 95 % interval (`over_chains`).
 
     Both ends are means over their episodes; that they were measured, too, widens no interval.
     """
@@ -72,9 +79,17 @@ def normalised(chains: Mapping[str, Any], task: int | None = None) -> dict[str, 
     for policy in TABLE:
         groups = [own(row, task) for row in rows_of(chains, policy).values()]
         if groups and all(len(group) for group in groups):
-            mean = nested_mean if policy == "data" else crossed_mean
-            out[policy] = mean([(group - low) / (high - low) for group in groups])
+            scores = [(group - low) / (high - low) for group in groups]
+            out[policy] = over_chains(
+                scores, nested_mean if has_own_episodes(policy, groups) else crossed_mean
+            )
     return out
+
+
+def over_chains(groups: Sequence[np.ndarray], mean: Callable[..., Interval]) -> Interval:
+    """Mean over chains and episodes, with the wider of `mean`'s interval and the t interval over chains."""
+    found = mean(groups)
+    return widest(found, student([float(g.mean()) for g in groups])) if len(groups) > 1 else found
 
 
 def summary(results: Mapping[str, Any]) -> Iterator[str]:
@@ -84,13 +99,24 @@ def summary(results: Mapping[str, Any]) -> Iterator[str]:
     if not scores:
         return
     yield "## Normalised scores\n"
-    yield "0 is random, 1 is the expert of the world; mean [95 % interval over seeds and episodes].\n"
+    yield (
+        "0 is random, 1 is the expert of the world; mean [the wider of two 95 % intervals: over seeds and "
+        "episodes, and the t interval over seeds].\n"
+    )
     rows = []
     for policy in TABLE:
-        cells = [spread(found[policy]) if policy in found else "-" for found in scores.values()]
+        cells = [_score(found, policy, results["chains"][world]) for world, found in scores.items()]
         if any(cell != "-" for cell in cells):
             rows.append([NAMES[policy], *cells])
     yield table(["policy", *scores], rows)
+
+
+def _score(found: Mapping[str, Interval], policy: str, chains: Mapping[str, Any]) -> str:
+    """A cell; it says of how many chains it is if that is not all."""
+    if policy not in found:
+        return "-"
+    count = len(rows_of(chains, policy))
+    return spread(found[policy]) + (f", {count} of {len(chains)} chains" if count < len(chains) else "")
 
 
 def tasks(world: str, chains: Mapping[str, Any], names: list[str]) -> Iterator[str]:
@@ -103,7 +129,7 @@ def tasks(world: str, chains: Mapping[str, Any], names: list[str]) -> Iterator[s
     shown = [p for p in TABLE if any(p in found for found in by_task.values())]
     yield table(
         ["policy, normalised", *by_task],
-        [[NAMES[p], *(spread(f[p]) if p in f else "-" for f in by_task.values())] for p in shown],
+        [[NAMES[p], *(_score(f, p, chains) for f in by_task.values())] for p in shown],
     )
 
 
@@ -153,7 +179,7 @@ def page(out: Path, worlds: tuple[str, ...], size: Size) -> tuple[str, dict[str,
     for world, chains in results["chains"].items():
         if not chains:
             continue
-        parts += policies(world, chains)
+        parts += policies(f"## {world}", chains, () if size.is_equal else UNEQUAL)
         reference = read_json(out / "reference" / world / "eval.json") or {}
         parts += tasks(world, chains, reference.get("task_names", []))
         parts += robustness(world, chains)
@@ -164,7 +190,7 @@ def page(out: Path, worlds: tuple[str, ...], size: Size) -> tuple[str, dict[str,
 
 def _about(results: Mapping[str, Any], worlds: tuple[str, ...], size: Size) -> str:
     """What was run, and what is missing."""
-    done = {world: len(results["chains"][world]) for world in worlds}
+    done = {world: sum(run["is_done"] for run in results["chains"][world].values()) for world in worlds}
     steps = max(1, round(size.scratch_steps * size.scale))
     lines = [
         f"{size.seeds} chains per world, {size.frames} recorded frames each, commands kept in "
@@ -172,8 +198,7 @@ def _about(results: Mapping[str, Any], worlds: tuple[str, ...], size: Size) -> s
         f"{size.eval_episodes} shared starts per policy and chain, of which the expert drives "
         f"{size.expert_episodes} (once per world) and the planner in the world model "
         f"{size.planner_episodes}. What is cloned without a world model (from scratch, VPT style) trains "
-        f"each network for {steps} steps; claims against it hold for that many, and with several times as "
-        "many it may catch up with the clone on the world model (docs/results/learning.md). "
+        f"each network for {steps} steps, {_COMPUTE[size.is_equal]}. "
         f"{clock(sum(results['stages'].values()))} of work in all. The expert is a "
         "script, or a planner on the true simulator, and no optimum. Claims are judged by the t interval "
         "over seeds: one that resamples a few seeds is too narrow.\n"

@@ -11,6 +11,8 @@ from d4_sim.stages import Command, Stage, command
 
 # seconds on one core at the default size
 PHASES = {"tokenizer": 240.0, "dynamics": 700.0, "agent": 560.0, "imagination": 210.0}
+SCRATCH_S = 0.08  # a step of a network without a world model
+STARTS = 21  # seed of d4-eval's starts, on which nothing was ever decided
 
 
 class Sizes(Protocol):

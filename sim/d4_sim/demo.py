@@ -34,13 +34,12 @@ IMPROVED = ("imagination", "expert")
 _BYTES_PER_EPISODE = 1_000_000  # bags, dataset, frame cache and latents of one episode, with room to spare
 _BYTES_OF_RUN = 300_000_000  # checkpoints, videos and the report
 _MOST_PICTURES = 6  # named after a stage
-_HALF_AN_HOUR = 0.8  # of the preset's training steps: what two cores do beside the rest of the demo
 
 # Seconds of a stage on two idle cores (docs/results/demo.md): what any run pays, and what grows with its size
 # (per 3000 episodes where it is the recording). Only the proportions matter once something has been measured.
 _TYPICAL_S = {
-    "record": (2, 52), "ingest": (3, 27), "audit": (3, 14), "tokenizer": (120, 250),
-    "dynamics": (25, 535), "agent": (50, 420), "baseline": (8, 100), "imagination": (20, 235),
+    "record": (2, 50), "ingest": (3, 25), "audit": (3, 11), "tokenizer": (90, 280),
+    "dynamics": (45, 513), "agent": (20, 450), "baseline": (8, 105), "imagination": (22, 230),
     "evaluate": (6, 10), "report": (2, 1),
 }  # fmt: skip
 
@@ -65,9 +64,8 @@ class Args:
     """Share of the bags that keep the commands; the others are video with rewards."""
     seed: int = 0
     """Decides recording, training and evaluation."""
-    scale: float | None = None
-    """Multiplies the training steps of every phase; without it 0.8, for half an hour on two cores, and 1 in a
-    study."""
+    scale: float = 1.0
+    """Multiplies the training steps of every phase."""
     eval_episodes: int = 100
     """Episodes per policy in the evaluation; a study drives twice as many per seed."""
     preset: Literal["nano", "small", "base", "large", "paper"] = "nano"
@@ -85,7 +83,7 @@ class Args:
 def plan(args: Args, jobs: int) -> list[Stage]:
     """The stages of the demo in their order; the last one, the report, has no command."""
     out, dataset, run, bags = args.out, args.out / "dataset", args.out / "run", args.out / "bags"
-    common: dict[str, Any] = {"seed": args.seed, "scale": _scale(args), "force": args.force}
+    common: dict[str, Any] = {"seed": args.seed, "scale": args.scale, "force": args.force}
     train = partial(command, "d4-train", dataset, run=run, preset=args.preset, **common)
     drive = partial(command, "d4-eval", run, dataset=dataset, episodes=args.eval_episodes, **common)
     film = partial(command, "d4-rollout", run, dataset=dataset, seed=args.seed)
@@ -124,12 +122,6 @@ def own_keys(args: Args) -> dict[str, str]:
     return keys(plan(dataclasses.replace(args, out=Path("out"), force=False), 1))
 
 
-def _scale(args: Args) -> float:
-    if args.scale is not None:
-        return args.scale
-    return 1.0 if args.study else _HALF_AN_HOUR
-
-
 def _world(args: Args) -> str:
     return WORLD if args.size is None else f"{WORLD}_{args.size}"
 
@@ -140,7 +132,7 @@ def _typical_s(name: str, args: Args) -> float:
     elif name in ("baseline", "evaluate"):
         size = args.eval_episodes / 100
     else:
-        size = _scale(args)
+        size = args.scale
     fixed, growing = _TYPICAL_S[name]
     return fixed + growing * size
 
@@ -248,8 +240,8 @@ def _check(args: Args) -> None:
     """Refuse what a later stage would refuse after minutes of work."""
     if args.episodes < 1 or args.eval_episodes < 1 or args.seed < 0:
         raise UserError("--episodes and --eval-episodes must be at least 1 and --seed at least 0")
-    if not _scale(args) > 0:
-        raise UserError(f"--scale {_scale(args):g} must be above 0")
+    if not args.scale > 0:
+        raise UserError(f"--scale {args.scale:g} must be above 0")
     if not 0 < args.labelled <= 1:
         raise UserError(f"--labelled {args.labelled:g} must be above 0, for cloning, and at most 1")
     world_class(_world(args))  # refuses a size that is none
@@ -273,9 +265,9 @@ def _study(args: Args) -> Study:
     jobs = threads.free_cores() if args.jobs == "auto" else args.jobs
     return Study(
         StudyArgs(
-            out=args.out / str(args.study), episodes=args.episodes, labelled=args.labelled,
-            scale=_scale(args), eval_episodes=2 * args.eval_episodes, preset=args.preset, size=args.size,
-            jobs=jobs, only=args.only, redo=args.redo,
+            out=args.out / str(args.study), episodes=args.episodes, labelled=args.labelled, scale=args.scale,
+            eval_episodes=2 * args.eval_episodes, preset=args.preset, size=args.size, jobs=jobs,
+            only=args.only, redo=args.redo,
         )
     )  # fmt: skip
 

@@ -32,6 +32,11 @@ SAMPLING = ("bc_scratch", "vpt", "wm_bc", "imagination")  # policies that sample
 EVAL_SEED = 1_000_000  # recorded episodes have hashed 63-bit seeds, so these starts are new
 
 
+def first_start(seed: int) -> int:
+    """The seed of the first of the starts that all policies share; the others follow one by one."""
+    return EVAL_SEED + 10_000 * seed
+
+
 @dataclass(kw_only=True)
 class EvalArgs:
     """Run policies in the simulator on the same start states and write eval.json."""
@@ -109,7 +114,7 @@ class Evaluation:
             make_world(self.world)
         self.horizon, self.success_reward = world.horizon, world.success_reward
         self.events = has_events(world)
-        self.seeds = EVAL_SEED + 10_000 * args.seed + np.arange(args.episodes)
+        self.seeds = first_start(args.seed) + np.arange(args.episodes)
         num_tasks = max(1, len(self.logs.contract.task_names))
         self.tasks = np.arange(args.episodes) % num_tasks
         self._own: dict[str, dict[str, Any]] = {}  # rows measured by this process

@@ -12,8 +12,10 @@ from pathlib import Path
 from rich.console import Console
 
 from d4_datasets.errors import UserError
-from d4_sim import stages
+from d4_sim import children, stages
 from d4_sim.stages import Interrupted, Stage, State, clock, handled_by
+
+_LEAVE_S = 300.0  # for what is told to save and leave, after which it is killed
 
 
 class Lane:
@@ -41,12 +43,20 @@ class Lane:
         return None
 
     def stop(self) -> None:
-        """Let the command save and leave, and wait for that."""
+        """Tell the command to save and leave."""
         self._left.clear()
         if self._child is not None:
             # not SIGINT, which shells let background jobs ignore, and their children with them
             self._child.terminate()
-            self._child.wait()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the command has left, at most so long; then end it, and what is in its group."""
+        if self._child is None:
+            return
+        try:
+            self._child.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            children.end(self._child)
 
 
 class Runner:
@@ -131,6 +141,9 @@ class Runner:
                 self._reap()
             for lane in self.lanes:
                 lane.stop()
+            until = time.monotonic() + _LEAVE_S
+            for lane in self.lanes:
+                lane.wait(until - time.monotonic())
                 self.state.note(lane.stage, time.monotonic() - lane.began, done=False)
         if received:
             raise Interrupted(received[0])

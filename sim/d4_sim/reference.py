@@ -15,7 +15,7 @@ import tyro
 from d4_core import threads
 from d4_datasets.errors import UserError, run_cli
 from d4_sim.driver import worker_pool
-from d4_sim.evaluate import EVAL_SEED
+from d4_sim.evaluate import first_start
 from d4_sim.world import make_world
 
 POLICIES = ("random", "expert")
@@ -34,13 +34,15 @@ class Args:
     """Shared starts, all of them for random actions."""
     expert_episodes: int = 100
     """Of these, those that the expert drives."""
+    seed: int = 0
+    """Decides the starts, as in d4-eval."""
     jobs: int = 1
     """Processes; the result does not depend on it."""
 
 
-def starts(episodes: int, tasks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Seeds and tasks of the first shared starts, int64 (episodes,) each; those of d4-eval with seed 0."""
-    return EVAL_SEED + np.arange(episodes), np.arange(episodes) % tasks
+def starts(episodes: int, tasks: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Seeds and tasks of the first shared starts, int64 (episodes,) each; those of d4-eval with this seed."""
+    return first_start(seed) + np.arange(episodes), np.arange(episodes) % tasks
 
 
 def drive(world: str, kind: str, seeds: list[int], tasks: list[int]) -> Any:
@@ -61,7 +63,7 @@ def reference(args: Args) -> None:
     for kind in POLICIES:
         count = args.expert_episodes if kind == "expert" else args.episodes
         began = time.perf_counter()
-        batches = _batches(args, kind, *starts(count, len(made.tasks)))
+        batches = _batches(args, kind, *starts(count, len(made.tasks), args.seed))
         row = {
             "return": np.concatenate([b.returns for b in batches]).tolist(),
             "success": np.concatenate([b.success for b in batches]).astype(int).tolist(),
@@ -97,7 +99,7 @@ def _film(args: Args, fps: float, batches: list[Any]) -> None:
     from d4_sim.vector import join_batches
 
     batch = join_batches(batches)
-    seeds, _ = starts(len(batch.length), 1)
+    seeds, _ = starts(len(batch.length), 1, args.seed)
     film_again(args.out / "media", "expert", args.world, seeds, batch, fps)
 
 

@@ -69,8 +69,8 @@ class Args:
     and films are those of <out> alone."""
 
 
-def policies(heading: str, chains: Mapping[str, Any]) -> Iterator[str]:
-    """Every policy of a world over its chains."""
+def policies(heading: str, chains: Mapping[str, Any], unequal: Sequence[str] = ()) -> Iterator[str]:
+    """Every policy of a world over its chains; of claims against `unequal` ones nothing is judged."""
     rows = policy_table(chains)
     seeds = sorted(chains)
     yield f"{heading}, {len(seeds)} full chains\n"
@@ -100,9 +100,10 @@ def policies(heading: str, chains: Mapping[str, Any]) -> Iterator[str]:
     for a, b in pairs["return"]:
         claim = f"{NAMES[a]} is better than {NAMES[b]}"
         done = len(pairs["return"][a, b]["seeds"])
-        if done < len(seeds):
+        if done < len(seeds) or b in unequal:
             gain = pairs["return"][a, b]["both"][0]
-            yield f"- **open**: {claim} ({done} of {len(seeds)} chains, {gain:+.2f})\n"
+            why = "with other compute" if b in unequal else f"{done} of {len(seeds)} chains"
+            yield f"- **open**: {claim} ({why}, {gain:+.2f})\n"
             continue
         for what, gains in pairs.items():
             low = lowest(gains[a, b], "both")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,14 +153,18 @@ def rows_of(chains: Mapping[str, Any], policy: str) -> dict[str, dict[str, Any]]
 
 
 def over_seeds(policy: str, rows: Iterable[Mapping[str, Any]], what: str = "return") -> Interval:
-    """Mean and interval over seeds and episodes of a policy's rows.
-
-    All seeds drive the same starts; only the logs have episodes of their own in every chain.
-    """
+    """Mean and interval over seeds and episodes of a policy's rows."""
     values = [row[what] for row in rows]
-    if policy in ("data", CLONED_DRIVES):
+    if has_own_episodes(policy, values):
         return nested_mean(values)
     return crossed_rate(values) if what == "success" else crossed_mean(values)
+
+
+def has_own_episodes(policy: str, values: Sequence[Any]) -> bool:
+    """Whether a policy had other episodes in every chain, of which `values` are: the logs had, all others
+    drive the same starts. In worlds with events the log mix is driven on these, too, in every chain alike.
+    """
+    return policy in ("data", CLONED_DRIVES) and any(not np.array_equal(v, values[0]) for v in values[1:])
 
 
 def policy_table(chains: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

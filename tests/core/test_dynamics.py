@@ -42,9 +42,9 @@ def test_gate_01_firewall_gradient_is_exactly_zero(make_dynamics) -> None:
     model, tokens = make_dynamics(), agent_tokens().requires_grad_()
     assert [layer.over_time for layer in model.transformer.layers] == [False, True, False, True]
     block = model(**clip(model), agent_BTGD=tokens)
-    (grad,) = torch.autograd.grad(block.clean.square().sum(), tokens, retain_graph=True)
+    (grad,) = torch.autograd.grad(block.clean.pow(3).sum(), tokens, retain_graph=True)
     assert not grad.any()
-    (grad,) = torch.autograd.grad(block.agent[:, -1].square().sum(), tokens)
+    (grad,) = torch.autograd.grad(block.agent[:, -1].pow(3).sum(), tokens)
     assert (grad.abs().amax((0, 2, 3)) > 0).all()  # agent tokens do see themselves and their past
 
 
@@ -70,7 +70,7 @@ def test_gate_01_firewall_no_world_parameter_feels_the_agent_through_the_world(m
     model(**clip(model), agent_BTGD=tokens)
     assert len(states) == 4
     for state in states:
-        (grad,) = torch.autograd.grad(state[:, :, :world].square().sum(), tokens, retain_graph=True)
+        (grad,) = torch.autograd.grad(state[:, :, :world].pow(3).sum(), tokens, retain_graph=True)
         assert not grad.any()
 
 
@@ -101,7 +101,7 @@ def test_gate_01_firewall_holds_where_heads_read_the_world(make_dynamics) -> Non
     world = block.agent[:, :, 2:]
     assert torch.equal(model.flow(world), block.clean)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    taught = torch.autograd.grad(world.square().sum(), parameters, retain_graph=True, allow_unused=True)
+    taught = torch.autograd.grad(world.pow(3).sum(), parameters, retain_graph=True, allow_unused=True)
     assert not any(g is not None and g.any() for g in taught)
     assert model(**clip(model)).agent is None
     other = model(**clip(model), agent_BTGD=tokens + 1)
@@ -117,7 +117,7 @@ def test_agent_tokens_read_everything_in_their_block(make_dynamics) -> None:
     args["labelled"][:] = True
     block = model(**args, agent_BTGD=agent_tokens())
     tokens, action = torch.autograd.grad(
-        block.agent[:, 2].square().sum(), [args["noisy_BTNL"], args["prev_action"]]
+        block.agent[:, 2].pow(3).sum(), [args["noisy_BTNL"], args["prev_action"]]
     )
     for grad in (tokens.flatten(2), action):
         assert (grad[:, :3].abs().amax((0, 2)) > 0).all()
@@ -125,6 +125,7 @@ def test_agent_tokens_read_everything_in_their_block(make_dynamics) -> None:
 
 
 # ---- gate 2
+# Sums are of third powers: that of the squares of a normalised output is the same whatever went in.
 
 
 def test_gate_02_block_t_reads_its_own_previous_action_and_no_later_one(make_dynamics) -> None:
@@ -135,7 +136,7 @@ def test_gate_02_block_t_reads_its_own_previous_action_and_no_later_one(make_dyn
     block = model(**args, agent_BTGD=agent_tokens())
     for t in range(T):
         for output in (block.clean, block.agent):
-            (grad,) = torch.autograd.grad(output[:, t].square().sum(), args["prev_action"], retain_graph=True)
+            (grad,) = torch.autograd.grad(output[:, t].pow(3).sum(), args["prev_action"], retain_graph=True)
             assert (grad[:, : t + 1].abs().amin((0, 2)) > 0).all()
             assert not grad[:, t + 1 :].any()
 
@@ -244,7 +245,7 @@ def test_slot_permutation_probe(make_dynamics) -> None:
 def test_registers_are_learned_tokens_of_their_own(make_dynamics) -> None:
     model = make_dynamics(registers=2)
     args = clip(model)
-    (grad,) = torch.autograd.grad(model(**args).clean.square().sum(), model.slots)
+    (grad,) = torch.autograd.grad(model(**args).clean.pow(3).sum(), model.slots)
     assert grad.shape[0] == N + 1 + 1 + 2
     assert (grad.abs().amax(-1) > 0).all()
 
@@ -293,7 +294,7 @@ def test_gradients_reach_every_parameter(make_dynamics) -> None:
     args = clip(model, 16)
     args["labelled"][:] = True
     block = model(**args, agent_BTGD=agent_tokens(16))
-    (block.clean.square().sum() + block.agent.square().sum()).backward()
+    (block.clean.pow(3).sum() + block.agent.pow(3).sum()).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 

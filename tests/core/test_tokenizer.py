@@ -96,7 +96,7 @@ def test_encoder_patches_read_neither_latents_nor_other_modalities(rich: Tokeniz
     y = rich.encoder(x, rich.encoder_bias)
     groups = {"latents": slice(0, 4), "front": slice(4, 10), "wrist": slice(10, 12), "joints": slice(12, 13)}
     for reader, rows in groups.items():
-        (grad,) = torch.autograd.grad(y[:, -1, rows].square().sum(), x, retain_graph=True)
+        (grad,) = torch.autograd.grad(y[:, -1, rows].pow(3).sum(), x, retain_graph=True)
         seen = {name for name, columns in groups.items() if grad[:, :, columns].any()}
         assert seen == (set(groups) if reader == "latents" else {reader})
         past = {name for name, columns in groups.items() if grad[:, :-1, columns].any()}
@@ -106,7 +106,7 @@ def test_encoder_patches_read_neither_latents_nor_other_modalities(rich: Tokeniz
 def test_decoder_pixels_come_from_latents_only(rich: Tokenizer) -> None:
     x = rich.decoder_input(torch.rand(2, 5, 4, 3) * 2 - 1).detach().requires_grad_()
     y = rich.decoder(x, rich.decoder_bias)
-    (grad,) = torch.autograd.grad(y[:, :, :4].square().sum(), x, retain_graph=True)
+    (grad,) = torch.autograd.grad(y[:, :, :4].pow(3).sum(), x, retain_graph=True)
     assert not grad[:, :, 4:].any()  # latents never read queries
     assert grad[:, :, :4].any()
     for rows, others in (
@@ -114,7 +114,7 @@ def test_decoder_pixels_come_from_latents_only(rich: Tokenizer) -> None:
         (slice(10, 12), slice(4, 10)),
         (slice(12, 13), slice(4, 12)),
     ):
-        (grad,) = torch.autograd.grad(y[:, -1, rows].square().sum(), x, retain_graph=True)
+        (grad,) = torch.autograd.grad(y[:, -1, rows].pow(3).sum(), x, retain_graph=True)
         assert grad[:, :, :4].any()
         assert not grad[:, :, others].any()
         assert not grad[:, :-1, 4:].any()  # queries have no past of their own
@@ -122,7 +122,7 @@ def test_decoder_pixels_come_from_latents_only(rich: Tokenizer) -> None:
 
 def test_every_latent_and_the_past_reach_the_picture(rich: Tokenizer) -> None:
     z = (torch.rand(1, 3, 4, 3) * 2 - 1).requires_grad_()
-    (grad,) = torch.autograd.grad(rich.decode(z)["front"][0, -1].square().sum(), z)
+    (grad,) = torch.autograd.grad(rich.decode(z)["front"][0, -1].pow(3).sum(), z)
     assert (grad[0].abs().amax(-1) > 0).all()
 
 

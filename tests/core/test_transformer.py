@@ -95,6 +95,48 @@ def test_layer_pattern_is_one_time_layer_in_every_n() -> None:
     assert [layer.over_time for layer in model.layers] == [False, False, False, True] * 2
 
 
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "a part of wider rows"])
+@given(rows=st.integers(1, 5), seed=st.integers(0, 99), zero=st.booleans())
+@settings(deadline=None, max_examples=20)
+def test_the_norms_own_backward_pass_is_autograds(cut: bool, rows: int, seed: int, zero: bool) -> None:
+    gen = torch.Generator().manual_seed(seed)
+    x, dy = torch.randn(2, rows, 3, 8, generator=gen), torch.randn(2, rows, 3, 8, generator=gen)
+    if zero:
+        x[0, 0] = 0.0
+    norm = RMSNorm(8)
+    with torch.no_grad():
+        norm.scale.copy_(torch.rand(8, generator=gen) + 0.5)
+    wide = torch.cat([x, x], 2).requires_grad_() if cut else x.clone().requires_grad_()
+    given_x = wide[:, :, 3:] if cut else wide
+    found = torch.autograd.grad(norm(given_x), [wide, norm.scale], dy)
+    exact, scale = x.double().requires_grad_(), norm.scale.detach().double().requires_grad_()
+    y = exact * 8**0.5 / exact.norm(dim=-1, keepdim=True).clamp_min(1e-6) * scale
+    expected = torch.autograd.grad(y, [exact, scale], dy.double())
+    dx = found[0][:, :, 3:] if cut else found[0]
+    away = x.norm(dim=-1) > 0  # at zero the slope is that of the limit 1e-6, which is immense
+    torch.testing.assert_close(dx[away], expected[0][away].float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1], expected[1].float(), rtol=1e-4, atol=1e-5)
+    assert found[0].isfinite().all()
+
+
+def test_the_norms_backward_pass_in_half_the_precision_is_as_good_as_autograds() -> None:
+    norm, gen = RMSNorm(256), torch.Generator().manual_seed(0)
+    x, dy = torch.randn(500, 256, generator=gen), torch.randn(500, 256, generator=gen)
+    exact = torch.autograd.grad(norm(x.requires_grad_()), [x, norm.scale], dy)
+    half = x.detach().bfloat16().requires_grad_()
+    found = torch.autograd.grad(norm(half), [half, norm.scale], dy.bfloat16())
+    for a, b in zip(found, exact, strict=True):
+        assert (a.float() - b).norm() < 0.006 * b.norm()
+
+
+def test_a_frozen_norm_passes_gradients_on() -> None:
+    norm, x = RMSNorm(8).requires_grad_(False), torch.randn(3, 8, requires_grad=True)
+    norm(x).pow(3).sum().backward()
+    assert x.grad is not None
+    with torch.no_grad():
+        assert torch.equal(norm(x), norm(x.detach()))
+
+
 def test_rms_norm_equals_the_library_and_survives_zeros() -> None:
     norm, x = RMSNorm(8), torch.randn(3, 8, requires_grad=True)
     with torch.no_grad():

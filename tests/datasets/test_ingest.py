@@ -155,8 +155,7 @@ def test_everything_in_the_bag_is_in_the_dataset_at_its_tick(tmp_path):
         "labelled": 6,
         "stale": 0,
         "terminal": True,
-        "dropped": 0,
-    }
+    } | {"dropped": 0, "drive": 1}
     assert dataset.d4["contract_hash"] == robot().hash
     assert sorted(os.listdir(tmp_path)) == ["bags", "data"]
 
@@ -207,7 +206,7 @@ def test_a_long_recording_is_cut_into_episodes(tmp_path):
     dataset, _ = take(tmp_path, drive(1, length=10), contract=contract)
     assert [frames(dataset, number) for number in range(3)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
     assert [entry["terminal"] for entry in dataset.d4["episodes"]] == [False, False, True]
-    assert [entry["dropped"] for entry in dataset.d4["episodes"]] == [0, 0, 0]
+    assert [(e["dropped"], e["drive"]) for e in dataset.d4["episodes"]] == [(0, 0)] * 3
 
 
 def test_a_repeated_frame_is_counted_as_stale(tmp_path):

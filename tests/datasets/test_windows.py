@@ -119,6 +119,7 @@ def test_no_recording_stands_on_both_sides_if_there_are_enough(recordings, holdo
     logs.sources = [f"bag-{k}" for k, (count, _) in enumerate(recordings) for _ in range(count)]
     logs.labelled = np.array([known for count, known in recordings for _ in range(count)])
     logs.episode_start = np.arange(len(logs.sources))
+    logs.provenance = []
     train, held = logs.split(holdout)
     assert sorted([*train, *held]) == list(range(len(logs.sources)))
     kinds = [sum(known is kind for _, known in recordings) for kind in (True, False)]
@@ -128,6 +129,19 @@ def test_no_recording_stands_on_both_sides_if_there_are_enough(recordings, holdo
         assert len(sides[1]) == sum(min(max(1, round(holdout * n)), n - 1) for n in kinds if n > 1)
     else:
         assert len(train) >= 1
+
+
+@pytest.mark.parametrize("drives", [40, 4])
+def test_of_a_few_recordings_whole_drives_are_held_out_if_there_are_enough(drives: int) -> None:
+    """Six bags of many games each: pieces of one game were trained on and held out."""
+    logs = object.__new__(Windows)
+    logs.sources = [name for name in ("a", "b") for _ in range(3 * drives)]
+    logs.provenance = [{"drive": k // 3} for _ in range(2) for k in range(3 * drives)]
+    logs.labelled = np.array([name == "a" for name in logs.sources])
+    logs.episode_start = np.arange(len(logs.sources))
+    sides = [{(logs.sources[k], logs.provenance[k]["drive"]) for k in side} for side in logs.split(0.05)]
+    assert len(sides[1]) == (4 if drives == 40 else 2)
+    assert bool(sides[0] & sides[1]) == (drives == 4)
 
 
 @given(st.floats(0, 1), st.floats(0, 1))

@@ -18,15 +18,16 @@ from d4_datasets.errors import UserError
 from d4_sim.minecraft.game import Engine, Rung, View
 from d4_sim.minecraft.tasks import MILESTONES
 
-OPTIONS = ("trouble", "at", "once", "children", "begins_with", "dies_at", "late")
+OPTIONS = ("trouble", "at", "once", "children", "begins_with", "begins_in", "dies_at", "late")
 
 
 class Fake:
     realtime = False
 
     def __init__(
-        self, trouble="", at="0", once="", children="", begins_with="", dies_at="", late="0"
+        self, trouble="", at="0", once="", children="", begins_with="", begins_in="", dies_at="", late="0"
     ) -> None:
+        self.begins_in = list(map(int, begins_in.split()))  # the seeds of worlds with something in hand
         self.trouble, self.at, self.once, self.begins_with = trouble, int(at), once, begins_with
         self.dies_at, self.late = int(dies_at or 10**9), float(late)
         if trouble == "refuse":
@@ -86,7 +87,7 @@ class Fake:
     def view(self) -> View:
         pov = np.full((36, 64, 3), (self.seed + self.tick) % 256, np.uint8)
         items = {"oak_log": self.logs, "oak_planks": self.planks}
-        if self.begins_with:
+        if self.begins_with and self.seed in self.begins_in:
             items[self.begins_with] = 1
         stats = {
             "minecraft.mine_block:minecraft.oak_log": self.mined,

@@ -15,6 +15,7 @@ import pytest
 from d4_datasets.errors import UserError
 from d4_sim import bench, bench_page, measure, reference, stages
 from d4_sim.bench import PRESETS, SUITES, Args, Shape, Size, plan
+from d4_sim.chains import PHASES
 from d4_sim.lanes import Runner
 from d4_sim.stages import Stage, keys
 from d4_sim.world import world_names
@@ -98,7 +99,10 @@ def test_keys_depend_on_sizes_and_neither_on_the_place_nor_on_the_machine() -> N
     one, other = (plan(shape, ("push",)) for shape in (small, large))
     assert [s.name for s in one] == [s.name for s in other]
     assert {s.weight for s in one} == {1}
-    assert {s.weight for s in other if "tidy" not in s.name} == {3, 4}
+    assert {s.name: s.weight for s in other if s.weight > 1} == {
+        "push/reference": 4, **{f"push-{k}/data": 4 for k in range(SIZE.seeds)},
+        **{f"push-{k}/{phase}": 3 for k in range(SIZE.seeds) for phase in PHASES},
+    }  # fmt: skip
     assert option(other[0], "--jobs") == ["4", "4"]
 
 
@@ -170,7 +174,7 @@ def test_a_name_that_begins_no_stage_is_said(tmp_path) -> None:
 
 
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    (tmp_path / "fake_work.py").write_text(f"import sys, time\nname = sys.argv[1]\n{code}\n")
+    (tmp_path / "fake_work.py").write_text(f"import signal, sys, time\nname = sys.argv[1]\n{code}\n")
     monkeypatch.setitem(stages.MODULES, "work", "fake_work")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
@@ -229,6 +233,15 @@ def test_what_other_arguments_made_is_cleared_away_only_if_asked(tmp_path, monke
     assert not made.exists()
 
 
+def test_a_stage_that_does_not_leave_is_ended(tmp_path, monkeypatch) -> None:
+    """It was waited for without end, and the page and the other stages with it."""
+    fake(tmp_path, monkeypatch, "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)")
+    monkeypatch.setattr("d4_sim.lanes._LEAVE_S", 0.5)
+    todo, began = works(1, 1), time.monotonic()
+    assert Runner(tmp_path / "out", todo, keys(todo), jobs=2, seconds=3).run() == 0
+    assert time.monotonic() - began < 15
+
+
 @pytest.mark.parametrize("trouble", ["another run", "other settings"])
 def test_a_run_that_is_refused_writes_nothing(tmp_path, monkeypatch, trouble) -> None:
     """The page of the results that it refused to touch was overwritten."""
@@ -281,7 +294,8 @@ def out(tmp_path: Path) -> Path:
         put(run / "gates.json", {"agent": [gate]})
         late = {name: row(LEVELS[name] + seed - 4, seed) for name in bench_page.DISTURBED}
         put(run / "eval-latency-100.json", {"policies": late, "world": "push+latency=100"})
-    put(tmp_path / "stages.json", {"push-0/data": {"done": True, "seconds": 60.0, "forced": True}})
+    stages = ("push-0/data", "push-0/policies", "push-1/policies")
+    put(tmp_path / "stages.json", {s: {"done": True, "seconds": 60.0, "forced": True} for s in stages})
     return tmp_path
 
 
@@ -310,8 +324,49 @@ def test_the_page_has_every_policy_and_says_what_is_missing(out: Path) -> None:
     assert "1 of 2 runs failed one" in text
     assert "| push-0 | agent | reward correlation | 0.3 | >= 0.8 |" in text
     assert "**holds**: after imagination training is better than cloned on the world model" in text
+    assert "\n## push, 2 full chains" in text
     kept = json.loads((out / "page" / "results.json").read_text())
     assert kept["chains"]["push"]["0"]["policies"]["random"]["return"]
+
+
+def test_a_chain_that_is_not_finished_is_not_counted_as_one(out: Path) -> None:
+    """Policies are written one by one, and a chain with two of them counted as complete."""
+    stages = {f"push-{s}/policies": {"done": s == 0, "seconds": 9.0, "forced": True} for s in range(2)}
+    put(out / "stages.json", stages)
+    path = out / "push-1" / "run" / "eval.json"
+    found = json.loads(path.read_text())
+    del found["policies"]["imagination"]
+    put(path, found)
+    text = bench_page.write_page(out, ("push",), SIZE).read_text()
+    assert "**Not complete**: chains of push (1 of 2)" in text
+    cell = next(line for line in text.splitlines() if line.startswith("| after imagination training | 0."))
+    assert "1 of 2 chains" in cell
+
+
+@pytest.mark.parametrize(("steps", "word"), [(10_000, "**holds**"), (1500, "**open**")])
+def test_claims_against_baselines_with_less_compute_are_not_judged(out: Path, steps: int, word: str) -> None:
+    text = bench_page.write_page(out, ("push",), replace(SIZE, scratch_steps=steps, model="nano")).read_text()
+    assert f"{word}: cloned on the world model is better than VPT style" in text
+    assert "**holds**: after imagination training is better than cloned on the world model" in text
+
+
+def test_scores_know_how_few_seeds_are(out: Path) -> None:
+    """Intervals of the first table were those of a bootstrap of two seeds."""
+    chains = bench_page.collect(out, ("push",), 2)["chains"]["push"]
+    mean, low, high = bench_page.normalised(chains)["imagination"]
+    means = [np.mean(chains[s]["policies"]["imagination"]["return"]) / 40 for s in chains]
+    assert high - low >= 0.99 * 12.7 * abs(means[0] - means[1])
+    assert mean == pytest.approx(np.mean(means) - 5 / 40, abs=0.03)
+
+
+def test_logs_that_are_the_same_in_every_chain_are_no_more_episodes(out: Path) -> None:
+    """In worlds with events the log mix is driven on the shared starts, which three chains counted thrice."""
+    chains = bench_page.collect(out, ("push",), 2)["chains"]["push"]
+    one = bench_page.normalised({"0": chains["0"]})["data"]
+    same = {s: run | {"policies": run["policies"] | {"data": chains["0"]["policies"]["data"]}}
+            for s, run in chains.items()}  # fmt: skip
+    many = bench_page.normalised(same)["data"]
+    assert many[2] - many[1] == pytest.approx(one[2] - one[1], rel=0.15)
 
 
 def test_the_page_names_the_versions_of_mujoco(out: Path, monkeypatch, capsys) -> None:

@@ -122,8 +122,21 @@ def test_death_ends_an_episode(tmp_path) -> None:
 
 def test_an_episode_that_begins_with_something_is_no_measurement(tmp_path) -> None:
     with pytest.raises(UserError, match="begins with an empty inventory, and this one with 1 diamond"):
-        play(tmp_path, 1, begins_with="diamond", children=str(tmp_path / "children"))
+        play(
+            tmp_path, 1, begins_with="diamond", begins_in=str(world_seed(0, 0)),
+            children=str(tmp_path / "children"),
+        )  # fmt: skip
     assert_nothing_left(tmp_path / "children")
+
+
+def test_a_bad_beginning_later_is_a_lost_environment(tmp_path) -> None:
+    """One of a thousand worlds began with an item: that ended the benchmark, again whenever it went on."""
+    lines: list[str] = []
+    found = play(tmp_path, 3, lines=lines, begins_with="diamond", begins_in=str(world_seed(0, 1)))
+    assert {e["episode"]: e["ended"] for e in found} == {0: "time", 1: "lost", 2: "time"}
+    (bad,) = (e for e in found if e["cut"])
+    assert (bad["episode"], bad["reached"]) == (1, {})
+    assert any("empty inventory, and this one with 1 diamond" in line for line in lines)
 
 
 # ---- what environments do

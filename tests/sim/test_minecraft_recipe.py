@@ -50,7 +50,7 @@ def test_the_recipe_names_its_costs(tmp_path) -> None:
     assert "encoding: 182,952,000 frames to latents, once, 5.1e+19 operations" in lines[4]
     assert "1 GPU" in lines[8]
     assert "256 GPUs" in lines[8]
-    assert "once over the data takes --scale" in lines[9]
+    assert "once over the data takes --set dynamics_training.steps=" in lines[9]
     assert lines[10].startswith("memory, counted, on each of 1 GPU ")
     assert "ingest: 7.1 days with --jobs 1" in lines[12]
     words = [words for stage in recipe.plan(big, NONE) for words in stage.commands]

@@ -25,9 +25,55 @@ def test_the_ladder_is_the_papers() -> None:
     assert set(TASKS) - {rung.task for rung in LADDER} == {
         "mine_coal", "place_furnace", "open_crafting_table", "open_furnace",
     }  # fmt: skip
-    assert [rung.count for rung in LADDER] == [
-        10, 20, 1, 1, 4, 1, 1, 3, 4, 1, 1, 4, 1, 1, 3, 8, 4, 1, 1, 1, 3, 2, 1, 1, None,
-    ]  # fmt: skip
+    assert [(rung.task, rung.count) for rung in LADDER] == PROMPTS
+
+
+PROMPTS = [
+    ("mine_log", 10), ("craft_planks", 20), ("craft_crafting_table", 1), ("place_crafting_table", 1),
+    ("craft_stick", 4), ("craft_wooden_pickaxe", 1), ("use_wooden_pickaxe", 1), ("mine_cobblestone", 3),
+    ("craft_planks", 4), ("craft_crafting_table", 1), ("place_crafting_table", 1), ("craft_stick", 4),
+    ("craft_stone_pickaxe", 1), ("use_stone_pickaxe", 1), ("mine_iron_ore", 3), ("mine_cobblestone", 8),
+    ("craft_planks", 4), ("craft_crafting_table", 1), ("place_crafting_table", 1), ("craft_furnace", 1),
+    ("craft_iron_ingot", 3), ("craft_stick", 2), ("craft_iron_pickaxe", 1), ("use_iron_pickaxe", 1),
+    ("mine_diamond", None),
+]  # fmt: skip
+
+
+# What the game of MineRL v1.0 (Minecraft 1.16) counts, by task: family, then what is counted.
+WOODS = ["oak", "spruce", "birch", "jungle", "acacia", "dark_oak"]
+COUNTED = {
+    "mine_log": ("mine_block", *(f"{wood}_log" for wood in WOODS)),
+    "mine_cobblestone": ("mine_block", "stone", "cobblestone"),
+    "mine_iron_ore": ("mine_block", "iron_ore"),
+    "mine_coal": ("mine_block", "coal_ore"),
+    "mine_diamond": ("mine_block", "diamond_ore"),
+    "craft_planks": ("craft_item", *(f"{wood}_planks" for wood in WOODS)),
+    "craft_stick": ("craft_item", "stick"),
+    "craft_crafting_table": ("craft_item", "crafting_table"),
+    "craft_furnace": ("craft_item", "furnace"),
+    "craft_iron_ingot": ("craft_item", "iron_ingot"),
+    "craft_wooden_pickaxe": ("craft_item", "wooden_pickaxe"),
+    "craft_stone_pickaxe": ("craft_item", "stone_pickaxe"),
+    "craft_iron_pickaxe": ("craft_item", "iron_pickaxe"),
+    "open_crafting_table": ("custom", "interact_with_crafting_table"),
+    "open_furnace": ("custom", "interact_with_furnace"),
+    "place_crafting_table": ("use_item", "crafting_table"),
+    "place_furnace": ("use_item", "furnace"),
+    "use_wooden_pickaxe": ("use_item", "wooden_pickaxe"),
+    "use_stone_pickaxe": ("use_item", "stone_pickaxe"),
+    "use_iron_pickaxe": ("use_item", "iron_pickaxe"),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_told_by_the_games_own_counters_and_by_no_others(task: str) -> None:
+    family, *things = COUNTED[task]
+    before = {f"minecraft.{f}:minecraft.{thing}": 5 for f, *names in COUNTED.values() for thing in names}
+    for thing in things:
+        watch = Watch(())
+        watch.step(before, {})
+        key = f"minecraft.{family}:minecraft.{thing}"
+        assert watch.step(before | {key: 7}, {}).amounts == {task: 2.0}
 
 
 def test_published_figures_cover_the_milestones() -> None:

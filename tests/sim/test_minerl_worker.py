@@ -63,7 +63,9 @@ class Env:
         assert action["camera"].dtype == np.float32
         return self.seen(), 0.0, False, {"isGuiOpen": bool(action["inventory"])}
     def close(self):
-        pass
+        if os.environ.get("STAND_IN_HANGS"):
+            import time
+            time.sleep(600)
 
 def make(name):
     if name == "None-v0":
@@ -127,6 +129,23 @@ def test_a_lost_game_is_no_observation(stand_in) -> None:
             environment.receive()
     finally:
         environment.close()
+
+
+def test_a_lost_game_is_told_before_it_is_closed(stand_in, monkeypatch) -> None:
+    """Closing a game that hangs hangs, and the watchdog was all that ended it, minutes later."""
+    monkeypatch.setenv("STAND_IN_HANGS", "1")
+    environment = start(stand_in)
+    try:
+        environment.receive()
+        environment.reset(7)
+        for _ in range(3):
+            environment.receive()
+            environment.step(np.zeros(minecraft.SIZE))
+        environment.deadline = time.monotonic() + 10
+        with pytest.raises(Lost, match="MineRL lost the game"):
+            environment.receive()
+    finally:
+        environment.close(0.0)
 
 
 def test_an_interpreter_without_minerl_is_said(tmp_path, monkeypatch) -> None:

@@ -11,18 +11,18 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from d4_core import threads
 from d4_datasets.errors import UserError
-from d4_sim.chains import Chains
+from d4_sim.chains import SCRATCH_S, STARTS, Chains
+from d4_sim.crafter.page import GIVEN, write_page
 from d4_sim.crafter.world import HORIZON
 from d4_sim.lanes import Runner
 from d4_sim.stages import Interrupted, Stage, command, keys
 from d4_sim.world import contract_text, make_world
 
 TRAINED = ("bc_scratch", "vpt", "wm_bc", "imagination")
-GIVEN = ("random", "data", "expert")  # the same whatever was trained
 
 # What differs from the presets, and from `nano` in size, and why, is in docs/crafter.md.
 TASKS = (
@@ -41,7 +41,6 @@ SIZES = (
 )
 # seconds on one core at the default size
 _TYPICAL_S = {"tokenizer": 2300.0, "dynamics": 4500.0, "agent": 1700.0, "imagination": 650.0}
-_BASELINES_S = 900.0
 _BYTES_PER_EPISODE = 4_700_000  # 215 frames in bags, dataset and frame cache
 _BYTES_OF_RUN = 500_000_000  # checkpoints, latents, films
 
@@ -67,8 +66,9 @@ class Args:
     """Size of the networks."""
     scale: float = 1.0
     """Multiplies the training steps of networks and baselines."""
-    scratch_steps: int = 4000
-    """Training steps, before --scale, of each network of what is cloned without a world model."""
+    scratch_steps: int = 60_000
+    """Training steps, before --scale, of each network of what is cloned without a world model; with 60000 the
+    VPT style takes about as long as a whole chain."""
     eval_episodes: int = 100
     """Episodes per policy and seed, on shared starts."""
     jobs: Literal["auto"] | int = "auto"
@@ -104,14 +104,16 @@ class Plan(Chains):
                 f"{name}/{phase}", [latest], seconds * args.scale, work,
                 makes=makes, recipe=self.recipe(phase),
             )  # fmt: skip
-        baselines_s = _BASELINES_S * args.scale * args.scratch_steps / Args.scratch_steps
-        typical_s = baselines_s + 0.008 * args.eval_episodes * HORIZON
-        tasks = self.drive(run, dataset, *TRAINED, world=args.world, scratch_steps=args.scratch_steps)
+        typical_s = 3 * SCRATCH_S * args.scratch_steps * args.scale + 0.008 * args.eval_episodes * HORIZON
+        shared: dict[str, Any] = {
+            "world": args.world, "scratch_steps": args.scratch_steps, "seed": STARTS,
+        }  # fmt: skip
+        tasks = self.drive(run, dataset, *TRAINED, **shared)
         latest = self.add(f"{name}/tasks", [latest], typical_s, tasks)
         policies = (*TRAINED, *(GIVEN if not seed else ()))
         drive = command(
-            "crafter", run, dataset=dataset, policies=policies, world=args.world,
-            episodes=args.eval_episodes, scale=args.scale, scratch_steps=args.scratch_steps,
+            "crafter", run, dataset=dataset, policies=policies, episodes=args.eval_episodes,
+            scale=args.scale, **shared,
         )  # fmt: skip
         self.add(f"{name}/milestones", [latest], 0.008 * args.eval_episodes * HORIZON, drive)
 
@@ -127,8 +129,6 @@ def plan(args: Args, jobs: int) -> list[Stage]:
 
 def experiment(args: Args) -> int:
     """Run what is missing and write the page; returns 1 if a stage failed, else 0."""
-    from d4_sim.crafter.page import write_page
-
     _check(args)
     jobs = threads.free_cores() if args.jobs == "auto" else args.jobs
     own_keys = keys(plan(replace(args, out=Path("out")), 1))

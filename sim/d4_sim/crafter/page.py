@@ -26,6 +26,7 @@ COLUMNS = {
     "random": "random", "data": "data", "bc_scratch": "BC", "vpt": "VPT style", "wm_bc": "WM+BC",
     "imagination": "imagination RL", "expert": "expert",
 }  # fmt: skip
+GIVEN = ("random", "data", "expert")  # the same whatever was trained
 PAIRS = (("imagination", "wm_bc"), ("wm_bc", "bc_scratch"), ("wm_bc", "vpt"))
 
 
@@ -41,10 +42,15 @@ def success(chains: Mapping[str, Any], policy: str, milestone: int) -> Interval 
     groups = [reached(row, milestone) for row in rows_of(chains, policy).values()]
     if not groups:
         return None
+    return _per_cent(_rate(groups))
+
+
+def _rate(groups: Sequence[np.ndarray]) -> Interval:
+    """Share of ones in groups that share their starts, with the widest of the three intervals."""
     rate = crossed_rate(groups)
     if len(groups) > 1:
         rate = widest(rate, student([float(group.mean()) for group in groups]))
-    return _per_cent((rate[0], max(0.0, rate[1]), min(1.0, rate[2])))
+    return rate[0], max(0.0, rate[1]), min(1.0, rate[2])
 
 
 def ticks(chains: Mapping[str, Any], policy: str, milestone: int) -> Interval | None:
@@ -108,14 +114,14 @@ def milestones(chains: Mapping[str, Any]) -> Iterator[str]:
     )
     cells = {(p, m): success(chains, p, i) for p in shown for m, i in numbers.items()}
     yield table(
-        ["milestone", *(COLUMNS[p] for p in shown)],
+        ["milestone", *_heads(shown, chains)],
         [[m, *(_percent(cells[p, m]) for p in shown)] for m in order],
     )
     yield "## Ticks to a milestone\n"
     yield "Mean over the episodes that reach it [95 % interval over these]; left out below 0.5 %.\n"
     times = {(p, m): ticks(chains, p, i) for p in shown for m, i in numbers.items()}
     yield table(
-        ["milestone", *(COLUMNS[p] for p in shown)],
+        ["milestone", *_heads(shown, chains)],
         [[m, *(_time(times[p, m]) for p in shown)] for m in order],
     )
     yield from achievements(chains, shown)
@@ -145,6 +151,15 @@ def achievements(chains: Mapping[str, Any], shown: Sequence[str]) -> Iterator[st
     scores = {p: [crafter_score([_shares([row], n)[0] for n in names]) for row in rows[p]] for p in rows}
     cells.append(["**score**", *(_scores(found) for found in scores.values())])
     yield table(["achievement", *(COLUMNS[p] for p in rows)], cells)
+
+
+def _heads(shown: Sequence[str], chains: Mapping[str, Any]) -> list[str]:
+    """Names of columns; they say of how many seeds a trained policy is if that is not all."""
+    counts = {p: len(rows_of(chains, p)) for p in shown}
+    return [
+        COLUMNS[p] + (f" ({n} of {len(chains)} seeds)" if p not in GIVEN and n < len(chains) else "")
+        for p, n in counts.items()
+    ]
 
 
 def _shares(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
@@ -214,9 +229,9 @@ def single_tasks(chains: Mapping[str, Any]) -> Iterator[str]:
                 np.asarray(row["success"], float)[np.asarray(row["task"]) == i]
                 for row in rows_of(chains, p).values()
             ]
-            cells.append(_percent(_per_cent(crossed_rate(groups))) if all(map(len, groups)) else "-")
+            cells.append(_percent(_per_cent(_rate(groups))) if all(map(len, groups)) else "-")
         rows.append([name, *cells])
-    yield table(["task", *(COLUMNS[p] for p in shown)], rows)
+    yield table(["task", *_heads(shown, chains)], rows)
     keys = ("reward_correlation", "value_correlation", "kl_to_cloned")
     heads = [
         [s, COLUMNS[p], *(f"{row[k]:.3f}" if row.get(k) is not None else "-" for k in keys)]
@@ -264,9 +279,10 @@ def write_page(out: Path, args: Args) -> Path | None:
         f"World `{args.world}`; {args.episodes} recorded episodes, commands kept in {args.labelled:.0%} of "
         f"the bags; networks `{args.preset}` set as docs/crafter.md says, training x {args.scale:g}, BC and "
         f"each network of VPT style {max(1, round(args.scratch_steps * args.scale))} steps; "
-        f"{args.eval_episodes} shared starts; {clock(sum(results['stages'].values()))} of work so far.\n"
+        f"{args.eval_episodes} shared starts, on which nothing was decided; "
+        f"{clock(sum(results['stages'].values()))} of work so far.\n"
     )
-    missing = args.seeds - len(results["ladder"])
+    missing = sum(f"seed-{s}/milestones" not in results["stages"] for s in range(args.seeds))
     parts = ["# Crafter, offline: the way to the diamond\n", about]
     if missing:
         parts.append(f"**Not complete**: milestones of {missing} of {args.seeds} seeds are missing.\n")

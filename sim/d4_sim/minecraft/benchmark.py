@@ -12,7 +12,8 @@ from __future__ import annotations
 import select
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,22 +141,26 @@ class Benchmark:
         ready = set(select.select([e.fileno() for _, e in busy], [], [], max(0.0, patience))[0])
         now = time.monotonic()
         for place, environment in busy:
-            if environment.fileno() in ready or environment.deadline <= now:
+            # others go on meanwhile: of an answer a half may come, and nothing more
+            if (environment.fileno() in ready and environment.has_answered()) or environment.deadline <= now:
                 try:
                     self._answer(place, environment)
                 except Lost as lost:
                     self._lose(place, lost)
 
-    def _receive(self, environment: Environment) -> Seen | None:
+    @contextmanager
+    def _on_the_way(self) -> Iterator[None]:
+        """For the user is what never worked; what fails later is another environment that was lost."""
         try:
-            return environment.receive()
-        except UserError as error:  # for the user is what never worked, not what fails on the way
+            yield
+        except UserError as error:
             if not self._has_acted:
                 raise
             raise Lost(" ".join(str(error).split()).rstrip(".")) from None
 
     def _answer(self, place: _Place, environment: Environment) -> None:
-        seen = self._receive(environment)
+        with self._on_the_way():
+            seen = environment.receive()
         if seen is None:  # the word that it is ready
             require_told(self.plan, environment)
             self._begin(place)
@@ -165,7 +170,8 @@ class Benchmark:
         if first:
             self._open(place)
         assert place.episode is not None
-        changed = place.episode.observe(seen)
+        with self._on_the_way():
+            changed = place.episode.observe(seen)
         if place.episode.ended:
             self._finish(place, seen)
             return

@@ -116,10 +116,7 @@ def gpu() -> Found:
             "GPU", f"{', '.join(names)}, which this torch cannot use: {sys.executable} -m pip install "
             "--force-reinstall torch --index-url https://download.pytorch.org/whl/cu128",
         )  # fmt: skip
-    drawn = (
-        "" if shutil.which("vglrun") else "; the game draws on it with VirtualGL (vglrun), which is not here"
-    )
-    return Found("GPU", ", ".join(names) + drawn)
+    return Found("GPU", f"{', '.join(names)}; for the policy: under Xvfb the game draws on the CPU")
 
 
 def memory() -> Found:

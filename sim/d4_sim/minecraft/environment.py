@@ -97,6 +97,11 @@ class Environment:
         assert self._wire is not None
         return self._wire.fileno()
 
+    def has_answered(self) -> bool:
+        """Take what is there without waiting for more: whether `receive` returns or raises at once."""
+        assert self._wire is not None
+        return self._wire.has_arrived()
+
     def reset(self, seed: int) -> None:
         """Ask for an episode. Raises Lost."""
         self._send(wire.RESET, {"seed": seed}, b"", self.engine.start_s)

@@ -160,21 +160,17 @@ class Player:
             self._display.kill()
 
 
-def serve(line: Any, wire: Any, options: dict[str, Any]) -> None:
+def serve(line: Any, wire: Any, player: Player) -> None:
     """Answer until the benchmark closes or is gone."""
-    player = Player(options.get("env") or ENV)
-    try:
-        line.send(wire.HELLO, hello(player.env))
-        while True:
-            kind, said, data = line.receive()
-            if kind == wire.RESET:
-                line.send(wire.VIEW, *player.reset(int(said["seed"])))
-            elif kind == wire.STEP:
-                line.send(wire.VIEW, *player.step(np.frombuffer(data, "<f8")))
-            else:
-                return
-    finally:
-        player.close()
+    line.send(wire.HELLO, hello(player.env))
+    while True:
+        kind, said, data = line.receive()
+        if kind == wire.RESET:
+            line.send(wire.VIEW, *player.reset(int(said["seed"])))
+        elif kind == wire.STEP:
+            line.send(wire.VIEW, *player.step(np.frombuffer(data, "<f8")))
+        else:
+            return
 
 
 def spaces() -> dict[str, Any]:
@@ -223,8 +219,10 @@ def main() -> None:
     wire = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(wire)
     line = wire.Wire(socket.socket(fileno=int(sys.argv[1])))
+    player: Player | None = None
     try:
-        serve(line, wire, json.loads(sys.argv[3]))
+        player = Player(json.loads(sys.argv[3]).get("env") or ENV)
+        serve(line, wire, player)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
     except (ImportError, SystemExit) as error:
@@ -238,6 +236,8 @@ def main() -> None:
         traceback.print_exc()
         _tell(line, wire, f"{type(error).__name__}: {error}".splitlines()[0], False)
     finally:
+        if player is not None:  # after all was told: a game that hangs may hang here, too
+            player.close()
         sys.stderr.flush()
         os._exit(0)  # the keeper ends what MineRL started
 

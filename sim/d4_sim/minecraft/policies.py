@@ -136,12 +136,15 @@ def _acting(path: Path) -> Path:
     )
 
 
-def _sessions(folder: Path, places: int, device: Any) -> list[_Session]:
+def _sessions(folder: Path, places: int, device: Any) -> Sequence[_Session]:
     from d4_core.models import load
     from d4_core.session import PolicySession
 
     models = load(folder, None, device)
-    return [PolicySession(models, 1) for _ in range(places)]
+    sessions = [PolicySession(models, 1) for _ in range(places)]
+    for session in sessions:
+        session.accelerate()
+    return sessions
 
 
 def _scratch(folder: Path, contract: Contract, places: int) -> list[_Session]:

@@ -143,8 +143,9 @@ def told(recipe: Recipe, here: Stock, measure: bool) -> Iterator[str]:
     yield f"time: {total:.2g} operations{small}{_on_gpus(recipe, operations, encoding)}"
     if frames > (drawn := per_phase["dynamics"].frames):
         more = frames / drawn
-        days = _on_gpus(recipe, {name: more * count for name, count in operations.items()}, encoding)
-        yield f"  dynamics once over the data takes --scale {recipe.scale * more:.3g}{days}"
+        days = _on_gpus(recipe, operations | {"dynamics": more * operations["dynamics"]}, encoding)
+        steps = round(per_phase["dynamics"].steps * more / recipe.scale)
+        yield f"  dynamics once over the data takes --set dynamics_training.steps={steps}{days} in all"
     if recipe.preset not in _SMALL:
         yield from _memory(settings, contract)
     if measure:

@@ -37,6 +37,7 @@ class Wire:
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
+        self._held = bytearray()  # of a message that is not whole yet
 
     def fileno(self) -> int:
         """For select."""
@@ -81,8 +82,31 @@ class Wire:
             raise WireError("the text of a message is no JSON object")
         return kind, said, data
 
+    def has_arrived(self) -> bool:
+        """Take what is there without waiting for more: whether `receive` has an answer, or a complaint."""
+        self._end.settimeout(0.0)
+        try:
+            while not self._is_whole():
+                part = self._end.recv(_BLOCK)
+                if not part:
+                    return True
+                self._held += part
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def _is_whole(self) -> bool:
+        if len(self._held) < _HEADER.size:
+            return False
+        magic, _, _, _, texts, bulk = _HEADER.unpack_from(self._held)
+        is_one = magic == _MAGIC and texts <= MOST_TEXT and bulk <= MOST_DATA
+        return not is_one or len(self._held) >= _HEADER.size + texts + bulk
+
     def _read(self, size: int, deadline: float | None) -> bytes:
-        out = bytearray()
+        out = self._held[:size]
+        del self._held[:size]
         while len(out) < size:
             if deadline is not None:
                 left = deadline - time.monotonic()

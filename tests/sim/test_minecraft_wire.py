@@ -1,0 +1,68 @@
+"""What arrives in pieces is waited for by nobody who has other things to do."""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d4_sim.minecraft import wire
+from d4_sim.minecraft.wire import Wire, WireError
+
+
+def message(said: dict, data: bytes) -> bytes:
+    mine, its = socket.socketpair()
+    with mine, its:
+        Wire(mine).send(wire.VIEW, said, data)
+        mine.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: its.recv(2**16), b""))
+
+
+@given(st.integers(0, 5000), st.lists(st.integers(1, 5100), max_size=5))
+@settings(deadline=None, max_examples=50)
+def test_a_message_is_there_when_its_last_byte_is(size: int, cuts: list[int]) -> None:
+    """Of one environment half an answer came, and all others waited for the rest."""
+    data = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    whole = message({"over": False}, data)
+    mine, its = socket.socketpair()
+    with mine, its:
+        line, sent = Wire(mine), 0
+        assert not line.has_arrived()
+        for cut in sorted({cut for cut in cuts if cut < len(whole)}):
+            its.sendall(whole[sent:cut])
+            sent = cut
+            assert not line.has_arrived()
+        its.sendall(whole[sent:] + whole)
+        for _ in range(2):
+            assert line.has_arrived()
+            assert line.receive(1.0) == (wire.VIEW, {"over": False}, data)
+        assert not line.has_arrived()
+
+
+def test_the_rest_is_waited_for_until_the_time_is_over() -> None:
+    mine, its = socket.socketpair()
+    with mine, its:
+        line, whole = Wire(mine), message({}, bytes(100))
+        its.sendall(whole[:40])
+        assert not line.has_arrived()
+        with pytest.raises(TimeoutError):
+            line.receive(0.05)
+
+
+@pytest.mark.parametrize("trouble", ["end", "noise", "size"])
+def test_there_is_nothing_to_wait_for_after_the_end_or_behind_noise(trouble: str) -> None:
+    mine, its = socket.socketpair()
+    with mine, its:
+        line = Wire(mine)
+        if trouble == "end":
+            its.close()
+        elif trouble == "noise":
+            its.sendall(b"Traceback (most recent call last):")
+        else:
+            its.sendall(struct.pack("<4sBBHII", b"d4mc", wire.VERSION, wire.VIEW, 0, 10, 2**31))
+        assert line.has_arrived()
+        with pytest.raises(EOFError if trouble == "end" else WireError):
+            line.receive(1.0)
