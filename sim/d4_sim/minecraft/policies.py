@@ -109,10 +109,8 @@ def load_policy(
     folder = _acting(Path(what))
     phase = str(checkpoint.load_config(folder)["phase"])
     own = Contract.load(checkpoint.resolve(folder) / "contract.yaml")
-    if phase in ("bc_scratch", "vpt"):
-        sessions = _scratch(folder, own, places)
-    else:
-        sessions = _sessions(folder, places, device)
+    is_clone = phase in ("bc_scratch", "vpt")
+    sessions = _scratch(folder, own, places) if is_clone else _sessions(folder, places, device)
     return Policy(own, f"the checkpoint {folder}", f"{phase} {weights_hash(folder)}", sessions)
 
 
@@ -147,7 +145,7 @@ def _sessions(folder: Path, places: int, device: Any) -> Sequence[_Session]:
     return sessions
 
 
-def _scratch(folder: Path, contract: Contract, places: int) -> list[_Session]:
+def _scratch(folder: Path, contract: Contract, places: int) -> Sequence[_Session]:
     """Sessions of a policy that was cloned without a world model."""
     from d4_core import checkpoint
     from d4_core.baselines import ScratchPolicy, ScratchTraining
