@@ -38,9 +38,9 @@ _MOST_PICTURES = 6  # named after a stage
 # Seconds of a stage on two idle cores (docs/results/demo.md): what any run pays, and what grows with its size
 # (per 3000 episodes where it is the recording). Only the proportions matter once something has been measured.
 _TYPICAL_S = {
-    "record": (2, 50), "ingest": (3, 25), "audit": (3, 11), "tokenizer": (90, 280),
-    "dynamics": (45, 513), "agent": (20, 450), "baseline": (8, 105), "imagination": (22, 230),
-    "evaluate": (6, 10), "report": (2, 1),
+    "record": (2, 45), "ingest": (3, 20), "audit": (3, 9), "tokenizer": (97, 198),
+    "dynamics": (45, 414), "agent": (20, 355), "baseline": (8, 85), "imagination": (15, 191),
+    "evaluate": (4, 10), "report": (2, 1),
 }  # fmt: skip
 
 
