@@ -108,7 +108,7 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         unit, factor, scale = ctx.saved_tensors
-        product = (dy * unit).flatten(0, -2)  # (rows, D)
+        product = (dy * unit).reshape(-1, unit.shape[-1])  # (rows, D)
         along = torch.mv(product, scale).view_as(factor) / unit.shape[-1]
         dx = (dy * scale).addcmul_(unit, along, value=-1).mul_(factor)
         return dx, product.sum(0, dtype=torch.float32)

@@ -172,10 +172,13 @@ class Windows:
         recording = np.unique(self.sources, return_inverse=True)[1].reshape(-1)
         if self._enough(recording, holdout):
             return recording
-        number = [about.get("drive", 0) for about in self.provenance]
-        number += [0] * (len(recording) - len(number))
-        drive = np.unique(np.stack([recording, number]), axis=1, return_inverse=True)[1].reshape(-1)
-        return drive if self._enough(drive, holdout) else np.arange(len(recording))
+        number = [about.get("drive") for about in self.provenance]
+        if len(number) == len(recording) and None not in number:  # older datasets do not know
+            pair = np.stack([recording, np.array(number, np.int64)])
+            drive = np.unique(pair, axis=1, return_inverse=True)[1].reshape(-1)
+            if self._enough(drive, holdout):
+                return drive
+        return np.arange(len(recording))
 
     def _enough(self, unit: np.ndarray, holdout: float) -> bool:
         labelled = np.bincount(unit, self.labelled) > 0

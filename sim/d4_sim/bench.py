@@ -22,7 +22,7 @@ import tyro
 from d4_core import threads
 from d4_core.config import override, preset
 from d4_datasets.errors import UserError, run_cli
-from d4_sim.chains import PHASES, SCRATCH_S, STARTS, Chains
+from d4_sim.chains import PHASES, STARTS, Chains
 from d4_sim.crafter import experiment
 from d4_sim.lanes import Runner
 from d4_sim.mujoco_world import MujocoWorld
@@ -76,8 +76,8 @@ class Size:
         labelled: share of the bags that keep the commands.
         model: preset of the networks.
         scale: multiplies the training steps.
-        scratch_steps: of each network of the policies that are cloned without a world model, before `scale`;
-            claims against them are judged from `EQUAL_STEPS` on.
+        scratch_steps: of each network of the VPT style, before `scale`; the one that is cloned from scratch
+            gets twice as many. Claims against them are judged from `EQUAL_STEPS` on.
         eval_episodes: shared starts per policy and seed.
         expert_episodes: of them, those that the expert drives, once per world.
         planner_episodes: of them, those that the planner in the world model drives, for every seed.
@@ -103,8 +103,8 @@ class Size:
 
     @property
     def is_equal(self) -> bool:
-        """Whether the VPT style has the compute of a chain."""
-        return self.model == "nano" and self.scratch_steps >= EQUAL_STEPS
+        """Whether what is cloned without a world model has the compute of a chain."""
+        return self.model == "nano" and not self.set and self.scratch_steps >= EQUAL_STEPS
 
 
 PRESETS: dict[str, Size] = {
@@ -130,7 +130,7 @@ class Args:
     out: Path = Path("runs/bench")
     """Folder for everything; the page is <out>/page.md."""
     preset: PresetName | None = None
-    """Default is that of the first suite. night: two cores, about an hour per world and
+    """Default is that of the first suite. night: two cores, two to three core-hours per world and
     seed; h200: one large GPU, at most 25 minutes in all; toy: does it run?"""
     seeds: int | None = None
     """Chains per world, instead of the preset's."""
@@ -143,8 +143,8 @@ class Args:
     scale: float | None = None
     """Multiplies the training steps."""
     scratch_steps: int | None = None
-    """Training steps, before --scale, of each network of what is cloned without a world model; with 10000 the
-    VPT style takes about as long as a whole chain."""
+    """Training steps, before --scale, of both networks of the VPT style, and half of those of cloning from
+    scratch; with 10000 each of them takes about as long as a whole chain."""
     eval_episodes: int | None = None
     """Episodes per policy and seed, on shared starts."""
     expert_episodes: int | None = None
@@ -247,10 +247,10 @@ class Plan(Chains):
             )  # fmt: skip
         # a world in other looks, or easier, has the contract of another one
         drive = partial(self.drive, run, dataset, world=world, seed=STARTS)
-        trained = drive(*POLICIES, scratch_steps=size.scratch_steps)
+        trained = self.drive_all(drive, size.scratch_steps, POLICIES)
         typical_s = 0.02 * size.eval_episodes * horizon * len(POLICIES)
-        typical_s += 3 * SCRATCH_S * size.scratch_steps * size.scale
-        latest = self.add(f"{name}/policies", [latest], typical_s, trained)
+        needs = [latest, self.baselines(name, run, dataset, size.scratch_steps)]
+        latest = self.add(f"{name}/policies", needs, typical_s, *trained)
         if size.planner_episodes:
             typical_s = 0.4 * size.planner_episodes * horizon
             work = drive("planner", planner_episodes=size.planner_episodes)

@@ -11,19 +11,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d4_core.stats import Interval, crossed_mean, nested_mean, student, widest
+from d4_sim.chains import STARTS
+from d4_sim.evaluate import first_start
 from d4_sim.stages import clock
 from d4_sim.study_figures import film
 from d4_sim.study_page import NAMES, costs, failed_gates, policies
-from d4_sim.study_results import TABLE, differences, has_own_episodes, read_json, rows_of, run_results
+from d4_sim.study_results import (
+    TABLE,
+    differences,
+    has_own_episodes,
+    on_starts,
+    read_json,
+    rows_of,
+    run_results,
+)
 from d4_sim.tables import spread, table
 
 if TYPE_CHECKING:
     from d4_sim.bench import Size
 
+FIRST = first_start(STARTS)
 FILMED = DISTURBED = ("imagination", "wm_bc")
+ENDS = ("random", "expert")  # driven once per world
 UNEQUAL = ("bc_scratch", "vpt")  # claims against them are not judged if they had less compute
 _COMPUTE = {
-    True: "with which the VPT style takes the compute of a whole chain",
+    True: "with which each of them takes the compute of a whole chain",
     False: "which is not the compute of a chain, so that claims against it are not judged: with more it may "
     "catch up with the clone on the world model (docs/results/learning.md)",
 }
@@ -39,8 +51,8 @@ def collect(out: Path, worlds: tuple[str, ...], seeds: int) -> dict[str, Any]:
     seconds = {name: entry["seconds"] for name, entry in done.items() if entry["done"]}
     chains: dict[str, dict[str, Any]] = {}
     for world in worlds:
-        reference = (read_json(out / "reference" / world / "eval.json") or {}).get("policies", {})
-        runs = {str(s): run_results(out / f"{world}-{s}" / "run") for s in range(seeds)}
+        reference = on_starts(out / "reference" / world / "eval.json", FIRST).get("policies", {})
+        runs = {str(s): run_results(out / f"{world}-{s}" / "run", FIRST) for s in range(seeds)}
         for s, run in runs.items():
             run["disturbed"] = disturbed(out / f"{world}-{s}" / "run")
         chains[world] = {
@@ -53,8 +65,8 @@ def collect(out: Path, worlds: tuple[str, ...], seeds: int) -> dict[str, Any]:
 
 def disturbed(run: Path) -> dict[str, Any]:
     """{what was done to the world: policies} of a run folder."""
-    found = [read_json(path) for path in sorted(run.glob("eval-*.json"))]
-    return {each["world"].partition("+")[2]: each["policies"] for each in found}
+    found = [on_starts(path, FIRST) for path in sorted(run.glob("eval-*.json"))]
+    return {each["world"].partition("+")[2]: each["policies"] for each in found if each}
 
 
 def own(row: Mapping[str, Any], task: int | None) -> np.ndarray:
@@ -92,8 +104,8 @@ def over_chains(groups: Sequence[np.ndarray], mean: Callable[..., Interval]) -> 
     return widest(found, student([float(g.mean()) for g in groups])) if len(groups) > 1 else found
 
 
-def summary(results: Mapping[str, Any]) -> Iterator[str]:
-    """One table of all worlds in normalised scores."""
+def summary(results: Mapping[str, Any], seeds: int) -> Iterator[str]:
+    """One table of all worlds in normalised scores; so many seeds are planned."""
     scores = {world: normalised(chains) for world, chains in results["chains"].items() if chains}
     scores = {world: found for world, found in scores.items() if found}
     if not scores:
@@ -105,21 +117,21 @@ def summary(results: Mapping[str, Any]) -> Iterator[str]:
     )
     rows = []
     for policy in TABLE:
-        cells = [_score(found, policy, results["chains"][world]) for world, found in scores.items()]
+        cells = [_score(found, policy, results["chains"][world], seeds) for world, found in scores.items()]
         if any(cell != "-" for cell in cells):
             rows.append([NAMES[policy], *cells])
     yield table(["policy", *scores], rows)
 
 
-def _score(found: Mapping[str, Interval], policy: str, chains: Mapping[str, Any]) -> str:
+def _score(found: Mapping[str, Interval], policy: str, chains: Mapping[str, Any], seeds: int) -> str:
     """A cell; it says of how many chains it is if that is not all."""
     if policy not in found:
         return "-"
-    count = len(rows_of(chains, policy))
-    return spread(found[policy]) + (f", {count} of {len(chains)} chains" if count < len(chains) else "")
+    count = seeds if policy in ENDS else len(rows_of(chains, policy))
+    return spread(found[policy]) + (f", {count} of {seeds} chains" if count < seeds else "")
 
 
-def tasks(world: str, chains: Mapping[str, Any], names: list[str]) -> Iterator[str]:
+def tasks(world: str, chains: Mapping[str, Any], names: list[str], seeds: int) -> Iterator[str]:
     """One agent, several tasks: normalised scores of each."""
     by_task = {name: normalised(chains, i) for i, name in enumerate(names)}
     by_task = {name: found for name, found in by_task.items() if found}
@@ -129,7 +141,7 @@ def tasks(world: str, chains: Mapping[str, Any], names: list[str]) -> Iterator[s
     shown = [p for p in TABLE if any(p in found for found in by_task.values())]
     yield table(
         ["policy, normalised", *by_task],
-        [[NAMES[p], *(_score(f, p, chains) for f in by_task.values())] for p in shown],
+        [[NAMES[p], *(_score(f, p, chains, seeds) for f in by_task.values())] for p in shown],
     )
 
 
@@ -175,13 +187,13 @@ def films(out: Path, world: str, seeds: list[str], folder: Path, link: str) -> I
 def page(out: Path, worlds: tuple[str, ...], size: Size) -> tuple[str, dict[str, Any]]:
     """The page as text, and the numbers behind it; pictures go to <out>/page."""
     results = collect(out, worlds, size.seeds)
-    parts = [f"# Bench: {', '.join(worlds)}\n", _about(results, worlds, size), *summary(results)]
+    parts = [f"# Bench: {', '.join(worlds)}\n", _about(results, worlds, size), *summary(results, size.seeds)]
     for world, chains in results["chains"].items():
         if not chains:
             continue
-        parts += policies(f"## {world}", chains, () if size.is_equal else UNEQUAL)
+        parts += policies(f"## {world}", chains, () if size.is_equal else UNEQUAL, size.seeds)
         reference = read_json(out / "reference" / world / "eval.json") or {}
-        parts += tasks(world, chains, reference.get("task_names", []))
+        parts += tasks(world, chains, reference.get("task_names", []), size.seeds)
         parts += robustness(world, chains)
         parts += films(out, world, sorted(chains), out / "page", "page")
     parts += [*failed_gates(results), *costs(results)]
@@ -197,8 +209,8 @@ def _about(results: Mapping[str, Any], worlds: tuple[str, ...], size: Size) -> s
         f"{size.labelled:.0%} of the bags; networks `{size.model}`, training x {size.scale:g}; "
         f"{size.eval_episodes} shared starts per policy and chain, of which the expert drives "
         f"{size.expert_episodes} (once per world) and the planner in the world model "
-        f"{size.planner_episodes}. What is cloned without a world model (from scratch, VPT style) trains "
-        f"each network for {steps} steps, {_COMPUTE[size.is_equal]}. "
+        f"{size.planner_episodes}. Without a world model, both networks of the VPT style train for {steps} "
+        f"steps and the one from scratch for {2 * steps}, {_COMPUTE[size.is_equal]}. "
         f"{clock(sum(results['stages'].values()))} of work in all. The expert is a "
         "script, or a planner on the true simulator, and no optimum. Claims are judged by the t interval "
         "over seeds: one that resamples a few seeds is too narrow.\n"

@@ -11,8 +11,18 @@ from d4_sim.stages import Command, Stage, command
 
 # seconds on one core at the default size
 PHASES = {"tokenizer": 240.0, "dynamics": 700.0, "agent": 560.0, "imagination": 210.0}
-SCRATCH_S = 0.08  # a step of a network without a world model
+_SCRATCH_S = 0.065  # a step of a network without a world model
 STARTS = 21  # seed of d4-eval's starts, on which nothing was ever decided
+
+
+def scratch_steps(steps: int) -> dict[str, int]:
+    """Steps of each network without a world model, before the scale: the same compute for both policies."""
+    return {"bc_scratch": 2 * steps, "vpt": steps}
+
+
+def scaled(steps: int, scale: float) -> int:
+    """Steps that are left of so many, as d4-eval counts them."""
+    return max(1, round(steps * scale))
 
 
 class Sizes(Protocol):
@@ -80,6 +90,24 @@ class Chains:
         """Policies in the simulator, always on the same starts."""
         size = {"episodes": self.args.eval_episodes, "scale": self.args.scale, "force": True}
         return command("d4-eval", run, dataset=dataset, policies=policies, **size, **options)
+
+    def baselines(self, name: str, run: Path, dataset: Path, steps: int) -> str:
+        """Stage that trains what is cloned without a world model, beside the chain `name`, whose tokenizer
+        made the run folder: both networks of the VPT style for so many steps, the one from scratch for twice
+        as many.
+        """
+        parts = [
+            command("d4-clone", run, dataset=dataset, policies=(policy,), steps=scaled(each, self.args.scale))
+            for policy, each in scratch_steps(steps).items()
+        ]
+        typical_s = 4 * _SCRATCH_S * steps * self.args.scale
+        return self.add(f"{name}/baselines", [f"{name}/tokenizer"], typical_s, *parts)
+
+    def drive_all(self, drive: Callable[..., Command], steps: int, policies: Sequence[str]) -> list[Command]:
+        """`drive(*policies, scratch_steps=...)` with the steps that `baselines` trained each of them for."""
+        own = scratch_steps(steps)
+        rest = [policy for policy in policies if policy != "bc_scratch"]
+        return [drive("bc_scratch", scratch_steps=own["bc_scratch"]), drive(*rest, scratch_steps=own["vpt"])]
 
     def driving(self, *policies: str, **options: Any) -> Callable[[Path, Path], Command]:
         """`drive` for a run that is yet to be named."""

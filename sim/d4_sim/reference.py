@@ -59,7 +59,11 @@ def reference(args: Args) -> None:
     """See `Args`."""
     made = make_world(args.world)
     args.out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"world": args.world, "task_names": list(made.tasks), "policies": {}}
+    first, _ = starts(1, 1, args.seed)
+    seeds = [int(first[0]), int(first[0]) + args.episodes - 1]
+    result: dict[str, Any] = {
+        "world": args.world, "seeds": seeds, "task_names": list(made.tasks), "policies": {},
+    }  # fmt: skip
     for kind in POLICIES:
         count = args.expert_episodes if kind == "expert" else args.episodes
         began = time.perf_counter()

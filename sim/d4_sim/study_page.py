@@ -69,11 +69,18 @@ class Args:
     and films are those of <out> alone."""
 
 
-def policies(heading: str, chains: Mapping[str, Any], unequal: Sequence[str] = ()) -> Iterator[str]:
-    """Every policy of a world over its chains; of claims against `unequal` ones nothing is judged."""
+def policies(
+    heading: str, chains: Mapping[str, Any], unequal: Sequence[str] = (), planned: int = 0
+) -> Iterator[str]:
+    """Every policy of a world over its chains, of which so many are planned, or as many as there are.
+
+    A claim that not all chains can tell of yet is open, and so are those against `unequal` policies.
+    """
     rows = policy_table(chains)
     seeds = sorted(chains)
-    yield f"{heading}, {len(seeds)} full chains\n"
+    planned = planned or len(seeds)
+    count = f"{planned} full chains" if len(seeds) == planned else f"{len(seeds)} of {planned} chains"
+    yield f"{heading}, {count}\n"
     shown = [policy for policy in rows if not policy.endswith("argmax")]
     yield table(
         [
@@ -100,17 +107,17 @@ def policies(heading: str, chains: Mapping[str, Any], unequal: Sequence[str] = (
     for a, b in pairs["return"]:
         claim = f"{NAMES[a]} is better than {NAMES[b]}"
         done = len(pairs["return"][a, b]["seeds"])
-        if done < len(seeds) or b in unequal:
+        if done < planned or b in unequal:
             gain = pairs["return"][a, b]["both"][0]
-            why = "with other compute" if b in unequal else f"{done} of {len(seeds)} chains"
+            why = "with other compute" if b in unequal else f"{done} of {planned} chains"
             yield f"- **open**: {claim} ({why}, {gain:+.2f})\n"
             continue
         for what, gains in pairs.items():
             low = lowest(gains[a, b], "both")
             yield verdict(f"{claim} in {what}", low > 0, f"lower end {low:+.2f}")
-    yield from beyond_the_drives(rows)
+    yield from beyond_the_drives(rows, planned)
     closed = gap_closed(chains)
-    if closed:
+    if closed and len(closed["seeds"]) == planned:
         each = ", ".join(f"seed {s} {v:.3f}" for s, v in closed["seeds"].items())
         claim = "imagination closes a third of the gap to the expert, in the mean of the chains"
         figure = f"{spread(closed['mean'])} over seeds and starts"
@@ -126,11 +133,11 @@ def _t_cell(row: Mapping[str, Any], seeds: Sequence[str]) -> str:
     return f"[{low:.2f}, {high:.2f}]" if low < high else "-"  # nothing is learned there, or in one chain only
 
 
-def beyond_the_drives(rows: Mapping[str, Any]) -> Iterator[str]:
+def beyond_the_drives(rows: Mapping[str, Any], planned: int) -> Iterator[str]:
     """Whether the improved policy returns more than what was cloned did, which is other starts."""
     drives, improved = (rows.get(name, {}).get("seeds", {}) for name in (CLONED_DRIVES, "imagination"))
     gains = [improved[s][0] - drives[s][0] for s in improved if s in drives]
-    if len(gains) > 1:
+    if len(gains) == planned > 1:
         found = student(gains)
         claim = f"returns {NAMES['imagination']} are above those of the drives that were cloned"
         yield verdict(claim, found[1] > 0, f"{spread(found, sign=True)}, t over seeds; other starts")

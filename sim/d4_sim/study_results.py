@@ -125,9 +125,12 @@ def on_other_starts(results: Mapping[str, Any], world: str) -> dict[str, Any]:
     return {seed: found[seed] for seed in sorted(found) if "policies" in found[seed]}
 
 
-def run_results(run: Path) -> dict[str, Any]:
-    """Results of one run folder; empty if there are none yet."""
-    evaluation = read_json(run / "eval.json") or {}
+def run_results(run: Path, first: int | None = None) -> dict[str, Any]:
+    """Results of one run folder; empty if there are none yet. Policies that drove other starts than those
+    from the seed `first` on are left out."""
+    evaluation = (
+        (read_json(run / "eval.json") or {}) if first is None else on_starts(run / "eval.json", first)
+    )
     configs = {path.parent.name: json.loads(path.read_text()) for path in sorted(run.glob("*/config.json"))}
     kept = ("wall_s", "cpu_s", "kl")
     found = {
@@ -140,6 +143,12 @@ def run_results(run: Path) -> dict[str, Any]:
         },
     }  # fmt: skip
     return {name: value for name, value in found.items() if value}
+
+
+def on_starts(path: Path, first: int) -> dict[str, Any]:
+    """What a file of d4-eval holds if its starts begin with this seed; empty otherwise, or without it."""
+    found: dict[str, Any] = read_json(path) or {}
+    return found if found.get("seeds", [first])[0] == first else {}
 
 
 def read_json(path: Path) -> Any:

@@ -98,7 +98,7 @@ def test_layer_pattern_is_one_time_layer_in_every_n() -> None:
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "a part of wider rows"])
 @given(rows=st.integers(1, 5), seed=st.integers(0, 99), zero=st.booleans())
 @settings(deadline=None, max_examples=20)
-def test_the_norms_own_backward_pass_is_autograds(cut: bool, rows: int, seed: int, zero: bool) -> None:
+def test_the_norms_own_backward_pass_is_the_formulas(cut: bool, rows: int, seed: int, zero: bool) -> None:
     gen = torch.Generator().manual_seed(seed)
     x, dy = torch.randn(2, rows, 3, 8, generator=gen), torch.randn(2, rows, 3, 8, generator=gen)
     if zero:
@@ -119,14 +119,27 @@ def test_the_norms_own_backward_pass_is_autograds(cut: bool, rows: int, seed: in
     assert found[0].isfinite().all()
 
 
-def test_the_norms_backward_pass_in_half_the_precision_is_as_good_as_autograds() -> None:
-    norm, gen = RMSNorm(256), torch.Generator().manual_seed(0)
-    x, dy = torch.randn(500, 256, generator=gen), torch.randn(500, 256, generator=gen)
-    exact = torch.autograd.grad(norm(x.requires_grad_()), [x, norm.scale], dy)
-    half = x.detach().bfloat16().requires_grad_()
-    found = torch.autograd.grad(norm(half), [half, norm.scale], dy.bfloat16())
-    for a, b in zip(found, exact, strict=True):
-        assert (a.float() - b).norm() < 0.006 * b.norm()
+@pytest.mark.parametrize("radial", [0.0, 5.0])
+@pytest.mark.parametrize("width", [32, 256])
+def test_the_norms_backward_pass_in_bfloat16_is_about_as_exact_as_autograds(
+    width: int, radial: float
+) -> None:
+    """What a gradient has along x cancels, and rounding shows there."""
+    norm, gen = RMSNorm(width), torch.Generator().manual_seed(0)
+    x = torch.randn(500, width, generator=gen).bfloat16()
+    dy = (torch.randn(500, width, generator=gen) + radial * x.float()).bfloat16()
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return x * (width**0.5 / size).to(x.dtype) * norm.scale.to(x.dtype)
+
+    def slopes(formula, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+        x = x.clone().requires_grad_()
+        return [g.float() for g in torch.autograd.grad(formula(x), [x, norm.scale], dy)]
+
+    exact = slopes(norm, x.float(), dy.float())
+    for mine, theirs, right in zip(slopes(norm, x, dy), slopes(plain, x, dy), exact, strict=True):
+        assert (mine - right).norm() < 1.5 * (theirs - right).norm() + 1e-3 * right.norm()
 
 
 def test_a_frozen_norm_passes_gradients_on() -> None:

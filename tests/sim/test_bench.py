@@ -70,7 +70,7 @@ def test_a_chain_is_recorded_trained_and_judged_with_its_seed() -> None:
         assert option(data, "--episodes") == [str(round(SIZE.frames / 60))]
         phases = [option(planned[f"push-{seed}/{p}"], "--phases") for p in ("tokenizer", "imagination")]
         assert phases == [["tokenizer"], ["imagination"]]
-        assert option(planned[f"push-{seed}/policies"], "--world") == ["push"]
+        assert option(planned[f"push-{seed}/policies"], "--world") == ["push", "push"]
         again = planned[f"push-{seed}/disturbed"].commands
         assert [c[c.index("--disturb") + 1 : c.index("--disturb") + 3] for c in again] == [
             ("latency=100", "noise=0.1")
@@ -174,7 +174,7 @@ def test_a_name_that_begins_no_stage_is_said(tmp_path) -> None:
 
 
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    (tmp_path / "fake_work.py").write_text(f"import signal, sys, time\nname = sys.argv[1]\n{code}\n")
+    (tmp_path / "fake_work.py").write_text(f"import os, signal, sys, time\nname = sys.argv[1]\n{code}\n")
     monkeypatch.setitem(stages.MODULES, "work", "fake_work")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
@@ -235,11 +235,17 @@ def test_what_other_arguments_made_is_cleared_away_only_if_asked(tmp_path, monke
 
 def test_a_stage_that_does_not_leave_is_ended(tmp_path, monkeypatch) -> None:
     """It was waited for without end, and the page and the other stages with it."""
-    fake(tmp_path, monkeypatch, "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)")
+    code = f"""
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open({str(tmp_path)!r} + "/pid-" + name, "w").write(str(os.getpid()))
+time.sleep(60)"""
+    fake(tmp_path, monkeypatch, code)
     monkeypatch.setattr("d4_sim.lanes._LEAVE_S", 0.5)
     todo, began = works(1, 1), time.monotonic()
     assert Runner(tmp_path / "out", todo, keys(todo), jobs=2, seconds=3).run() == 0
     assert time.monotonic() - began < 15
+    pids = [int((tmp_path / f"pid-s{k}").read_text()) for k in range(2)]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 @pytest.mark.parametrize("trouble", ["another run", "other settings"])
@@ -316,6 +322,9 @@ def test_the_page_has_every_policy_and_says_what_is_missing(out: Path) -> None:
     text = path.read_text()
     assert "| after imagination training | 0.6" in text
     assert "chains of push (2 of 3), arm (0 of 3)" in text
+    text = bench_page.write_page(
+        out, ("push",), replace(SIZE, scratch_steps=10_000, model="nano")
+    ).read_text()
     assert "one agent, chosen by task" in text
     assert "`latency=100`" in text
     line = next(line for line in text.splitlines() if "`latency=100`" in line)
@@ -341,6 +350,29 @@ def test_a_chain_that_is_not_finished_is_not_counted_as_one(out: Path) -> None:
     assert "**Not complete**: chains of push (1 of 2)" in text
     cell = next(line for line in text.splitlines() if line.startswith("| after imagination training | 0."))
     assert "1 of 2 chains" in cell
+    assert "**open**: after imagination training is better than cloned on the world model (1 of 2" in text
+    assert "closes a third of the gap" not in text
+    text = bench_page.write_page(out, ("push",), replace(SIZE, seeds=3)).read_text()
+    assert "\n## push, 2 of 3 chains" in text
+    assert "**holds**" not in text
+
+
+def test_what_drove_other_starts_is_not_on_the_page(out: Path) -> None:
+    """A folder of an older bench keeps its eval.json until every policy drove again."""
+    path = out / "push-0" / "run" / "eval.json"
+    put(path, json.loads(path.read_text()) | {"seeds": [1_000_000, 1_000_019]})
+    assert set(bench_page.collect(out, ("push",), 2)["chains"]["push"]) == {"1"}
+    put(path, json.loads(path.read_text()) | {"seeds": [bench_page.FIRST, bench_page.FIRST + 19]})
+    assert set(bench_page.collect(out, ("push",), 2)["chains"]["push"]) == {"0", "1"}
+
+
+def test_baselines_have_the_same_compute_and_are_driven_with_what_was_trained() -> None:
+    planned = {s.name: s for s in plan(Shape(out=OUT, size=replace(SIZE, scale=0.5)), ("push",))}
+    assert option(planned["push-0/baselines"], "--policies") == ["bc_scratch", "vpt"]
+    assert option(planned["push-0/baselines"], "--steps") == ["10000", "5000"]
+    assert option(planned["push-0/policies"], "--scratch-steps") == ["20000", "10000"]
+    assert planned["push-0/baselines"].needs == ("push-0/tokenizer",)
+    assert "push-0/baselines" in planned["push-0/policies"].needs
 
 
 @pytest.mark.parametrize(("steps", "word"), [(10_000, "**holds**"), (1500, "**open**")])

@@ -130,12 +130,12 @@ def test_all_achievements_are_counted_episode_by_episode() -> None:
 def test_every_seed_is_trained_on_the_one_recording() -> None:
     stages = {stage.name: stage for stage in experiment.plan(ARGS, 2)}
     assert next(iter(stages)) == "data/data"
-    assert len(stages) == 1 + 3 * 6
+    assert len(stages) == 1 + 3 * 7
     assert stages["data/data"].weight == 2
     for seed in range(3):
         chain = [stage for name, stage in stages.items() if name.startswith(f"seed-{seed}/")]
         assert [s.name.split("/")[1] for s in chain] == [
-            "tokenizer", "dynamics", "agent", "imagination", "tasks", "milestones",
+            "tokenizer", "dynamics", "agent", "imagination", "baselines", "tasks", "milestones",
         ]  # fmt: skip
         assert chain[0].needs == ("data/data",)
         for stage in chain[:4]:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import shutil
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from d4_core import threads
 from d4_datasets.errors import UserError
-from d4_sim.chains import SCRATCH_S, STARTS, Chains
-from d4_sim.crafter.page import GIVEN, write_page
+from d4_sim.chains import STARTS, Chains
+from d4_sim.crafter.page import EQUAL_STEPS, GIVEN, write_page
 from d4_sim.crafter.world import HORIZON
 from d4_sim.lanes import Runner
-from d4_sim.stages import Interrupted, Stage, command, keys
+from d4_sim.stages import Command, Interrupted, Stage, command, keys
 from d4_sim.world import contract_text, make_world
 
 TRAINED = ("bc_scratch", "vpt", "wm_bc", "imagination")
@@ -66,9 +67,9 @@ class Args:
     """Size of the networks."""
     scale: float = 1.0
     """Multiplies the training steps of networks and baselines."""
-    scratch_steps: int = 60_000
-    """Training steps, before --scale, of each network of what is cloned without a world model; with 60000 the
-    VPT style takes about as long as a whole chain."""
+    scratch_steps: int = EQUAL_STEPS
+    """Training steps, before --scale, of both networks of the VPT style, and half of those of cloning from
+    scratch; with 60000 each of them takes about as long as a whole chain of nano."""
     eval_episodes: int = 100
     """Episodes per policy and seed, on shared starts."""
     jobs: Literal["auto"] | int = "auto"
@@ -104,18 +105,21 @@ class Plan(Chains):
                 f"{name}/{phase}", [latest], seconds * args.scale, work,
                 makes=makes, recipe=self.recipe(phase),
             )  # fmt: skip
-        typical_s = 3 * SCRATCH_S * args.scratch_steps * args.scale + 0.008 * args.eval_episodes * HORIZON
-        shared: dict[str, Any] = {
-            "world": args.world, "scratch_steps": args.scratch_steps, "seed": STARTS,
-        }  # fmt: skip
-        tasks = self.drive(run, dataset, *TRAINED, **shared)
-        latest = self.add(f"{name}/tasks", [latest], typical_s, tasks)
+        needs = [latest, self.baselines(name, run, dataset, args.scratch_steps)]
+        shared: dict[str, Any] = {"world": args.world, "seed": STARTS}
+        typical_s = 0.008 * args.eval_episodes * HORIZON
+        drive = partial(self.drive, run, dataset, **shared)
+        latest = self.add(
+            f"{name}/tasks", needs, typical_s, *self.drive_all(drive, args.scratch_steps, TRAINED)
+        )
         policies = (*TRAINED, *(GIVEN if not seed else ()))
-        drive = command(
-            "crafter", run, dataset=dataset, policies=policies, episodes=args.eval_episodes,
-            scale=args.scale, **shared,
-        )  # fmt: skip
-        self.add(f"{name}/milestones", [latest], 0.008 * args.eval_episodes * HORIZON, drive)
+
+        def climb(*policies: str, **options: Any) -> Command:
+            size = {"episodes": args.eval_episodes, "scale": args.scale}
+            return command("crafter", run, dataset=dataset, policies=policies, **size, **shared, **options)
+
+        climbed = self.drive_all(climb, args.scratch_steps, policies)
+        self.add(f"{name}/milestones", [latest], typical_s, *climbed)
 
 
 def plan(args: Args, jobs: int) -> list[Stage]:

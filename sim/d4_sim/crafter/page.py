@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d4_core.stats import Interval, crossed_mean, crossed_rate, few_mean, student, widest, wilson
+from d4_sim.chains import STARTS, scaled
 from d4_sim.crafter.milestones import LADDER, MILESTONES, crafter_score
 from d4_sim.crafter.world import CHAIN, HORIZON
+from d4_sim.evaluate import first_start
 from d4_sim.stages import clock
 from d4_sim.study_page import costs
-from d4_sim.study_results import read_json, rows_of, run_results
+from d4_sim.study_results import on_starts, read_json, rows_of, run_results
 from d4_sim.tables import spread, table
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ COLUMNS = {
     "random": "random", "data": "data", "bc_scratch": "BC", "vpt": "VPT style", "wm_bc": "WM+BC",
     "imagination": "imagination RL", "expert": "expert",
 }  # fmt: skip
+EQUAL_STEPS = 60_000  # of both networks of the VPT style take the compute of a whole chain of `nano`
 GIVEN = ("random", "data", "expert")  # the same whatever was trained
 PAIRS = (("imagination", "wm_bc"), ("wm_bc", "bc_scratch"), ("wm_bc", "vpt"))
 
@@ -89,8 +92,9 @@ def collect(out: Path, world: str, seeds: int) -> dict[str, Any]:
     Keys: `ladder` {seed: milestones.json}, `chains` {world: {seed: run}}, `stages` {name: seconds}.
     """
     runs = {str(s): out / f"seed-{s}" / "run" for s in range(seeds)}
-    ladder = {s: read_json(run / "milestones.json") for s, run in runs.items()}
-    tasks = {s: run_results(run) for s, run in runs.items()}
+    first = first_start(STARTS)
+    ladder = {s: on_starts(run / "milestones.json", first) for s, run in runs.items()}
+    tasks = {s: run_results(run, first) for s, run in runs.items()}
     done = read_json(out / "stages.json") or {}
     return {
         "ladder": {s: found for s, found in ladder.items() if found},
@@ -275,12 +279,15 @@ def write_page(out: Path, args: Args) -> Path | None:
     tasks = results["chains"][args.world]
     if not results["ladder"] and not tasks:
         return None
+    steps = args.scratch_steps
+    equal = args.preset == "nano" and steps >= EQUAL_STEPS
+    compute = "each with the compute of a chain" if equal else "with other compute than a chain has"
     about = (
         f"World `{args.world}`; {args.episodes} recorded episodes, commands kept in {args.labelled:.0%} of "
-        f"the bags; networks `{args.preset}` set as docs/crafter.md says, training x {args.scale:g}, BC and "
-        f"each network of VPT style {max(1, round(args.scratch_steps * args.scale))} steps; "
-        f"{args.eval_episodes} shared starts, on which nothing was decided; "
-        f"{clock(sum(results['stages'].values()))} of work so far.\n"
+        f"the bags; networks `{args.preset}` set as docs/crafter.md says, training x {args.scale:g}; BC "
+        f"{scaled(2 * steps, args.scale)} steps and both networks of the VPT style "
+        f"{scaled(steps, args.scale)}, {compute}; {args.eval_episodes} shared starts, on which nothing was "
+        f"decided; {clock(sum(results['stages'].values()))} of work so far.\n"
     )
     missing = sum(f"seed-{s}/milestones" not in results["stages"] for s in range(args.seeds))
     parts = ["# Crafter, offline: the way to the diamond\n", about]

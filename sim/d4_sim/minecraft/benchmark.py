@@ -23,7 +23,7 @@ import numpy as np
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_sim.minecraft.environment import Environment, Lost, Seen
-from d4_sim.minecraft.episode import Episode, sight, world_seed, write_events
+from d4_sim.minecraft.episode import Episode, require_empty, sight, world_seed, write_events
 from d4_sim.minecraft.game import MOST_LATE, Engine, Rung
 from d4_sim.minecraft.keys import require_keyboard_and_mouse, to_action
 from d4_sim.minecraft.policies import Policy
@@ -159,19 +159,20 @@ class Benchmark:
             raise Lost(" ".join(str(error).split()).rstrip(".")) from None
 
     def _answer(self, place: _Place, environment: Environment) -> None:
+        first = place.episode is None
         with self._on_the_way():
             seen = environment.receive()
+            if seen is not None and first:
+                require_empty(self.plan.engine, seen)
         if seen is None:  # the word that it is ready
             require_told(self.plan, environment)
             self._begin(place)
             return
         assert place.todo is not None
-        first = place.episode is None
         if first:
             self._open(place)
         assert place.episode is not None
-        with self._on_the_way():
-            changed = place.episode.observe(seen)
+        changed = place.episode.observe(seen)
         if place.episode.ended:
             self._finish(place, seen)
             return

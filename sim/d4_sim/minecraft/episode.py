@@ -77,11 +77,7 @@ class Episode:
         return self._ladder.rung
 
     def observe(self, seen: Seen) -> bool:
-        """Take what arrived at the next tick; returns whether another task is asked for now.
-
-        Raises:
-            UserError: the episode begins with something in the inventory.
-        """
+        """Take what arrived at the next tick; returns whether another task is asked for now."""
         unseen = self._unseen(seen)
         self.ticks += 1 + unseen
         self.missed += unseen
@@ -115,11 +111,7 @@ class Episode:
         if self._watch is None:
             done = {str(name): float(amount) for name, amount in seen.said.get("done", {}).items()}
             return Told(done, tuple(name for name in self.engine.milestones if name in done))
-        items = seen.said.get("items")
-        if self.ticks == 0 and items:
-            had = ", ".join(f"{count} {name}" for name, count in sorted(items.items())[:5])
-            raise UserError(f"an episode begins with an empty inventory, and this one with {had}")
-        return self._watch.step(seen.said.get("stats"), items)
+        return self._watch.step(seen.said.get("stats"), seen.said.get("items"))
 
     def result(self) -> dict[str, Any]:
         """What is kept of it, JSON."""
@@ -128,6 +120,18 @@ class Episode:
             "episode": self.number, "seed": self.seed, "ticks": self.ticks, "ended": self.ended,
             "reached": self.reached, "rung": self.rung, "prompts": self.prompts,
         }  # fmt: skip
+
+
+def require_empty(engine: Engine, seen: Seen) -> None:
+    """Check the first view of an episode.
+
+    Raises:
+        UserError: it begins with something in the inventory.
+    """
+    items = seen.said.get("items") if engine.kind == "game" else None
+    if items:
+        had = ", ".join(f"{count} {name}" for name, count in sorted(items.items())[:5])
+        raise UserError(f"an episode begins with an empty inventory, and this one with {had}")
 
 
 def sight(engine: Engine, contract: Contract, seen: Seen) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -236,10 +236,12 @@ def main() -> None:
         traceback.print_exc()
         _tell(line, wire, f"{type(error).__name__}: {error}".splitlines()[0], False)
     finally:
-        if player is not None:  # after all was told: a game that hangs may hang here, too
-            player.close()
-        sys.stderr.flush()
-        os._exit(0)  # the keeper ends what MineRL started
+        try:
+            if player is not None:  # after all was told: a game that hangs may hang here, too
+                player.close()
+        finally:
+            sys.stderr.flush()
+            os._exit(0)  # the keeper ends what MineRL started
 
 
 def _tell(line: Any, wire: Any, text: str, user: bool) -> None:

@@ -140,8 +140,9 @@ def _sessions(folder: Path, places: int, device: Any) -> Sequence[_Session]:
 
     models = load(folder, None, device)
     sessions = [PolicySession(models, 1) for _ in range(places)]
-    for session in sessions:
-        session.accelerate()
+    said = {session.accelerate() for session in sessions}
+    if models.tokenizer.latents.is_cuda:
+        print(f"the policy decides as {'; '.join(sorted(said))}", flush=True)
     return sessions
 
 
