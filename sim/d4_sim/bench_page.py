@@ -205,8 +205,8 @@ def _about(results: Mapping[str, Any], worlds: tuple[str, ...], size: Size) -> s
     done = {world: sum(run["is_done"] for run in results["chains"][world].values()) for world in worlds}
     steps = max(1, round(size.scratch_steps * size.scale))
     lines = [
-        f"{size.seeds} chains per world, {size.frames} recorded frames each, commands kept in "
-        f"{size.labelled:.0%} of the bags; networks `{size.model}`, training x {size.scale:g}; "
+        f"{size.seeds} chain{'s' * (size.seeds > 1)} per world, {size.frames} recorded frames each, commands "
+        f"kept in {size.labelled:.0%} of the bags; networks `{size.model}`, training x {size.scale:g}; "
         f"{size.eval_episodes} shared starts per policy and chain, of which the expert drives "
         f"{size.expert_episodes} (once per world) and the planner in the world model "
         f"{size.planner_episodes}. Without a world model, both networks of the VPT style train for {steps} "

@@ -74,12 +74,15 @@ def policies(
 ) -> Iterator[str]:
     """Every policy of a world over its chains, of which so many are planned, or as many as there are.
 
-    A claim that not all chains can tell of yet is open, and so are those against `unequal` policies.
+    A claim that not all chains can tell of yet is open, and so is one of a single chain, and those against
+    `unequal` policies.
     """
     rows = policy_table(chains)
     seeds = sorted(chains)
     planned = planned or len(seeds)
-    count = f"{planned} full chains" if len(seeds) == planned else f"{len(seeds)} of {planned} chains"
+    count = f"{planned} full chain{'s' * (planned > 1)}"
+    if len(seeds) < planned:
+        count = f"{len(seeds)} of {planned} chains"
     yield f"{heading}, {count}\n"
     shown = [policy for policy in rows if not policy.endswith("argmax")]
     yield table(
@@ -107,7 +110,7 @@ def policies(
     for a, b in pairs["return"]:
         claim = f"{NAMES[a]} is better than {NAMES[b]}"
         done = len(pairs["return"][a, b]["seeds"])
-        if done < planned or b in unequal:
+        if done < max(planned, 2) or b in unequal:
             gain = pairs["return"][a, b]["both"][0]
             why = "with other compute" if b in unequal else f"{done} of {planned} chains"
             yield f"- **open**: {claim} ({why}, {gain:+.2f})\n"
@@ -117,7 +120,7 @@ def policies(
             yield verdict(f"{claim} in {what}", low > 0, f"lower end {low:+.2f}")
     yield from beyond_the_drives(rows, planned)
     closed = gap_closed(chains)
-    if closed and len(closed["seeds"]) == planned:
+    if closed and len(closed["seeds"]) == planned > 1:
         each = ", ".join(f"seed {s} {v:.3f}" for s, v in closed["seeds"].items())
         claim = "imagination closes a third of the gap to the expert, in the mean of the chains"
         figure = f"{spread(closed['mean'])} over seeds and starts"
