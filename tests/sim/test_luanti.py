@@ -414,3 +414,15 @@ def test_both_engines_are_complete() -> None:
         assert callable(game.named(found.opens))
         assert all(rung.task in TASKS for rung in found.ladder)
     assert game.named(game.engine("luanti").player) is Chopper
+
+
+def test_a_player_who_has_left_has_chopped_no_tree(monkeypatch) -> None:
+    """Without a player there is no trunk either, which ended the episode as if the tree were down."""
+    left = engine.Luanti.__new__(engine.Luanti)
+    left._wild, left._gui = False, False
+    monkeypatch.setattr(left, "_look", lambda: np.zeros((360, 640, 3), np.uint8))
+    monkeypatch.setattr(left, "_read", State)
+    with pytest.raises(GameTrouble, match="the player has left the game"):
+        left._view(0.0, 0.0, 0)
+    monkeypatch.setattr(left, "_read", lambda: State(joined=True))
+    assert left._view(0.0, 0.0, 0).over

@@ -139,6 +139,51 @@ def test_a_bad_beginning_later_is_a_lost_environment(tmp_path) -> None:
     assert any("empty inventory, and this one with 1 diamond" in line for line in lines)
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_bad_beginning_does_not_end_a_benchmark_that_goes_on(tmp_path, bad) -> None:
+    """Every later run ended with the first view of that one episode, however many others were left."""
+    wrong = {"begins_with": "diamond", "begins_in": str(world_seed(0, bad))}
+    play(tmp_path, 2 - bad, **wrong)
+    found = play(tmp_path, 3, **wrong)
+    assert {e["episode"]: e["ended"] for e in found} == {n: "lost" if n == bad else "time" for n in range(3)}
+
+
+def test_an_environment_that_is_slow_to_end_holds_up_no_other(tmp_path, monkeypatch) -> None:
+    """While one that hung was ended, games in real time went on without their players, keys held."""
+    end, results, waited = Environment.close, tmp_path / "out" / "episodes.jsonl", []
+
+    def close(self, *grace) -> None:
+        deadline = time.monotonic() + 30
+        while not results.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        waited.append(results.exists())
+        end(self, *grace)
+
+    monkeypatch.setattr(Environment, "close", close)
+    found = play(tmp_path / "out", 2, jobs=2, trouble="exit", at="9", once=str(tmp_path / "once"))
+    assert sorted((e["crashes"], e["cut"]) for e in found) == [(0, False), (1, False)]
+    assert waited == [True] * 3  # an episode was over before any of the three had ended
+
+
+def test_a_game_that_plays_alone_has_ended_before_the_next_one_begins(tmp_path, monkeypatch) -> None:
+    """With a display of its own number the next one would find that taken."""
+    ended, made, end, begin = [], [], Environment.close, Environment.__init__
+
+    def close(self, *grace) -> None:
+        time.sleep(0.5)
+        end(self, *grace)
+        ended.append(self)
+
+    def init(self, *args) -> None:
+        made.append(len(ended))
+        begin(self, *args)
+
+    monkeypatch.setattr(Environment, "close", close)
+    monkeypatch.setattr(Environment, "__init__", init)
+    play(tmp_path / "out", 1, trouble="exit", at="9", once=str(tmp_path / "once"))
+    assert made == [0, 1]
+
+
 # ---- what environments do
 
 
@@ -296,7 +341,7 @@ def test_the_table_has_published_columns_for_minecraft_only(tmp_path) -> None:
     assert "WM+BC" in minecraft
     assert "arXiv:2509.24527" in minecraft
     assert "| log            | 100.0 [51.0, 100.0] | 84.3" in minecraft
-    assert re.search(r"log +\| 2\.5 \[0\.4, 4\.6\] +\| 6\.3 ", minecraft)
+    assert re.search(r"log +\| 2\.5 \[0\.4, 4\.2\] +\| 6\.3 ", minecraft)
     assert "taken 0.0 ms after its tick (median), 12.0 ms (95 %), at most 43 ms, and the action" in minecraft
     assert (
         "reached the game 9.0 ms after its tick (median), 14.0 ms (95 %), at most 70 ms; 6 of 20000"
@@ -356,6 +401,23 @@ def test_a_checkpoint_plays(tmp_path) -> None:
     assert again.episodes()[0]["reached"] == found[2]["reached"]
 
 
+def test_an_episode_that_is_played_again_leaves_no_parts_of_the_first_attempt(tmp_path) -> None:
+    """A second part of a killed attempt stayed beside the shorter recording of the one that counts; what a
+    person or another policy played in the folder stays.
+    """
+    engine, kept = fake_game.ENGINE, tmp_path / "kept"
+    kept.mkdir()
+    stems = ("fake-random-seed0-000000-001", "fake-000000-000", "fake-agent-1f-seed0-000000-000")
+    old = [kept / f"{stem}{end}" for stem in stems for end in (".mp4", ".jsonl")]
+    for path in old:
+        path.write_text("old")
+    plan = benchmark.Plan(engine=engine, options={}, rungs=engine.ladder, ticks=30, keep=kept)
+    policy = load_policy("random", 1, "cpu", small())
+    benchmark.Benchmark(plan, policy, Results(tmp_path / "out", about(30)), lambda _: None).play([0], 1)
+    assert [path.exists() for path in old] == [False, False, True, True, True, True]
+    assert (kept / "fake-random-seed0-000000-000.jsonl").exists()
+
+
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path) -> None:
     toy_run.write_checkpoint(tmp_path, "agent", toy_run.contract())
     policy = load_policy(str(tmp_path), 1, "cpu")
@@ -365,7 +427,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path) -> None:
     ):
         benchmark.Benchmark(plan, policy, Results(tmp_path / "out", about()))
     crafter = pytest.importorskip("crafter", reason="crafter is not installed") and game.engine("crafter")
-    with pytest.raises(UserError, match="not on that of crafter"):
+    with pytest.raises(UserError, match="is made for toy, not for crafter"):
         benchmark.require_fit(crafter, policy.contract, policy.name)
     toy_run.write_checkpoint(tmp_path / "only", "dynamics", small())
     with pytest.raises(UserError, match="no checkpoint that acts"):
@@ -377,7 +439,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path) -> None:
     spec = small().to_dict()
     spec["tasks"]["names"] = ["mine_log"]
     few = load_policy("random", 1, "cpu", Contract.from_dict(spec))
-    with pytest.raises(UserError, match="has no task 'craft_planks', which the ladder asks for"):
+    with pytest.raises(UserError, match="has no task 'craft_planks', which it is asked for"):
         benchmark.Benchmark(plan, few, Results(tmp_path / "few", about()))
 
 
@@ -469,4 +531,4 @@ def test_a_signal_keeps_what_is_finished_and_the_same_command_continues(tmp_path
     assert finished >= 1
     done = subprocess.run([*command, str(finished)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert f"{finished} episodes are there already" in done.stdout
+    assert f"{finished} episode{'s' * (finished != 1)} there already" in done.stdout

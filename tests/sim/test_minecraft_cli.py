@@ -179,6 +179,14 @@ def test_damaged_events_are_one_sentence(tmp_path, command, head, lines, number)
     assert f"line {number} is damaged" in refused(command("ladder", "--replay", path))
 
 
+def test_events_that_are_no_text_are_one_sentence(tmp_path, command) -> None:
+    """A byte that is no UTF-8, far behind the first lines, was a traceback."""
+    path = tmp_path / "000000.jsonl"
+    lines = [HEAD | {"ticks": 5000}, *({"tick": tick, "done": {"mine_log": 1}} for tick in range(1, 2001))]
+    path.write_bytes("".join(json.dumps(x) + "\n" for x in lines).encode() + b"\xff\n")
+    assert "line 2002 is damaged" in refused(command("ladder", "--replay", path))
+
+
 def test_a_recording_is_headed_by_its_own_game(tmp_path, command) -> None:
     """Every recording in the contractors' format was headed Minecraft, our own of other games included."""
     path = recording(tmp_path)
@@ -313,6 +321,8 @@ def test_a_program_that_hangs_is_not_there(monkeypatch) -> None:
         (["random"], "a random policy needs --contract"),
         (["random", "--engine", "crafter", "--keep", "x"], "--keep records games of keyboard and mouse"),
         (["/nowhere"], "/nowhere does not exist"),
+        (["/nowhere", "--contract", EXAMPLE], "--contract is for `random`"),
+        (["random", "--engine", "luanti", "--jobs", "2", "--set", "display=7"], "all games the same display"),
     ],
 )
 def test_mistakes_of_benchmark(tmp_path, monkeypatch, command, words, sentence) -> None:

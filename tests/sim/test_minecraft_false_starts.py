@@ -98,4 +98,4 @@ def test_what_is_finished_has_a_table_when_the_benchmark_fails(tmp_path, contrac
     (out / "table.md").unlink()
     with pytest.raises(UserError, match="does not start"):
         cli.Benchmark(episodes=30, **args).run()
-    assert "1 episodes of random" in (out / "table.md").read_text()
+    assert "1 episode of random" in (out / "table.md").read_text()

@@ -87,7 +87,7 @@ def test_a_checkpoint_of_crafter_plays_crafter(tmp_path, capsys) -> None:
     words = {"checkpoint": str(tmp_path / "run"), "engine": "crafter", "out": tmp_path / "out"}
     assert cli.Benchmark(**words, episodes=2, minutes=0.05).run() == 0
     assert "Crafter: 2 episodes of agent" in capsys.readouterr().out
-    with pytest.raises(UserError, match="has no task 'mine_log', which the ladder asks for"):
+    with pytest.raises(UserError, match="has no task 'mine_log', which it is asked for"):
         cli.Benchmark(**words, episodes=2, minutes=0.05, prompt="mine_log").run()
     with pytest.raises(UserError, match="has another action space"):
         cli.Benchmark(**words | {"engine": "minerl"}, episodes=1).run()

@@ -11,6 +11,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "datasets"))
 import minecraft_files
 
+from d4_core.config import PHASES
 from d4_core.estimate import on_ranks
 from d4_core.memory import costs
 from d4_datasets.contract import Contract
@@ -106,6 +107,30 @@ def test_memory_is_looked_at_before_anything_is_fetched(tmp_path, capsys, monkey
     words = ("--index", "x", "--out", tmp_path / "out", "--hours", 0.01, "--gpus", 0)
     assert "tokenizer of this preset needs about" in refused(capsys, monkeypatch, *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_this_machine_would_stop_at(tmp_path, capsys, monkeypatch) -> None:
+    """It named only the memory of GPUs, and passed an index that was not there."""
+    monkeypatch.setattr("d4_core.memory.available_bytes", lambda device: 1e9)
+    words = ("--index", "x", "--out", tmp_path / "out", "--hours", 1e6, "--preset", "small", "--dry-run")
+    monkeypatch.setattr(recipe, "training_seconds", lambda *_: dict.fromkeys(PHASES, 1.0))
+    monkeypatch.setattr(sys, "argv", ["d4-minecraft", "train", *map(str, words), "--gpus", "0"])
+    cli.main()
+    said = capsys.readouterr().out
+    stops = [line for line in said.splitlines() if line.startswith("this machine stops it: ")]
+    for part in ("--index x", "GB are needed", "needs about"):
+        assert any(part in line for line in stops), part
+    recipe.require_index(plain(tmp_path, index=("https://host/index.json",)), NONE)
+    recipe.require_index(plain(tmp_path, index=("x",)), recipe.Stock(3, 1.0, 10**9))  # it was there once
+
+
+@pytest.mark.parametrize(("gpus", "says"), [(0, "it has 0 GPUs"), (2, "it has 2 GPUs"), (8, "needs about")])
+def test_a_dry_run_counts_the_gpus_before_their_memory(tmp_path, monkeypatch, gpus, says) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("d4_core.memory.available_bytes", lambda device: 1e6)
+    monkeypatch.setattr(recipe, "require_space", lambda *_: None)
+    (stop,) = recipe.refusals(plain(tmp_path, gpus=8), recipe.Stock(3, 1.0, 10**9))
+    assert says in stop
 
 
 def test_an_event_counts_however_often_it_happened(tmp_path) -> None:

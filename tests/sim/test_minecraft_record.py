@@ -28,6 +28,7 @@ from d4_datasets.windows import Windows
 from d4_sim.minecraft import cli, game
 from d4_sim.minecraft.benchmark import Benchmark, Plan
 from d4_sim.minecraft.environment import Seen
+from d4_sim.minecraft.episode import world_seed
 from d4_sim.minecraft.hands import Hands
 from d4_sim.minecraft.policies import load_policy
 from d4_sim.minecraft.record import Again, Person, Script, Settings, _End, make_player, play
@@ -232,6 +233,32 @@ def test_a_recording_is_played_again(tmp_path) -> None:
     )
     assert [line["mouse"] for line in mine] == [line["mouse"] for line in its]
     assert [line["stats"] for line in mine] == [line["stats"] for line in its]
+
+
+class Silent:
+    """Scripts of which the first plays one tick, and the others nothing."""
+
+    def __init__(self) -> None:
+        self.seeds: list[int] = []
+
+    def __call__(self, seed: int) -> Silent:
+        self.seeds.append(seed)
+        self._acts = len(self.seeds) == 1
+        return self
+
+    def act(self, view) -> dict | None:
+        acts, self._acts = self._acts, False
+        return {"forward": 1} if acts else None
+
+
+def test_a_script_that_never_plays_is_one_sentence(tmp_path) -> None:
+    """It began episodes forever: only ticks were counted, and the world was the same each time."""
+    silent = Silent()
+    with pytest.raises(UserError, match="3 episodes in a row ended at their first view"):
+        play(fake_game.ENGINE, {}, Script(silent), settings(tmp_path))
+    assert len(silent.seeds) == len(set(silent.seeds)) == 4
+    assert not set(silent.seeds) & {world_seed(0, number) for number in range(1000)}  # those that judge
+    assert len(list(tmp_path.glob("*.jsonl"))) == 1  # what was played is kept
 
 
 def test_what_was_recorded_stays_when_the_game_is_lost(tmp_path) -> None:

@@ -199,6 +199,8 @@ class Luanti:
 
     def _view(self, late_s: float, acted_s: float, missed: int) -> View:
         picture, state = self._look(), self._read()
+        if not state.joined:  # no tree, which would count as a chopped one
+            raise GameTrouble("the player has left the game")
         x, y, z = state.at
         more: dict[str, Any] = {
             "yaw": round(state.yaw, 3), "pitch": round(state.pitch, 3), "xpos": round(x, 3),

@@ -27,7 +27,7 @@ from d4_sim.minecraft.episode import Episode, require_empty, sight, world_seed, 
 from d4_sim.minecraft.game import MOST_LATE, Engine, Rung
 from d4_sim.minecraft.keys import require_keyboard_and_mouse, to_action
 from d4_sim.minecraft.policies import Policy
-from d4_sim.minecraft.recorder import Recorder, remove_orphans
+from d4_sim.minecraft.recorder import Recorder, remove_orphans, remove_parts
 from d4_sim.minecraft.results import Results
 from d4_sim.minecraft.tasks import is_told
 
@@ -89,6 +89,7 @@ class Benchmark:
         require_ready(plan, policy)
         self._crashes: dict[int, int] = {}
         self._closing: list[threading.Thread] = []
+        self._is_alone = True
         self._has_begun = any(each.get("ticks", 0) > 0 for each in results.episodes())
         self._has_acted = False  # today: what worked before may be gone from this machine
         self._false_starts: list[int] = []  # episodes that did not begin, since the last one that did
@@ -97,6 +98,7 @@ class Benchmark:
         """Play these episodes, so many at a time. Every process has ended when this returns or fails."""
         self._ahead = list(numbers)
         self._total, self._finished, self._since = len(self._ahead), 0, time.monotonic()
+        self._is_alone = min(jobs, len(self._ahead)) <= 1
         if self._ahead:
             self.policy.warm_up()
         if self.plan.keep is not None:
@@ -107,7 +109,7 @@ class Benchmark:
                 self._attend(places)
         finally:
             for place in places:
-                self._end(place, orderly=True)
+                self._end(place)
             for each in self._closing:
                 each.join()
 
@@ -118,7 +120,7 @@ class Benchmark:
                 place.todo = self._ahead.pop(0)
                 self._begin(place)
             elif place.todo is None:
-                self._end(place, orderly=True)
+                self._end(place)
         return bool(self._ahead) or any(place.todo is not None for place in places)
 
     def _begin(self, place: _Place) -> None:
@@ -162,8 +164,8 @@ class Benchmark:
         first = place.episode is None
         with self._on_the_way():
             seen = environment.receive()
-            if seen is not None and first:
-                require_empty(self.plan.engine, seen)
+        if seen is not None and first:
+            require_empty(self.plan.engine, seen)
         if seen is None:  # the word that it is ready
             require_told(self.plan, environment)
             self._begin(place)
@@ -190,7 +192,10 @@ class Benchmark:
         self.policy.begin(place.number, place.episode.seed, place.episode.task)
         if self.plan.keep is not None:
             name = self.plan.engine.name
-            place.recorder = Recorder(self.plan.keep, f"{name}-{place.todo:06d}", engine=name)
+            who = self.policy.identity.replace(" ", "-")  # others' recordings may lie there, too
+            stem = f"{name}-{who}-seed{self.plan.seed}-{place.todo:06d}"
+            remove_parts(self.plan.keep, stem)  # of this episode in a run that was killed
+            place.recorder = Recorder(self.plan.keep, stem, engine=name)
 
     def _episode(self, place: _Place) -> Episode:
         assert place.todo is not None
@@ -215,11 +220,8 @@ class Benchmark:
         self._keep(place, cut=False)
         place.todo, place.episode = None, None
         place.played += 1
-        if place.played >= _RECYCLE and place.environment is not None:
-            # aside: in real time the other games would go on while this waits
-            self._closing.append(threading.Thread(target=place.environment.close))
-            self._closing[-1].start()
-            place.environment = None
+        if place.played >= _RECYCLE:
+            self._end(place)
 
     def _keep(self, place: _Place, cut: bool) -> None:
         episode = place.episode
@@ -243,10 +245,11 @@ class Benchmark:
         self._finished += 1
         rate = (time.monotonic() - self._since) / self._finished
         left = rate * (self._total - self._finished)
-        best = list(episode.reached)[-1] if episode.reached else "nothing"
+        got = len(episode.reached)
+        last = f", last {list(episode.reached)[-1]}" if got else ""
         self.tell(
-            f"episode {episode.number}: {len(episode.reached)} milestones, last {best}, {episode.ticks} "
-            f"ticks in {seconds:.0f} s; {self._finished}/{self._total}, about {_clock(left)} left"
+            f"episode {episode.number}: {got} milestone{'s' * (got != 1)}{last}, {episode.ticks} ticks in "
+            f"{seconds:.0f} s; {self._finished}/{self._total}, about {_clock(left)} left"
         )
 
     def _lose(self, place: _Place, lost: Lost) -> None:
@@ -293,10 +296,17 @@ class Benchmark:
         self._keep(place, cut=True)
         place.todo, place.episode = None, None
 
-    def _end(self, place: _Place, orderly: bool) -> None:
+    def _end(self, place: _Place, orderly: bool = True) -> None:
+        """End an environment; aside where there are others, which in real time go on while this waits."""
         if place.environment is not None:
-            environment, place.environment = place.environment, None
-            environment.close(3.0 if orderly else 0.0)
+            grace = () if orderly else (0.0,)
+            closing = threading.Thread(target=place.environment.close, args=grace)
+            closing.start()
+            place.environment = None
+            if self._is_alone:  # the next one may want the same display
+                closing.join()
+            else:
+                self._closing.append(closing)
         if orderly and place.recorder is not None:
             place.recorder.discard()
             place.recorder = None
@@ -346,7 +356,7 @@ def require_fit(engine: Engine, contract: Contract, name: str) -> None:
     its = Contract.load(world_class(engine.name).contract_path())
     if its.hash != contract.hash:
         raise UserError(
-            f"{name} was trained on the contract {contract.name}, not on that of {engine.name}: its "
+            f"{name} is made for {contract.name}, not for {engine.name}: its "
             f"actions are {', '.join(contract.action_names)}, the game's {', '.join(its.action_names)}"
         )
 

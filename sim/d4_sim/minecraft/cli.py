@@ -105,10 +105,14 @@ class Benchmark:
         _at_least(self, episodes=1, jobs=1, seed=0, repeats=0)
         game, part = engine(self.engine), _part(self.part)
         threads.configure()
+        if self.jobs > 1 and any(text.startswith("display=") for text in self.set):
+            raise UserError("--set display= gives all games the same display: leave it out, or --jobs 1")
         if self.keep is not None and game.kind != "game":
             raise UserError(
                 f"--keep records games of keyboard and mouse; for {game.title} there is d4-record"
             )
+        if self.contract and self.checkpoint != "random":
+            raise UserError("--contract is for `random`; a trained policy acts by its own")
         contract = Contract.load(self.contract) if self.contract else _of_world(game)
         policy = load_policy(self.checkpoint, self.jobs, _device(self.device, part), contract)
         rungs = (Rung(self.prompt, None),) if self.prompt else game.ladder
@@ -126,7 +130,8 @@ class Benchmark:
         done = {int(result["episode"]) for result in results.episodes()}
         todo = [n for n in range(self.episodes) if n not in done and n % part[1] == part[0]]
         if done:
-            print(f"{len(done)} episodes are there already")
+            more = f", more than the {self.episodes} asked for" if len(done) > self.episodes else ""
+            print(f"{_many(len(done), 'episode')} there already{more}")
         try:
             with handled_by(_Once()), results.alone():
                 if todo:
@@ -158,7 +163,7 @@ class Ladder:
         minute = 60 * recorded.rate_hz
         print(f"{recorded.name}: {recorded.ticks} ticks, {recorded.ticks / minute:.1f} minutes, {game.title}")
         for number, step in enumerate(climb(game.ladder, recorded), 1):
-            count = "no end" if step.rung.count is None else f"{step.done:g} of {step.rung.count}"
+            count = f"{step.done:g} of {step.rung.count or 'any'}"
             end = "not done" if step.end is None else f"done at {step.end / minute:.2f} min"
             print(f"{number:3d}  {step.rung.task:24} {count:10} from {step.begin / minute:6.2f} min  {end}")
         reached: dict[str, int] = {}
@@ -288,6 +293,8 @@ class Train:
             for stage in recipes.plan(recipe, here):
                 for words in stage.commands:
                     print(f"$ {shlex.join(words)}")
+            for why in recipes.refusals(recipe, here):
+                print(f"this machine stops it: {why}")
         else:
             recipes.require_space(recipe, here)
             if code := recipes.run(recipe, here, _say):

@@ -15,7 +15,7 @@ import numpy as np
 from d4_datasets import messages, minecraft
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
-from d4_sim.minecraft.environment import Seen
+from d4_sim.minecraft.environment import Lost, Seen
 from d4_sim.minecraft.game import Engine, Rung
 from d4_sim.minecraft.tasks import Ladder, Told, Watch
 
@@ -24,9 +24,17 @@ _SEEDS = 2**31 - 1
 
 
 def world_seed(seed: int, number: int) -> int:
-    """The seed of the world of an episode, the same whatever engine or policy."""
-    digest = hashlib.sha256(f"d4-minecraft {seed} {number}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % _SEEDS
+    """The seed of the world of an episode of the benchmark, the same whatever engine or policy."""
+    return _hashed(f"d4-minecraft {seed} {number}")
+
+
+def recording_seed(seed: int, number: int) -> int:
+    """The seed of the world of a recorded episode: other ones than those of the benchmark."""
+    return _hashed(f"d4-minecraft record {seed} {number}")
+
+
+def _hashed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % _SEEDS
 
 
 @dataclass(frozen=True)
@@ -126,12 +134,12 @@ def require_empty(engine: Engine, seen: Seen) -> None:
     """Check the first view of an episode.
 
     Raises:
-        UserError: it begins with something in the inventory.
+        Lost: it begins with something in the inventory; other worlds may not.
     """
     items = seen.said.get("items") if engine.kind == "game" else None
     if items:
         had = ", ".join(f"{count} {name}" for name, count in sorted(items.items())[:5])
-        raise UserError(f"an episode begins with an empty inventory, and this one with {had}")
+        raise Lost(f"an episode begins with an empty inventory, and this one with {had}")
 
 
 def sight(engine: Engine, contract: Contract, seen: Seen) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 RANDOM = "random"  # in place of a checkpoint: every key and turn is drawn anew at every tick
-ACTING = ("imagination", "agent", "bc_scratch", "vpt")  # phases that leave a policy, the best first
+CLONES = ("bc_early", "bc_scratch", "vpt")  # without a world model
+ACTING = ("imagination", "agent", *CLONES)  # phases that leave a policy, the best first
 
 
 class _Session(Protocol):
@@ -58,7 +59,7 @@ class Policy:
         names = self.contract.task_names
         if name not in names:
             raise UserError(
-                f"the contract {self.contract.name} has no task {name!r}, which the ladder asks for; it has "
+                f"the contract {self.contract.name} has no task {name!r}, which it is asked for; it has "
                 f"{', '.join(names)}: train with that task, or give one of these with --prompt"
             )
         return names.index(name)
@@ -109,8 +110,7 @@ def load_policy(
     folder = _acting(Path(what))
     phase = str(checkpoint.load_config(folder)["phase"])
     own = Contract.load(checkpoint.resolve(folder) / "contract.yaml")
-    is_clone = phase in ("bc_scratch", "vpt")
-    sessions = _scratch(folder, own, places) if is_clone else _sessions(folder, places, device)
+    sessions = _scratch(folder, own, places) if phase in CLONES else _sessions(folder, places, device)
     return Policy(own, f"the checkpoint {folder}", f"{phase} {weights_hash(folder)}", sessions)
 
 

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -352,7 +353,8 @@ def _run(recipe: Recipe, here: Stock, say: Callable[[str], None]) -> int:
         if state.is_done(stage.name):
             say(f"{place}: done before, in {clock(state.seconds(stage.name))}")
         elif code := _work(recipe, stage, place, state, env, say):
-            say(f"stopped in {stage.name}, which says why above; the same command goes on from here")
+            spite = ", with --force in spite of gates" if stage.name in PHASES and not recipe.force else ""
+            say(f"stopped in {stage.name}, which says why above; the same command goes on from here{spite}")
             return code
         if stage.name == "ingest":
             require_labels(recipe.out / "dataset")
@@ -425,6 +427,38 @@ def require_usable(recipe: Recipe, here: Stock, dry_run: bool = False) -> None:
             f"--gpus {recipe.gpus}: this machine has {torch.cuda.device_count()} that torch can use"
         )
     if not dry_run:  # rather now than after days of fetching
-        for phase in PHASES:
-            device = torch.device("cuda" if recipe.gpus else "cpu")
-            require_memory(settings, contract, phase, device, max(1, recipe.gpus))
+        require_room(recipe)
+        require_index(recipe, here)
+
+
+def require_index(recipe: Recipe, here: Stock) -> None:
+    """Check that indexes which are files are there, before anything was fetched from them.
+
+    Raises:
+        UserError: one is not.
+    """
+    for source in recipe.index if not here.recordings else ():
+        if "://" not in source and not Path(source).is_file():
+            raise UserError(f"--index {source} is neither a file nor an address")
+
+
+def require_room(recipe: Recipe) -> None:
+    """Check that training fits the memory of this machine. Raises UserError for a phase that does not."""
+    contract, settings = Contract.load(recipe.contract), training(recipe)
+    device = torch.device("cuda" if recipe.gpus else "cpu")
+    for phase in PHASES:
+        require_memory(settings, contract, phase, device, max(1, recipe.gpus))
+
+
+def refusals(recipe: Recipe, here: Stock) -> Iterator[str]:
+    """What the command would stop at on this machine if it were run."""
+    checks = [partial(require_index, recipe, here), partial(require_space, recipe, here)]
+    if recipe.gpus <= torch.cuda.device_count():
+        checks.append(partial(require_room, recipe))
+    else:
+        yield f"it has {torch.cuda.device_count()} GPUs that torch can use"
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            yield str(error)

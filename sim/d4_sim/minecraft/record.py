@@ -16,13 +16,14 @@ import numpy as np
 from d4_datasets import contractor, minecraft
 from d4_datasets.errors import UserError
 from d4_sim.minecraft.environment import Environment, Lost, Seen
-from d4_sim.minecraft.episode import world_seed
+from d4_sim.minecraft.episode import recording_seed
 from d4_sim.minecraft.game import PERIOD_S, Engine, View, named
 from d4_sim.minecraft.hands import Window
 from d4_sim.minecraft.recorder import Recorder, remove_orphans
 from d4_sim.stages import handled_by
 
 _TELL_S = 10.0
+_MOST_EMPTY = 3  # episodes in a row that a player ends before it plays
 PERSON, SCRIPTED = "person", "scripted"
 
 
@@ -66,7 +67,9 @@ class Person:
 
 
 class Script:
-    """A script: `make(seed)` returns something whose `act(View)` gives an action's dictionary, or None."""
+    """A script: `make(seed)` returns something whose `act(View)` gives an action's dictionary, or None, which
+    ends the episode.
+    """
 
     def __init__(self, make: Callable[[int], Any]) -> None:
         self._make, self._script = make, None
@@ -234,14 +237,16 @@ def _play(
     session: Session,
     end: _End,
 ) -> None:
+    empty, number = 0, -1  # episodes in a row that were over at their first view
     log = settings.out / "logs" / "environment.log"
     environment = Environment(engine, options, log)
     try:
         _next(environment)
         while session.episodes < settings.episodes and session.ticks < settings.ticks:
-            number = _free_number(settings.out, engine.name)
+            # an empty episode leaves no file that would take its number
+            number = max(number + 1, _free_number(settings.out, engine.name))
             name = f"{engine.name}-{number:06d}"
-            recorder = Recorder(settings.out, name, settings.most_late, engine.name)
+            recorder, before = Recorder(settings.out, name, settings.most_late, engine.name), session.ticks
             try:
                 goes_on = _episode(environment, player, settings, session, recorder, number, end)
             finally:  # what was played until then is data, too
@@ -250,6 +255,12 @@ def _play(
                     session.refused += recorder.refused
             if not goes_on:
                 break
+            empty = empty + 1 if session.ticks == before else 0
+            if empty == _MOST_EMPTY:
+                raise UserError(
+                    f"{empty} episodes in a row ended at their first view: act(view) of --player must return "
+                    f"an action (None ends one), and {engine.title} must go on; what was played is kept"
+                )
     except KeyboardInterrupt:
         pass  # the session ends here
     except Lost as lost:
@@ -264,7 +275,7 @@ def _episode(
     number: int, end: _End,
 ) -> bool:  # fmt: skip
     """Play one; returns whether the player wants another."""
-    seed = world_seed(settings.seed, number)
+    seed = recording_seed(settings.seed, number)
     environment.reset(seed)
     player.begin(seed)
     seen, began, tick = _next(environment), time.monotonic(), 0

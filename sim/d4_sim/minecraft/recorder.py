@@ -7,6 +7,7 @@ passed unseen. The reader `d4_datasets.contractor` gets back exactly the actions
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Mapping
@@ -221,6 +222,12 @@ class Recorder:
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".tmp-{os.getpid()}-{path.name}")
+
+
+def remove_parts(folder: Path, stem: str) -> None:
+    """Remove the recordings of an episode, of which another attempt may have fewer or shorter parts."""
+    for path in folder.glob(f"{glob.escape(stem)}-[0-9]*"):
+        path.unlink(missing_ok=True)
 
 
 def remove_orphans(folder: Path) -> None:

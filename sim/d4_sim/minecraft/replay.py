@@ -76,7 +76,7 @@ def _events(path: Path, head: Mapping[str, Any]) -> Recorded:
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: line 1 is damaged ({error})") from None
     game, told, last = engine(name), [], -1
-    with path.open() as file:
+    with path.open("rb") as file:  # decoded with each line, so that it can be named
         next(file)
         for number, line in enumerate(file, 2):
             try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from d4_core import checkpoint
-from d4_core.stats import few_mean, wilson
+from d4_core.stats import few_mean, wilson, within
 from d4_datasets.errors import UserError
 from d4_datasets.locks import held
 from d4_sim.minecraft.game import Engine, Rung
@@ -98,7 +98,7 @@ def read_episodes(out: Path) -> list[dict[str, Any]]:
                 found.setdefault(int(result["episode"]), result)
             except (ValueError, KeyError, TypeError):
                 raise UserError(
-                    f"{path}: line {number} is damaged; delete it, its episode is played again"
+                    f"{path}: line {number} is damaged; delete this line, its episode is played again"
                 ) from None
     return [found[number] for number in sorted(found)]
 
@@ -139,14 +139,19 @@ class Row:
     time: tuple[float, float, float] | None
 
 
+def _many(episodes: int) -> str:
+    return f"{episodes} episode{'s' * (episodes != 1)}"
+
+
 def rows(engine: Engine, episodes: Sequence[Mapping[str, Any]]) -> list[Row]:
     """The milestones of an engine over episodes."""
     per_unit = 60 * engine.rate_hz if engine.kind == "game" else 1.0
     out = []
     for name in engine.milestones:
         times = [e["reached"][name] / per_unit for e in episodes if name in e["reached"]]
-        mean = few_mean(times) if times else None
-        out.append(Row(name, len(times), wilson(len(times), len(episodes)), mean))
+        most = max((e["ticks"] for e in episodes), default=0) / per_unit
+        time = within(few_mean(times), 0.0, most) if times else None
+        out.append(Row(name, len(times), wilson(len(times), len(episodes)), time))
     return out
 
 
@@ -165,7 +170,7 @@ def table(engine: Engine, about: Mapping[str, Any], episodes: Sequence[Mapping[s
     unit = "minutes" if engine.kind == "game" else "ticks"
     others = PUBLISHED if is_comparable(engine, about) else ()
     lines = [
-        f"# {engine.title}: {len(episodes)} episodes of {about['policy']}\n",
+        f"# {engine.title}: {_many(len(episodes))} of {about['policy']}\n",
         _protocol(engine, about, episodes),
         "Success in per cent of the episodes [95 %]:\n",
         _markdown(
