@@ -42,7 +42,7 @@ def mirrored(joints: np.ndarray) -> np.ndarray:
     return np.stack([shoulder + 2 * off_line, -elbow], axis=-1)
 
 
-def joints_of(tip: np.ndarray) -> np.ndarray:
+def joints_of(tip: np.ndarray, limit: np.ndarray = JOINT_LIMIT) -> np.ndarray:
     """The angles [n, 2] that put the tip there within the limits: n is 0 where out of reach, else 1 or 2."""
     x, y = tip - BASE
     first, second = LINKS
@@ -53,7 +53,7 @@ def joints_of(tip: np.ndarray) -> np.ndarray:
     straight = math.atan2(-x, y)
     one = np.array([straight - math.atan2(second * math.sin(elbow), first + second * cosine), elbow])
     both = np.stack([one, mirrored(one)])
-    return both[(np.abs(both) <= JOINT_LIMIT).all(axis=1)]
+    return both[(np.abs(both) <= limit).all(axis=1)]
 
 
 def ticks_between(start: np.ndarray, end: np.ndarray) -> np.ndarray:

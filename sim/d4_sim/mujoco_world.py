@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 import ctypes
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -60,33 +63,49 @@ def choose_gl() -> str:
     raise UserError(f"cannot render: neither EGL nor OSMesa is installed here, {_GL_HELP}.")
 
 
+@contextlib.contextmanager
+def _rendering(backend: str) -> Iterator[None]:
+    """Whatever the GL stack raises (ImportError, AttributeError, RuntimeError, GLError) as a UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"cannot render with MUJOCO_GL={backend!r} ({type(error).__name__}): {_GL_HELP}."
+        ) from error
+
+
+def _model(world: type[MujocoWorld], look: int | None) -> mujoco.MjModel:
+    """The compiled model in its look. Raises UserError where this version of MuJoCo cannot make it."""
+    from d4_sim.suite.looks import repaint
+
+    try:
+        model = world.build()
+        world.dress(model)
+        if look is not None:
+            repaint(model, look)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"MuJoCo {version('mujoco')} cannot make the model of {world.__name__} ({why}): docs/mujoco.md "
+            "names versions that work."
+        ) from error
+    return model
+
+
 class _Camera:
     """A model and the GL context that draws it, shared by all worlds of one class in this process."""
 
     def __init__(self, world: type[MujocoWorld], look: int | None = None) -> None:
         backend, self._name, size = choose_gl(), world.camera, world.image_size
-        try:
+        with _rendering(backend):
             import mujoco
-
-            self.model = world.build()
-            world.dress(self.model)
-            canvas = self.model.vis.global_
-            canvas.offwidth, canvas.offheight = max(canvas.offwidth, size), max(canvas.offheight, size)
-            if look is not None:
-                from d4_sim.suite.looks import repaint
-
-                repaint(self.model, look)
-            # it lives as long as the process, at whose end MuJoCo 4.0's own destructor complains
-            lasting = type("Renderer", (mujoco.Renderer,), {"__del__": lambda self: None})
+        self.model = _model(world, look)
+        canvas = self.model.vis.global_
+        canvas.offwidth, canvas.offheight = max(canvas.offwidth, size), max(canvas.offheight, size)
+        # it lives as long as the process, at whose end MuJoCo 4.0's own destructor complains
+        lasting = type("Renderer", (mujoco.Renderer,), {"__del__": lambda self: None})
+        with _rendering(backend):
             self._renderer = lasting(self.model, size, size, max_geom=world.most_geoms)
-        except UserError:
-            raise
-        except (
-            Exception
-        ) as error:  # the GL stack raises ImportError, AttributeError, RuntimeError, GLError, ...
-            raise UserError(
-                f"cannot render with MUJOCO_GL={backend!r} ({type(error).__name__}): {_GL_HELP}."
-            ) from error
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self._renderer.scene.flags[flag] = 0
 

@@ -22,6 +22,7 @@ _WORLDS: dict[str, str] = {
     "yard_dusk": "d4_sim.yard:YardDusk",
     "arm": "d4_sim.arm:Arm",
     "push": "d4_sim.suite.push:Push",
+    "arm_push": "d4_sim.suite.arm_push:ArmPush",
     "cartpole_swingup": "d4_sim.suite.control:CartpoleSwingup",
     "reacher_easy": "d4_sim.suite.control:ReacherEasy",
     "ball_in_cup_catch": "d4_sim.suite.control:BallInCupCatch",

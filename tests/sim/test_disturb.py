@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from d4_datasets.errors import UserError
 from d4_sim import world as world_module
 from d4_sim.driver import ScriptedPolicy
-from d4_sim.suite.disturb import Disturbance, Lateness, slug
+from d4_sim.suite.disturb import Disturbance, Lateness, contents, slug
 from d4_sim.vector import run_episodes
 from d4_sim.world import Observation, make_world, world_class
 
@@ -65,7 +66,23 @@ def test_another_file_is_no_latency_report(tmp_path: Path, content: str) -> None
 def test_a_disturbed_world_has_the_contract_of_the_plain_one() -> None:
     assert world_class("yard+noise=0.1").contract_path() == world_class("yard").contract_path()
     assert make_world("yard+noise=0.1").contract.hash == make_world("yard").contract.hash
-    assert slug(["latency=docs/x/latency-20hz.json", "noise=0.1"]) == "latency-latency-20hz-noise-0.1"
+
+
+def test_reports_of_one_name_have_files_of_their_own(tmp_path: Path) -> None:
+    """Results under the second car's latency took the place of those under the first one's."""
+    paths = [tmp_path / car / "latency.json" for car in ("a", "b")]
+    for path, text in zip(paths, ("{}", "[]"), strict=True):
+        path.parent.mkdir()
+        path.write_text(text)
+    names = [slug([f"latency={path}", "noise=0.1"]) for path in paths]
+    assert [re.fullmatch(r"latency-latency-[0-9a-f]{6}-noise-0\.1", name) is not None for name in names] == [
+        True, True
+    ]  # fmt: skip
+    assert names[0] != names[1]
+    keys = [contents([f"latency={path}"]) for path in paths]
+    assert "" not in keys
+    assert keys[0] != keys[1]
+    assert contents(["latency=100", "noise=0.1"]) == ""
 
 
 # ---- each of them
@@ -106,7 +123,8 @@ def test_a_measured_report_is_replayed() -> None:
     assert drawn.max() <= stage["max"]
     lost = report["counts"]["ticks without a frame of their own"]
     assert late.lost == lost / report["counts"]["ticks"]
-    assert late.missed == (report["counts"]["missed"] - lost) / report["counts"]["ticks"]  # not twice
+    seen = report["counts"]["ticks"] - lost
+    assert late.missed == (report["counts"]["missed"] - lost) / seen  # not twice, and of those that it can be
     plain, replayed = poses("yard"), poses(f"yard+latency={REPORT}")
     assert np.abs(plain - replayed).max() < 0.02  # a good loop: hardly any difference
     np.testing.assert_array_equal(poses("yard+latency=measured"), replayed)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -145,6 +147,23 @@ def test_the_walker_is_paid_for_three_tasks_at_once() -> None:
     np.testing.assert_allclose(world.reward_of(at)[:, 2], [1 / 6, (5 * 0.125 + 1) / 6, 1.0])
     one = world_of("walker_walk")
     np.testing.assert_array_equal(one.reward_of(at)[:, 0], world.reward_of(at)[:, 1])
+
+
+@needs_models
+@pytest.mark.parametrize("name", NAMES)
+def test_rewards_are_those_that_dm_control_gave(name: str) -> None:
+    """States and rewards were written down where dm_control ran, with the versions that the file names."""
+    world = world_of(name)
+    world.reset(0, 0)
+    told = json.loads((Path(__file__).parent / "dm_control_rewards.json").read_text())["states"][name]
+    for state in told:
+        for what in ("qpos", "qvel", "ctrl"):
+            getattr(world._data, what)[:] = state[what]
+        if "target" in state:
+            world._targets[0] = state["target"]
+        world._mj.mj_forward(world.model, world._data)
+        assert float(world.rewards[0]) == pytest.approx(state["reward"], abs=2e-5)
+    assert len({round(state["reward"], 3) for state in told}) > 1
 
 
 @needs_models

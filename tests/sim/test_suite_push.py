@@ -11,8 +11,10 @@ import pytest
 
 from d4_datasets.errors import UserError
 from d4_sim import mujoco_world
+from d4_sim.arm import LINKS, joints_of, tip_of
 from d4_sim.driver import KINDS, drive
 from d4_sim.mujoco_world import MujocoWorld, Physics
+from d4_sim.suite import arm_push
 from d4_sim.suite.planner import Planner, PlannerConfig, threads
 from d4_sim.suite.push import CONTACT, SUCCESS_RADIUS, Push, sample_layout
 from d4_sim.world import make_world
@@ -55,8 +57,35 @@ def test_layouts_keep_their_distances() -> None:
         assert np.linalg.norm(layout["puck"] - layout["pusher"]) > CONTACT
 
 
+def test_the_arm_reaches_all_that_its_tasks_need() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        layout = arm_push.sample_layout(rng)
+        puck, target = layout["puck"], layout["target"]
+        behind = puck - 1.25 * CONTACT * (target - puck) / np.linalg.norm(target - puck)
+        for place in (tip_of(layout["joints"]), behind, target):
+            assert len(joints_of(place, arm_push.JOINT_LIMIT)) == 2  # with either elbow
+        assert np.linalg.norm(tip_of(layout["joints"]) - puck) > CONTACT
+
+
+def test_the_arms_model_has_the_dimensions_of_its_module() -> None:
+    world = made("arm_push")
+    world.reset(0, 0)
+    model, data = world.model, world._data
+    limit, speed = arm_push.JOINT_LIMIT, arm_push.SPEED_LIMIT
+    np.testing.assert_allclose(model.jnt_range[2:], np.stack([-limit, limit], axis=1))
+    np.testing.assert_allclose(model.actuator_ctrlrange, [[-speed, speed]] * 2)
+    assert model.geom("finger").size[0] + model.geom("puck").size[0] == pytest.approx(CONTACT)
+    for joints in (np.zeros(2), np.array([0.7, -1.9])):
+        data.qpos[2:] = joints
+        world._refresh()
+        np.testing.assert_allclose(data.site("tip").xpos[:2], tip_of(joints), atol=1e-9)
+        np.testing.assert_allclose(data.geom("finger").xpos[2], data.geom("puck").xpos[2], atol=0.01)
+    assert tip_of(np.zeros(2))[1] == pytest.approx(data.body("upper").xpos[1] + LINKS.sum())
+
+
 def test_the_contract_is_that_of_the_world() -> None:
-    for name in ("push", *(["fetch"] if importlib.util.find_spec("gymnasium_robotics") else [])):
+    for name in ("push", "arm_push", *(["fetch"] if importlib.util.find_spec("gymnasium_robotics") else [])):
         world = made(name)
         contract = world.contract
         assert (contract.name, contract.task_names) == (name, world.tasks)
@@ -68,13 +97,29 @@ def test_the_contract_is_that_of_the_world() -> None:
 
 
 @pytest.mark.usefixtures("blind")
-def test_the_expert_pushes_and_reaches_and_random_does_neither() -> None:
-    world = Push()
+@pytest.mark.parametrize("name", ["push", "arm_push"])
+def test_the_expert_pushes_and_reaches_and_random_does_neither(name: str) -> None:
+    world = made(name)
     for task in (0, 1):
         best = [own_return(world, seed, task, "expert") for seed in range(8)]
         chance = [own_return(world, seed, task, "random") for seed in range(8)]
         assert all(success for _, success in best)
         assert np.mean([r for r, _ in best]) > 30 > 15 > np.mean([r for r, _ in chance])
+
+
+@pytest.mark.usefixtures("blind")
+def test_the_arms_tip_moves_the_puck_and_its_links_do_not() -> None:
+    world = made("arm_push")
+    world.reset(0, 0)
+    over = tip_of(np.array([0.3, 0.0]))
+    world._data.qpos[:] = *(over - [0.0, 0.4]), 0.3, 0.0  # a link lies over the puck
+    for _ in range(5):
+        world.step(np.zeros(2, np.float32))
+    np.testing.assert_allclose(world.state()["puck"], over - [0.0, 0.4], atol=1e-6)
+    world._data.qpos[:2] = over - [CONTACT + 0.02, 0.0]
+    for _ in range(8):
+        world.step(np.array([1.0, 0.0], np.float32))
+    assert world.state()["puck"][0] < over[0] - CONTACT - 0.1
 
 
 @pytest.mark.usefixtures("blind")
@@ -92,10 +137,11 @@ def test_touching_moves_the_puck_and_nothing_else_does() -> None:
 
 
 @pytest.mark.usefixtures("blind")
-def test_the_wrong_driver_does_the_other_task() -> None:
-    world = Push()
-    wrong = [own_return(world, seed, 0, "wrong")[0] for seed in range(6)]
-    right = [own_return(world, seed, 0, "goal")[0] for seed in range(6)]
+@pytest.mark.parametrize(("name", "task"), [("push", 0), ("arm_push", 1)])
+def test_the_wrong_driver_does_the_other_task(name: str, task: int) -> None:
+    world = made(name)
+    wrong = [own_return(world, seed, task, "wrong")[0] for seed in range(6)]
+    right = [own_return(world, seed, task, "goal")[0] for seed in range(6)]
     assert np.mean(wrong) < 0.5 * np.mean(right)
 
 
@@ -121,7 +167,7 @@ def test_fetch_worlds_show_their_own_spots() -> None:
 
 
 @pytest.mark.usefixtures("blind")
-@pytest.mark.parametrize("name", ["push", "yard", "arm"])
+@pytest.mark.parametrize("name", ["push", "arm_push", "yard", "arm"])
 def test_what_a_plan_scores_is_what_then_happens(name: str) -> None:
     """Rollouts see the same physics, latency and clock as the world that they were begun in."""
     world: MujocoWorld = made(name)

@@ -233,6 +233,22 @@ def test_renders_fast_enough_to_collect_data(yard: Yard) -> None:
     assert 200 / (time.process_time() - start) > 250
 
 
+def test_a_model_that_this_mujoco_cannot_read_is_no_missing_library() -> None:
+    """The advice was to install libegl1."""
+
+    class Broken(Yard):
+        @classmethod
+        def build(cls):
+            raise ValueError("XML Error: Schema violation: unrecognized attribute: 'pots'\nElement 'geom'")
+
+    with pytest.raises(
+        UserError, match=r"^MuJoCo [\d.]+ cannot make the model of Broken \(XML Error"
+    ) as raised:
+        Broken()
+    assert "libegl1" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("backend", ["osmesa-that-does-not-exist", "glfw"])
 def test_no_gl_is_one_sentence(backend: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}

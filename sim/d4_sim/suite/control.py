@@ -1,6 +1,6 @@
 """Tasks of the DeepMind control suite on their own models (MJCF of dm_control), slower and shorter.
 
-Physics, start states and rewards are those of dm_control 1.0.41, which a test compares where it runs. What
+Physics, start states and rewards are those of dm_control 1.0.41, which tests compare with what it gave. What
 differs: a command lasts 50 or 100 ms and takes hold after 20 ms, and episodes last a few seconds instead of
 10 to 25. Returns are sums over these fewer ticks; scores of other publications do not compare.
 """

@@ -17,6 +17,7 @@ light=FACTOR     the whole picture darker (below 1) or brighter
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -30,7 +31,7 @@ import numpy as np
 
 from d4_datasets.errors import UserError
 from d4_sim.mujoco_world import MujocoWorld
-from d4_sim.world import Observation, World
+from d4_sim.world import Observation, World, world_class
 
 if TYPE_CHECKING:
     from d4_datasets.contract import Contract
@@ -48,7 +49,7 @@ class Lateness:
 
     Attributes:
         late_ms: at the quantiles of `_QUANTILES`, beyond capture + latency.
-        missed: share of the ticks whose frame came and whose own command did not go out.
+        missed: share of the ticks whose frame came, of those in which the command did not go out.
         lost: share of the ticks without a frame of their own, and so without a command.
     """
 
@@ -77,7 +78,7 @@ class Lateness:
                 f"{path} is no latency report of d4: it lacks stages_ms.lateness or counts.ticks "
                 "(d4-bench latency --out FILE writes one)."
             ) from error
-        return cls(late, missed / ticks, lost / ticks)
+        return cls(late, missed / max(1, ticks - lost), lost / ticks)
 
     def draw(self, rng: np.random.Generator) -> float:
         """One lateness in ms."""
@@ -127,10 +128,8 @@ def _number(most: float, least: float = 0.0, whole: bool = False) -> Any:
 
 
 def _latency(name: str, text: str) -> float | Lateness:
-    if text == "measured":
-        return Lateness.load(MEASURED)
-    if Path(text).suffix == ".json":
-        return Lateness.load(Path(text))
+    if path := _report(text):
+        return Lateness.load(path)
     return float(_number(1000.0)(name, text))
 
 
@@ -208,9 +207,9 @@ class Disturbed:
         else:
             observation, reward, terminal, truncated = self._by_the_tick()
         self._tick += 1
-        luck = self._rng.uniform()
-        self._is_mute = isinstance(self._how.latency, Lateness) and luck < self._how.latency.lost
-        if luck >= self._how.drop and not self._is_mute:
+        lost, dropped = self._rng.uniform(size=2)
+        self._is_mute = isinstance(self._how.latency, Lateness) and lost < self._how.latency.lost
+        if dropped >= self._how.drop and not self._is_mute:
             self._seen = self._spoil(observation)
         assert self._seen is not None
         return self._seen, reward, terminal, truncated
@@ -260,10 +259,33 @@ class Disturbed:
 
 
 def slug(parts: Sequence[str]) -> str:
-    """A name for files of what happened under these disturbances."""
-    named = (part.partition("=") for part in parts)
-    short = [f"{name}-{Path(text).stem if text.endswith('.json') else text}" for name, _, text in named]
+    """A name for files of what happened under these disturbances, and in which report."""
+    named = ((name, _report(text), text) for name, _, text in (part.partition("=") for part in parts))
+    short = [f"{name}-{f'{path.stem}-{_hash(path)}' if path else text}" for name, path, text in named]
     return re.sub(r"[^\w.-]+", "-", "-".join(short))
+
+
+def contents(parts: Sequence[str]) -> str:
+    """What the reports among these disturbances hold, as a key; empty without any."""
+    paths = [path for part in parts if (path := _report(part.partition("=")[2]))]
+    return " ".join(_hash(path) for path in paths)
+
+
+def _report(text: str) -> Path | None:
+    """The latency report that a value names, if it does."""
+    if text == "measured":
+        return MEASURED
+    return Path(text) if Path(text).suffix == ".json" else None
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:6]
+
+
+def fitting(world: str, parts: Sequence[str]) -> tuple[str, ...]:
+    """The disturbances that a world has: only those of MuJoCo can look different."""
+    is_mujoco = issubclass(world_class(world), MujocoWorld)
+    return tuple(each for each in parts if is_mujoco or "look=" not in each)
 
 
 def disturbed(world: World, parts: Sequence[str]) -> World:

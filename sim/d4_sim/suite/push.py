@@ -49,6 +49,7 @@ class Push(MujocoWorld):
     action_low = np.full(2, -SPEED_LIMIT, np.float32)
     action_high = np.full(2, SPEED_LIMIT, np.float32)
     planning: ClassVar[PlannerConfig] = PlannerConfig()
+    moved: ClassVar[str] = "pusher"  # what commands move, as `state` calls it; in m, m/s
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,14 +58,14 @@ class Push(MujocoWorld):
     @classmethod
     def contract_path(cls) -> Path:
         """The contract file of this world."""
-        return _HERE / "push.yaml"
+        return _HERE / f"{cls.robot}.yaml"
 
     @classmethod
     def build(cls) -> mujoco.MjModel:
         """The compiled model."""
         import mujoco
 
-        return mujoco.MjModel.from_xml_path(str(_HERE / "push.xml"))
+        return mujoco.MjModel.from_xml_path(str(_HERE / f"{cls.robot}.xml"))
 
     @property
     def probes(self) -> dict[str, np.ndarray]:
@@ -87,16 +88,16 @@ class Push(MujocoWorld):
         reward = np.exp(-np.square(distance / REWARD_SCALE))
         if goal == 1:
             return reward
-        puck, pusher = at.qpos[..., :2], at.qpos[..., 2:]
+        puck, pusher = at.qpos[..., :2], self._pusher(at.qpos)
         way = self._target - puck
         behind = puck - CONTACT * way / np.maximum(np.linalg.norm(way, axis=-1, keepdims=True), 1e-6)
         return 2 * reward - 0.5 * np.linalg.norm(behind - pusher, axis=-1)
 
     def state(self) -> dict[str, Any]:
-        """Copies of puck, pusher, its velocity, the command in force, the target (m, m/s); task, tick."""
+        """Copies of puck and target (m), of `moved`, its velocity and the command in force; task, tick."""
         return {
             "puck": self._data.qpos[:2].copy(),
-            "pusher": self._data.qpos[2:].copy(),
+            self.moved: self._data.qpos[2:].copy(),
             "velocity": self._data.qvel[2:].copy(),
             "command": self._command.copy(),
             "target": self._target.copy(),
@@ -111,12 +112,20 @@ class Push(MujocoWorld):
         return PushDriver(kind, rng)
 
     def _place(self, rng: np.random.Generator) -> None:
-        layout = sample_layout(rng)
-        self._target = layout["target"]
-        self._data.qpos[:] = np.concatenate([layout["puck"], layout["pusher"]])
+        self._data.qpos[:], self._target = self._draw(rng)
         self._data.mocap_pos[0] = *self._target, _MOCAP_HEIGHT
+
+    def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of puck and pusher as the model has them, and the target [2] in metres."""
+        layout = sample_layout(rng)
+        return np.concatenate([layout["puck"], layout["pusher"]]), layout["target"]
+
+    @staticmethod
+    def _pusher(qpos: np.ndarray) -> np.ndarray:
+        """Where the pusher is, [..., 2] in metres."""
+        return qpos[..., 2:]
 
     def _distances(self, qpos: np.ndarray) -> np.ndarray:
         """Of puck and pusher to the target, [..., 2] in metres."""
-        both = np.stack([qpos[..., :2], qpos[..., 2:]], -2)
+        both = np.stack([qpos[..., :2], self._pusher(qpos)], -2)
         return np.linalg.norm(both - self._target, axis=-1)

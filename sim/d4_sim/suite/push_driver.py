@@ -13,7 +13,7 @@ from d4_sim.suite.push import CONTACT, SPEED_LIMIT
 _GAIN = 5.0  # 1/s, braking towards a place
 _ASIDE = 7.0  # 1/s, how fast a tip that is off the line of pushing gets back onto it
 _PUSHING = 1.0  # m/s, faster the thing slips off to one side between two ticks
-_CLEAR = 1.25  # of the contact distance: the way around keeps so far from the thing
+CLEAR = 1.25  # of the contact distance: the way around keeps so far from the thing
 _BEHIND = 0.55  # cosine of the angle off the line within which pushing begins
 
 
@@ -41,7 +41,7 @@ def push_velocity(tip: np.ndarray, thing: np.ndarray, target: np.ndarray, contac
 
 def _around(offset: np.ndarray, ahead: np.ndarray, distance: float, contact: float) -> np.ndarray:
     """Velocity on the way to the place behind the thing, along a circle where the thing is in between."""
-    place = -_CLEAR * contact * ahead
+    place = -CLEAR * contact * ahead
     to_place = place - offset
     along = float(np.clip(-offset @ to_place / max(to_place @ to_place, 1e-9), 0.0, 1.0))
     if np.linalg.norm(offset + along * to_place) > contact * 1.05:
@@ -50,7 +50,7 @@ def _around(offset: np.ndarray, ahead: np.ndarray, distance: float, contact: flo
     turn = np.array([-outward[1], outward[0]])
     if turn @ to_place < 0:
         turn = -turn
-    return turn * 10.0 + outward * _GAIN * 2 * (_CLEAR * contact - distance)
+    return turn * 10.0 + outward * _GAIN * 2 * (CLEAR * contact - distance)
 
 
 class PushDriver(AxisDriver):
