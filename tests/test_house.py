@@ -197,11 +197,12 @@ def code_blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("path", DOCS, ids=name_of)
-def test_contracts_in_documents_are_valid(path: Path) -> None:
-    for block in code_blocks(path, "yaml"):
-        if block.startswith("name:"):
-            Contract.from_dict(yaml.safe_load(block), source=str(path))
+def test_contracts_in_documents_are_valid() -> None:
+    found = [
+        Contract.from_dict(yaml.safe_load(block), source=str(path))
+        for path in DOCS for block in code_blocks(path, "yaml") if block.startswith("name:")
+    ]  # fmt: skip
+    assert "my_robot" in {contract.name for contract in found}
 
 
 def test_the_contract_guide_explains_every_key() -> None:
@@ -242,3 +243,9 @@ def test_the_gates_guide_has_every_gate_with_its_limit() -> None:
         row = next((row for row in rows if row.startswith(f"| {name}")), None)
         assert row is not None, f"docs/gates.md does not explain the gate {name!r}"
         assert limit is None or f"| {limit} |" in row, f"{name}: the limit is {limit}"
+
+
+def test_tests_run_with_the_models_that_worlds_are_made_of() -> None:
+    """The versions of the extra [suite], by which results compare."""
+    suite = PROJECT["project"]["optional-dependencies"]["suite"]
+    assert f"for models in {' '.join(suite)}; do" in (ROOT / "bin" / "test").read_text()

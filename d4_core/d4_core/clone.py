@@ -26,13 +26,14 @@ class CloneArgs:
     """
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder of d4-train; gets the phases bc_scratch, and vpt_idm and vpt."""
+    """Run folder of d4-train; gets the phases bc_scratch, bc_early, and vpt_idm and vpt."""
     dataset: Path
     """Dataset that the run was trained on."""
-    policies: tuple[Literal["bc_scratch", "vpt"], ...] = ("bc_scratch", "vpt")
-    """bc_scratch: from the known commands; vpt: also from those that an inverse dynamics model infers."""
+    policies: tuple[Literal["bc_scratch", "bc_early", "vpt"], ...] = ("bc_scratch", "vpt")
+    """bc_scratch: from the known commands; bc_early: the same in an eighth of the steps, or less if held-out
+    commands are known better then; vpt: also from commands that an inverse dynamics model infers."""
     steps: int = 1500
-    """Training steps of each network."""
+    """Training steps of each network; of bc_early those that it takes its share of."""
 
 
 def about(run: Path) -> dict[str, Any]:
@@ -90,10 +91,11 @@ def _main() -> None:
         raise UserError(f"--steps {args.steps} must be at least 1")
     require_run(args.run)
     threads.configure()
-    logs, train, _ = open_logs(args.run, args.dataset)
+    logs, train, held_out = open_logs(args.run, args.dataset)
     makes = trainer(args.run, args.dataset, logs, train, args.steps)
+    work = {"bc_scratch": makes.clone, "bc_early": lambda: makes.early(held_out), "vpt": makes.vpt}
     for policy in args.policies:
-        makes.clone() if policy == "bc_scratch" else makes.vpt()
+        work[policy]()
         print(f"{policy}: {args.run / policy}")
 
 

@@ -174,7 +174,11 @@ def _parse(preset: Preset, setting: str) -> _Setting:
         for name in path:
             node = getattr(node, name)
         return path, _like(node, found)
-    except (AttributeError, TypeError, ValueError) as error:
+    except AttributeError:
+        parts = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+        has = f"there is {', '.join(parts)}" if parts else "what is before it is a plain value"
+        raise UserError(f"--set {setting}: there is no {name!r}; {has}") from None
+    except (TypeError, ValueError) as error:
         raise UserError(f"--set {setting}: {error}") from error
 
 

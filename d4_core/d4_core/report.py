@@ -42,6 +42,7 @@ POLICIES = {
     "expert": "scripted, sees the true state",
 }
 _OTHERS = {  # shown where they were run
+    "bc_early": "behaviour cloning without a world model, stopped when held-out commands are known best",
     "vpt": "behaviour cloning, also of actions that an inverse dynamics model guessed",
     "planner": "planning in the world model at every tick",
 }

@@ -147,6 +147,19 @@ def widest(*intervals: Interval) -> Interval:
     return intervals[0][0], min(low for _, low, _ in intervals), max(high for *_, high in intervals)
 
 
+def within(value: Interval, least: float, most: float) -> Interval:
+    """(mean, low, high) with low at least `least` and high at most `most`; the mean as it is."""
+    return value[0], max(least, value[1]), min(most, value[2])
+
+
+def rate_difference(found: Interval, trials: int) -> Interval:
+    """A difference of two rates over shared trials, to either side at least as wide as what so many leave
+    possible where none makes a difference (`wilson`): with few that do, resamples are too alike.
+    """
+    mean, left = found[0], wilson(0, trials)[2]
+    return within(widest(found, (mean, mean - left, mean + left)), -1.0, 1.0)
+
+
 def few_mean(values: Sequence[float] | np.ndarray) -> Interval:
     """`bootstrap_mean`, of 2 to 19 values at least as wide as the t interval: resamples of few are too alike.
 

@@ -444,7 +444,8 @@ def _main(options: Options) -> int:
     print(f"{result.new} new recordings ({result.bytes / 1e9:.2f} GB), {result.here} were here already")
     if result.held_back:
         print(f"{result.held_back} recordings were left out: --limit-gb {options.limit_gb:g} is reached")
-    print(f"folder: {options.to}\nnext:   d4-ingest {options.to} --contract minecraft.yaml --out DATASET")
+    print(f"folder: {options.to}")
+    print(f"next:   d4-ingest {options.to} --contract docs/examples/minecraft.yaml --out DATASET")
     return 1 if result.failures else 0
 
 

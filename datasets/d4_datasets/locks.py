@@ -11,15 +11,15 @@ from d4_datasets.errors import UserError
 
 
 @contextmanager
-def held(path: Path, otherwise: str) -> Iterator[int]:
+def held(path: Path, otherwise: str | None = None) -> Iterator[int]:
     """Hold the lock file `path`; yields its descriptor, for processes that are to hold it as well.
 
     Raises:
-        UserError: somebody else holds it; the sentence is `otherwise`.
+        UserError: somebody else holds it; the sentence is `otherwise`. Without one it waits.
     """
     with path.open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if otherwise else 0))
         except BlockingIOError:
             raise UserError(otherwise) from None
         yield lock.fileno()

@@ -8,9 +8,12 @@ go on where they were; whatever is there at the end is on one page (`d4_sim.benc
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
@@ -20,21 +23,22 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from d4_core import threads
-from d4_core.config import override, preset
+from d4_core.config import action_parts, override, preset
+from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
 from d4_sim.chains import PHASES, STARTS, Chains
 from d4_sim.crafter import experiment
 from d4_sim.lanes import Runner
-from d4_sim.mujoco_world import MujocoWorld
 from d4_sim.stages import Interrupted, Stage, command, keys
 from d4_sim.study_results import read_json
-from d4_sim.suite.disturb import MEASURED
+from d4_sim.suite.disturb import MEASURED, contents, fitting
 from d4_sim.world import contract_text, make_world, world_class, world_names
 
-POLICIES = ("data", "bc_scratch", "vpt", "wm_bc", "imagination")
+POLICIES = ("data", "bc_scratch", "bc_early", "vpt", "wm_bc", "imagination")
 DISTURBED = ("wm_bc", "imagination")  # driven under disturbances, too
 EQUAL_STEPS = 10_000  # of both networks of the VPT style take the compute of a whole chain of `nano`
 
+_REFERENCE_S = 2.1  # an episode at random or of the expert, most of which is planning
 _BYTES_PER_FRAME = 19_000  # bags and unpacked frames, of 64x64 pixels
 _KEPT_PER_FRAME = 2_000  # videos and tables of the dataset
 _BYTES_OF_RUN = 250_000_000  # checkpoints, films and the report
@@ -58,7 +62,7 @@ class Suite:
 
 SUITES: dict[str, Suite] = {
     "mujoco-small": Suite(_SMALL),
-    "arms": Suite(("arm", "push", "fetch")),
+    "arms": Suite(("arm", "arm_push", "push", "fetch")),
     "dm-control": Suite((
         "cartpole_swingup", "reacher_easy", "ball_in_cup_catch", "finger_spin", "cheetah_run", "walker_walk",
     )),
@@ -113,7 +117,7 @@ PRESETS: dict[str, Size] = {
     # and less compute for what is cloned without a world model, which no GPU helps
     "h200": Size(frames=60_000, scale=0.6, scratch_steps=1500, minutes=24,
                  disturb=(*_MEASURED, "latency=100+noise=0.1")),
-    "toy": Size(seeds=1, frames=400, labelled=0.5, scale=0.002, eval_episodes=4, expert_episodes=2,
+    "toy": Size(seeds=1, frames=400, labelled=0.5, scale=0.002, eval_episodes=4, expert_episodes=3,
                 planner_episodes=1, disturb=("latency=100+noise=0.1",)),
 }  # fmt: skip
 
@@ -122,7 +126,7 @@ PRESETS: dict[str, Size] = {
 class Args:
     """Record, train and judge policies on simulated worlds, over seeds, and write one page with tables.
 
-    The same command continues after an interruption, and does nothing twice.
+    The same command continues after an interruption; what is done again is the policy that was driving.
     """
 
     suite: Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -143,8 +147,8 @@ class Args:
     scale: float | None = None
     """Multiplies the training steps."""
     scratch_steps: int | None = None
-    """Training steps, before --scale, of both networks of the VPT style, and half of those of cloning from
-    scratch; with 10000 each of them takes about as long as a whole chain."""
+    """Training steps, before --scale, of both networks of the VPT style; cloning from scratch gets twice as
+    many. With 10000 each of the two takes the operations of a whole chain."""
     eval_episodes: int | None = None
     """Episodes per policy and seed, on shared starts."""
     expert_episodes: int | None = None
@@ -179,11 +183,16 @@ class Args:
         """The worlds of all suites, each once. Raises UserError for an unknown name."""
         out: list[str] = []
         for name in self.suite:
-            if name not in SUITES and name.replace("-", "_") not in world_names():
-                known = f"a suite ({', '.join(SUITES)}) nor a world ({', '.join(world_names())})"
-                raise UserError(f"'{name}' is neither {known}.")
-            out += SUITES[name].worlds if name in SUITES else (name.replace("-", "_"),)
+            out += SUITES[name].worlds if name in SUITES else (_world(name.replace("-", "_")),)
         return tuple(dict.fromkeys(out))
+
+
+def _world(name: str) -> str:
+    """The name of a world, which may say how large its pictures are, as in push_128."""
+    if not {name, re.sub(r"_\d+$", "", name)} & set(world_names()):
+        known = f"a suite ({', '.join(SUITES)}) nor a world ({', '.join(world_names())})"
+        raise UserError(f"'{name}' is neither {known}.")
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +236,8 @@ class Plan(Chains):
             "reference", world, out=out, episodes=size.eval_episodes,
             expert_episodes=size.expert_episodes, seed=STARTS, **self._many(),
         )  # fmt: skip
-        self.add(f"{world}/reference", [], 300, work, makes=(out,), weight=self.shape.recorders)
+        typical_s = _REFERENCE_S * (size.eval_episodes + size.expert_episodes)
+        self.add(f"{world}/reference", [], typical_s, work, makes=(out,), weight=self.shape.recorders)
 
     def chain(self, world: str, horizon: int, seed: int) -> None:
         """A recording, the four phases, and all policies."""
@@ -246,19 +256,22 @@ class Plan(Chains):
                 makes=makes, recipe=self.recipe(phase), weight=self.shape.trainers,
             )  # fmt: skip
         # a world in other looks, or easier, has the contract of another one
-        drive = partial(self.drive, run, dataset, world=world, seed=STARTS)
+        drive = partial(self.drive, run, dataset, world=world, seed=STARTS, missing=True)
         trained = self.drive_all(drive, size.scratch_steps, POLICIES)
         typical_s = 0.02 * size.eval_episodes * horizon * len(POLICIES)
         needs = [latest, self.baselines(name, run, dataset, size.scratch_steps)]
-        latest = self.add(f"{name}/policies", needs, typical_s, *trained)
-        if size.planner_episodes:
+        found = (run / "eval.json",)
+        latest = self.add(f"{name}/policies", needs, typical_s, *trained, makes=found)
+        if size.planner_episodes and can_plan(world):
             typical_s = 0.4 * size.planner_episodes * horizon
             work = drive("planner", planner_episodes=size.planner_episodes)
             self.add(f"{name}/planner", [latest], typical_s, work)
         if disturb := fitting(world, size.disturb):
             typical_s = 0.02 * size.eval_episodes * horizon * len(DISTURBED) * len(disturb)
-            again = [drive(*DISTURBED, disturb=tuple(each.split("+"))) for each in disturb]
-            self.add(f"{name}/disturbed", [latest], typical_s, *again)
+            parts = [tuple(each.split("+")) for each in disturb]
+            again = [drive(*DISTURBED, disturb=each) for each in parts]
+            reports = " ".join(map(contents, parts)).strip()
+            self.add(f"{name}/disturbed", [latest], typical_s, *again, recipe=reports)
         if not self.shape.keep:
             last = [stage.name for stage in self.stages if latest in stage.needs] or [latest]
             self.add(f"{name}/tidy", last, 1, command("measure", "tidy", place))
@@ -267,10 +280,10 @@ class Plan(Chains):
         return {"jobs": self.shape.recorders} if self.shape.recorders > 1 else {}
 
 
-def fitting(world: str, disturb: tuple[str, ...]) -> tuple[str, ...]:
-    """The disturbances that a world has: only those of MuJoCo can look different."""
-    is_mujoco = issubclass(world_class(world), MujocoWorld)
-    return tuple(each for each in disturb if is_mujoco or "look=" not in each)
+def can_plan(world: str) -> bool:
+    """Whether a planner in the world model can drive there: it searches among continuous commands only."""
+    contract = Contract.load(world_class(world).contract_path())
+    return all(part.kind == "continuous" for part in action_parts(contract))
 
 
 def plan(shape: Shape, worlds: tuple[str, ...]) -> list[Stage]:
@@ -302,22 +315,28 @@ def bench(args: Args) -> int:
     _check(args, worlds)
     jobs = threads.free_cores() if args.jobs == "auto" else args.jobs
     shape, size = shape_of(args, jobs), args.size
-    own_keys = keys(plan(Shape(out=Path("out"), size=size, keep=args.keep), worlds))
+    planned = plan(shape, worlds)
 
     def prepare() -> None:
-        _require_space(shape, len(worlds))
+        _require_space(shape, [name for name in runner.missing if name.startswith(args.only or "")])
         for world in worlds:
             (args.out / f"{world}.yaml").write_text(contract_text(world), encoding="utf-8")
         _note_mujoco(args.out)
 
     def report() -> None:
-        path = write_page(args.out, worlds, size)
+        path = write_page(args.out, worlds, size, own_keys(args))
         print(f"page: {path}" if path else "nothing for a page yet", flush=True)
 
-    return Runner(
-        args.out, plan(shape, worlds), own_keys, jobs, args.only, size.minutes * 60 or None, args.redo,
+    runner = Runner(
+        args.out, planned, own_keys(args), jobs, args.only, size.minutes * 60 or None, args.redo,
         prepare, report,
-    ).run()  # fmt: skip
+    )  # fmt: skip
+    return runner.run()
+
+
+def own_keys(args: Args) -> dict[str, str]:
+    """Keys of the stages, the same in every folder and on every machine."""
+    return keys(plan(Shape(out=Path("out"), size=args.size, keep=args.keep), args.worlds))
 
 
 def _check(args: Args, worlds: tuple[str, ...]) -> None:
@@ -326,7 +345,7 @@ def _check(args: Args, worlds: tuple[str, ...]) -> None:
     if not worlds:
         raise UserError(f"name a suite ({', '.join(SUITES)}) or worlds; `d4-sim worlds` lists them")
     counts = (size.seeds, size.frames, size.eval_episodes, size.expert_episodes, size.scratch_steps)
-    if min(counts) < 1 or size.planner_episodes < 0 or not size.scale > 0 or size.minutes < 0:
+    if min(counts) < 1 or size.planner_episodes < 0 or not 0 < size.scale < math.inf or size.minutes < 0:
         raise UserError("seeds, frames, episodes, steps and scale must be above 0, and minutes not below")
     if not 0 < size.labelled <= 1:
         raise UserError(f"--labelled {size.labelled:g} must be above 0, for cloning, and at most 1")
@@ -355,19 +374,27 @@ def _note_mujoco(out: Path) -> None:
         )
 
 
-def _require_space(shape: Shape, worlds: int) -> None:
-    """Say that the disk is too small before the work; what is there already counts as free."""
-    there = sum(p.stat().st_size for p in shape.out.rglob("*") if p.is_file())
-    chains = shape.size.seeds * worlds
-    unpacked = chains if shape.keep else min(chains, shape.jobs + 1)
-    frames = shape.size.frames * (chains * _KEPT_PER_FRAME + unpacked * _BYTES_PER_FRAME)
-    needed = frames + chains * _BYTES_OF_RUN - there
+def _require_space(shape: Shape, missing: Sequence[str]) -> None:
+    """Say that the disk is too small before the work on these stages; what chains that are not finished have
+    there already counts as free.
+    """
+    names = {name.partition("/")[0] for name in missing if not name.endswith("/reference")}
+    there = sum(p.stat().st_size for name in names for p in (shape.out / name).rglob("*") if p.is_file())
+    areas = sorted((_area(name.rpartition("-")[0]) for name in names), reverse=True)
+    unpacked = areas if shape.keep else areas[: shape.jobs + 1]
+    frames = shape.size.frames * (sum(areas) * _KEPT_PER_FRAME + sum(unpacked) * _BYTES_PER_FRAME)
+    needed = frames + len(names) * _BYTES_OF_RUN - there
     free = shutil.disk_usage(shape.out).free
     if free < needed:
         raise UserError(
             f"about {needed / 1e9:.1f} GB are needed in {shape.out} and {free / 1e9:.1f} GB are free: "
             "free some space, record fewer --frames or choose another --out"
         )
+
+
+def _area(world: str) -> float:
+    """Of its pictures, in those of 64 x 64."""
+    return (getattr(world_class(world), "image_size", 64) / 64) ** 2
 
 
 @dataclass(frozen=True, kw_only=True)

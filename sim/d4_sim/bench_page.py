@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import numpy as np
 from d4_core.stats import Interval, crossed_mean, nested_mean, student, widest
 from d4_sim.chains import STARTS
 from d4_sim.evaluate import first_start
-from d4_sim.stages import clock
+from d4_sim.stages import Done, clock, read_done
 from d4_sim.study_figures import film
 from d4_sim.study_page import NAMES, costs, failed_gates, policies
 from d4_sim.study_results import (
@@ -25,6 +26,7 @@ from d4_sim.study_results import (
     rows_of,
     run_results,
 )
+from d4_sim.suite.disturb import fitting, slug
 from d4_sim.tables import spread, table
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 FIRST = first_start(STARTS)
 FILMED = DISTURBED = ("imagination", "wm_bc")
 ENDS = ("random", "expert")  # driven once per world
-UNEQUAL = ("bc_scratch", "vpt")  # claims against them are not judged if they had less compute
+UNEQUAL = ("bc_scratch", "bc_early", "vpt")  # claims against them are not judged if they had less compute
 _COMPUTE = {
     True: "with which each of them takes the compute of a whole chain",
     False: "which is not the compute of a chain, so that claims against it are not judged: with more it may "
@@ -41,32 +43,41 @@ _COMPUTE = {
 }
 
 
-def collect(out: Path, worlds: tuple[str, ...], seeds: int) -> dict[str, Any]:
-    """Every number of a bench as JSON values; what has not been run is left out.
+def collect(out: Path, worlds: tuple[str, ...], size: Size, done: Done) -> dict[str, Any]:
+    """Every number of a bench of this size as JSON values; what has not been run is left out, and chains of
+    which anything was made with other settings.
 
     Keys: `chains` {world: {seed: run}}, the reference's policies in every run, `stages` {name: seconds}, and
     `mujoco`, the versions that it was made with.
     """
-    done = read_json(out / "stages.json") or {}
-    seconds = {name: entry["seconds"] for name, entry in done.items() if entry["done"]}
     chains: dict[str, dict[str, Any]] = {}
     for world in worlds:
-        reference = on_starts(out / "reference" / world / "eval.json", FIRST).get("policies", {})
-        runs = {str(s): run_results(out / f"{world}-{s}" / "run", FIRST) for s in range(seeds)}
+        starts = (FIRST, size.eval_episodes, world)
+        path = out / "reference" / world / "eval.json"
+        reference = {} if world in done.stale else on_starts(path, *starts).get("policies", {})
+        folders = {
+            str(s): out / f"{world}-{s}" / "run"
+            for s in range(size.seeds) if f"{world}-{s}" not in done.stale
+        }  # fmt: skip
+        runs = {s: run_results(folder, starts) for s, folder in folders.items()}
         for s, run in runs.items():
-            run["disturbed"] = disturbed(out / f"{world}-{s}" / "run")
+            run["disturbed"] = disturbed(folders[s], world, size)
         chains[world] = {
-            s: run | {"policies": reference | run["policies"], "is_done": f"{world}-{s}/policies" in seconds}
+            s: run | {
+                "policies": reference | run["policies"],
+                "is_done": f"{world}-{s}/policies" in done.seconds,
+            }
             for s, run in runs.items() if "policies" in run
         }  # fmt: skip
     versions = read_json(out / "mujoco.json") or []
-    return {"chains": chains, "runs": {}, "stages": seconds, "mujoco": versions}
+    return {"chains": chains, "runs": {}, "stages": done.seconds, "mujoco": versions}
 
 
-def disturbed(run: Path) -> dict[str, Any]:
-    """{what was done to the world: policies} of a run folder."""
-    found = [on_starts(path, FIRST) for path in sorted(run.glob("eval-*.json"))]
-    return {each["world"].partition("+")[2]: each["policies"] for each in found if each}
+def disturbed(run: Path, world: str, size: Size) -> dict[str, Any]:
+    """{what was done to the world: policies} of a run folder, as far as it was asked for."""
+    named = {each: run / f"eval-{slug(each.split('+'))}.json" for each in fitting(world, size.disturb)}
+    found = {each: on_starts(path, FIRST, size.eval_episodes, world) for each, path in named.items()}
+    return {each: evaluation["policies"] for each, evaluation in found.items() if evaluation}
 
 
 def own(row: Mapping[str, Any], task: int | None) -> np.ndarray:
@@ -80,11 +91,10 @@ def normalised(chains: Mapping[str, Any], task: int | None = None) -> dict[str, 
 
     Both ends are means over their episodes; that they were measured, too, widens no interval.
     """
-    zero, one = rows_of(chains, "random"), rows_of(chains, "expert")
-    if not zero or not one:
+    zero, one = ([own(row, task) for row in rows_of(chains, end).values()] for end in ENDS)
+    if not zero or not one or not all(map(len, (*zero, *one))):
         return {}
-    low = float(np.mean([own(row, task).mean() for row in zero.values()]))
-    high = float(np.mean([own(row, task).mean() for row in one.values()]))
+    low, high = (float(np.mean([returns.mean() for returns in end])) for end in (zero, one))
     if not high > low:
         return {}
     out = {}
@@ -145,7 +155,7 @@ def tasks(world: str, chains: Mapping[str, Any], names: list[str], seeds: int) -
     )
 
 
-def robustness(world: str, chains: Mapping[str, Any]) -> Iterator[str]:
+def robustness(world: str, chains: Mapping[str, Any], seeds: int) -> Iterator[str]:
     """What becomes of the policies when commands come late and pictures are bad."""
     kinds = list(dict.fromkeys(kind for run in chains.values() for kind in run["disturbed"]))
     rows = []
@@ -162,8 +172,9 @@ def robustness(world: str, chains: Mapping[str, Any]) -> Iterator[str]:
             if not change:
                 cells += ["-", "-"]
                 continue
-            wide = widest(*(change[kind] for kind in ("both", "student") if kind in change))
-            cells += [f"{np.mean(means):.2f}", spread(wide, sign=True)]
+            wide = widest(*(change[end] for end in ("both", "student") if end in change))
+            few = f", {len(pair)} of {seeds} chains" if len(pair) < seeds else ""
+            cells += [f"{np.mean(means):.2f}", spread(wide, sign=True) + few]
         rows.append([f"`{kind}`", *cells])
     if not rows:
         return
@@ -184,24 +195,25 @@ def films(out: Path, world: str, seeds: list[str], folder: Path, link: str) -> I
         yield from film(media, f"real_{policy}", title, f"{world}-{policy}", folder, link)
 
 
-def page(out: Path, worlds: tuple[str, ...], size: Size) -> tuple[str, dict[str, Any]]:
+def page(out: Path, worlds: tuple[str, ...], size: Size, done: Done) -> tuple[str, dict[str, Any]]:
     """The page as text, and the numbers behind it; pictures go to <out>/page."""
-    results = collect(out, worlds, size.seeds)
-    parts = [f"# Bench: {', '.join(worlds)}\n", _about(results, worlds, size), *summary(results, size.seeds)]
+    results = collect(out, worlds, size, done)
+    about = _about(results, worlds, size, done.missing)
+    parts = [f"# Bench: {', '.join(worlds)}\n", about, *summary(results, size.seeds)]
     for world, chains in results["chains"].items():
         if not chains:
             continue
         parts += policies(f"## {world}", chains, () if size.is_equal else UNEQUAL, size.seeds)
         reference = read_json(out / "reference" / world / "eval.json") or {}
         parts += tasks(world, chains, reference.get("task_names", []), size.seeds)
-        parts += robustness(world, chains)
+        parts += robustness(world, chains, size.seeds)
         parts += films(out, world, sorted(chains), out / "page", "page")
     parts += [*failed_gates(results), *costs(results)]
     return "\n".join(parts), results
 
 
-def _about(results: Mapping[str, Any], worlds: tuple[str, ...], size: Size) -> str:
-    """What was run, and what is missing."""
+def _about(results: Mapping[str, Any], worlds: tuple[str, ...], size: Size, stages: Sequence[str]) -> str:
+    """What was run, and what is missing; `stages` are not done."""
     done = {world: sum(run["is_done"] for run in results["chains"][world].values()) for world in worlds}
     steps = max(1, round(size.scratch_steps * size.scale))
     lines = [
@@ -210,7 +222,8 @@ def _about(results: Mapping[str, Any], worlds: tuple[str, ...], size: Size) -> s
         f"{size.eval_episodes} shared starts per policy and chain, of which the expert drives "
         f"{size.expert_episodes} (once per world) and the planner in the world model "
         f"{size.planner_episodes}. Without a world model, both networks of the VPT style train for {steps} "
-        f"steps and the one from scratch for {2 * steps}, {_COMPUTE[size.is_equal]}. "
+        f"steps and the one from scratch for {2 * steps}, {_COMPUTE[size.is_equal]}; the early one stops, "
+        f"at {2 * steps // 8} at the latest, when held-out commands are known best. "
         f"{clock(sum(results['stages'].values()))} of work in all. The expert is a "
         "script, or a planner on the true simulator, and no optimum. Claims are judged by the t interval "
         "over seeds: one that resamples a few seeds is too narrow.\n"
@@ -220,14 +233,20 @@ def _about(results: Mapping[str, Any], worlds: tuple[str, ...], size: Size) -> s
     if len(versions) > 1:
         lines.append("**Several versions of MuJoCo**: their pictures may differ.\n")
     missing = [f"{world} ({done[world]} of {size.seeds})" for world in worlds if done[world] < size.seeds]
+    kinds = Counter(name.rpartition("/")[2] for name in stages)
+    if rest := [f"{count} x {kind}" for kind, count in kinds.items() if kind != "tidy"]:
+        lines.append(f"**Not complete**: of the stages are left {', '.join(rest)}.\n")
     if missing:
         lines.append(f"**Not complete**: chains of {', '.join(missing)}.\n")
     return "\n".join(lines)
 
 
-def write_page(out: Path, worlds: tuple[str, ...], size: Size) -> Path | None:
-    """Write <out>/page.md and <out>/page/results.json; None if there are no results yet."""
-    text, results = page(out, worlds, size)
+def write_page(out: Path, worlds: tuple[str, ...], size: Size, keys: Mapping[str, str]) -> Path | None:
+    """Write <out>/page.md and <out>/page/results.json; None if there are no results yet.
+
+    Args: keys: of the planned stages.
+    """
+    text, results = page(out, worlds, size, read_done(out, keys))
     if not any(results["chains"].values()):
         return None
     (out / "page").mkdir(exist_ok=True)

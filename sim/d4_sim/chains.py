@@ -11,13 +11,15 @@ from d4_sim.stages import Command, Stage, command
 
 # seconds on one core at the default size
 PHASES = {"tokenizer": 240.0, "dynamics": 700.0, "agent": 560.0, "imagination": 210.0}
+_START_S = 8.0  # of every command, however little it does
 _SCRATCH_S = 0.065  # a step of a network without a world model
 STARTS = 21  # seed of d4-eval's starts, on which nothing was ever decided
 
 
 def scratch_steps(steps: int) -> dict[str, int]:
-    """Steps of each network without a world model, before the scale: the same compute for both policies."""
-    return {"bc_scratch": 2 * steps, "vpt": steps}
+    """Steps of each network without a world model, before the scale: the same compute for bc_scratch and vpt,
+    and bc_early takes at most an eighth of its own."""
+    return {"bc_scratch": 2 * steps, "bc_early": 2 * steps, "vpt": steps}
 
 
 def scaled(steps: int, scale: float) -> int:
@@ -69,6 +71,7 @@ class Chains:
         """Add a stage; returns its name."""
         keeps = any(path.name == "run" for path in makes)
         title = " then ".join(words[0] for words in commands)
+        typical_s += _START_S * len(commands)
         stage = Stage(name, title, commands, tuple(needs), makes, typical_s, True, keeps, recipe, weight)
         self.stages.append(stage)
         return name
@@ -94,20 +97,22 @@ class Chains:
     def baselines(self, name: str, run: Path, dataset: Path, steps: int) -> str:
         """Stage that trains what is cloned without a world model, beside the chain `name`, whose tokenizer
         made the run folder: both networks of the VPT style for so many steps, the one from scratch for twice
-        as many.
+        as many, and for some shares of these (`EARLIER`).
         """
+        from d4_core.baselines import EARLIER
+
         parts = [
             command("d4-clone", run, dataset=dataset, policies=(policy,), steps=scaled(each, self.args.scale))
             for policy, each in scratch_steps(steps).items()
         ]
-        typical_s = 4 * _SCRATCH_S * steps * self.args.scale
+        typical_s = (4 + 2 * sum(EARLIER)) * _SCRATCH_S * steps * self.args.scale
         return self.add(f"{name}/baselines", [f"{name}/tokenizer"], typical_s, *parts)
 
     def drive_all(self, drive: Callable[..., Command], steps: int, policies: Sequence[str]) -> list[Command]:
         """`drive(*policies, scratch_steps=...)` with the steps that `baselines` trained each of them for."""
-        own = scratch_steps(steps)
-        rest = [policy for policy in policies if policy != "bc_scratch"]
-        return [drive("bc_scratch", scratch_steps=own["bc_scratch"]), drive(*rest, scratch_steps=own["vpt"])]
+        own, first = scratch_steps(steps), ("bc_scratch", "bc_early")
+        rest = [policy for policy in policies if policy not in first]
+        return [drive(*first, scratch_steps=own["bc_scratch"]), drive(*rest, scratch_steps=own["vpt"])]
 
     def driving(self, *policies: str, **options: Any) -> Callable[[Path, Path], Command]:
         """`drive` for a run that is yet to be named."""

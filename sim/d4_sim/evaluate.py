@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -13,22 +15,33 @@ import numpy as np
 import tyro
 
 from d4_core import threads
+from d4_datasets import locks
 from d4_datasets.errors import UserError, run_cli
 
 if TYPE_CHECKING:
-    from d4_core.baselines import BaselineTrainer
+    from d4_core.baselines import BaselineTrainer, ScratchPolicy
     from d4_core.models import Models
     from d4_sim.vector import EpisodeBatch
 
-PolicyName = Literal["random", "data", "bc_scratch", "vpt", "wm_bc", "planner", "imagination", "expert"]
+PolicyName = Literal[
+    "random", "data", "bc_scratch", "bc_early", "vpt", "wm_bc", "planner", "imagination", "expert"
+]
 POLICIES: tuple[PolicyName, ...] = ("random", "data", "bc_scratch", "wm_bc", "imagination", "expert")
 # the checkpoint that each learned policy acts with
 FOLDERS = {
-    "bc_scratch": "bc_scratch", "vpt": "vpt", "wm_bc": "agent", "planner": "agent",
-    "imagination": "imagination", "bc_scratch_argmax": "bc_scratch", "vpt_argmax": "vpt",
-    "wm_bc_argmax": "agent", "imagination_argmax": "imagination",
+    "bc_scratch": "bc_scratch", "bc_early": "bc_early", "vpt": "vpt", "wm_bc": "agent", "planner": "agent",
+    "imagination": "imagination", "bc_scratch_argmax": "bc_scratch", "bc_early_argmax": "bc_early",
+    "vpt_argmax": "vpt", "wm_bc_argmax": "agent", "imagination_argmax": "imagination",
 }  # fmt: skip
-SAMPLING = ("bc_scratch", "vpt", "wm_bc", "imagination")  # policies that sample unless told otherwise
+SAMPLING = (
+    "bc_scratch",
+    "bc_early",
+    "vpt",
+    "wm_bc",
+    "imagination",
+)  # policies that sample unless told otherwise
+SCRATCH_STEPS = 1500  # of a policy without a world model that there is not yet
+ASIDE = ".on-"  # in the names of files with results on other starts
 EVAL_SEED = 1_000_000  # recorded episodes have hashed 63-bit seeds, so these starts are new
 
 
@@ -44,9 +57,10 @@ class EvalArgs:
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of d4-train."""
     dataset: Path
-    """Dataset that the run was trained on (data mean, training of bc_scratch and vpt)."""
+    """Dataset that the run was trained on (data mean, training of bc_scratch, bc_early and vpt)."""
     policies: tuple[PolicyName, ...] = POLICIES
-    """What to evaluate; results of other policies in eval.json are kept while their weights are in force."""
+    """What to evaluate; results of other policies in eval.json are kept while their weights are in force, and
+    those on other starts in a file beside it, eval.on-<world>.<first>-<last seed>.json."""
     episodes: int = 100
     """Episodes per policy."""
     planner_episodes: int | None = None
@@ -58,14 +72,17 @@ class EvalArgs:
     has all); results go to eval-<these>.json, and no gate is measured."""
     seed: int = 0
     """Decides the start states and all sampling; baselines are trained with the seed of the run."""
-    scratch_steps: int = 1500
-    """Training steps of a policy without a world model, and of vpt's inverse dynamics model."""
+    scratch_steps: int | None = None
+    """Training steps of a policy without a world model, and of vpt's inverse dynamics model; by default
+    those of the run are taken as they are, or trained for 1500."""
     scale: float = 1.0
-    """Multiplies these training steps."""
+    """Multiplies these training steps, where they are not those of the run."""
     device: str = "auto"
     """auto, cpu or cuda."""
     argmax: bool = False
     """Learned policies take their likeliest action; kept beside the samples, as <policy>_argmax."""
+    missing: bool = False
+    """Leave out the policies that have results on these starts with the weights that are in force."""
     force: bool = False
     """Go on although a gate failed."""
 
@@ -137,13 +154,16 @@ class Evaluation:
     def _open(self) -> dict[str, Any]:
         """The file as it is now, without what other start states or other weights gave."""
         path, contract = self.path, self.logs.contract
-        result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         shared = {
             "world": self.world,
             "episodes": self.args.episodes,
             "seeds": [int(self.seeds[0]), int(self.seeds[-1])],
         }
-        if {k: result.get(k) for k in shared} != shared:
+        for place in (path, beside(path, shared)):
+            result: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {}
+            if {k: result.get(k) for k in shared} == shared:
+                break
+        else:
             names = list(contract.task_names)
             return {**shared, "tasks": self.tasks.tolist(), "task_names": names, "policies": {}}
         rows = result["policies"].items()
@@ -165,6 +185,11 @@ class Evaluation:
         began, name = time.perf_counter(), policy
         if self.args.argmax and policy in SAMPLING:
             name += "_argmax"
+        found = self.result["policies"].get(name)
+        if self.args.missing and found and (name == "data" or len(found["return"]) == self._count(name)):
+            self._own[name] = found
+            print(f"  {name:12} was there", flush=True)
+            return
         if name == "data" and not self.events:
             row = self._data()
         else:
@@ -241,19 +266,39 @@ class Evaluation:
             return RandomSession(contract.action_low, contract.action_high, seed, whole(contract)), {}
         if name in ("expert", "data"):
             return ScriptedPolicy("expert" if name == "expert" else None, seed), {}
-        if kind == "bc_scratch":
-            return ScratchSession(self._trainer().clone(), seed, argmax), {}
-        if kind == "vpt":
-            from d4_core.baselines import inverse_error
-
-            policy, inverse = self._trainer().vpt()
-            return ScratchSession(policy, seed, argmax), {
-                "idm": inverse_error(inverse, self.logs, self.held_out)
-            }
+        if kind in ("bc_scratch", "bc_early", "vpt"):
+            policy, extra = self._clone(kind)
+            return ScratchSession(policy, seed, argmax), extra
         if name == "planner":
             session = PlannerSession(self._models("agent"), n, seed)
             return session, {"planner": asdict(session.cfg)}
         return PolicySession(self._models(FOLDERS[name]), n, seed, argmax=argmax), {}
+
+    def _clone(self, kind: str) -> tuple[ScratchPolicy, dict[str, Any]]:
+        """A policy without a world model, and what the logs say of it: `clone`, its steps and how well it
+        knows commands, those that it was trained on and held-out ones; of vpt `idm`, too, how good its labels
+        are (`inverse_error`, `clone_error`).
+        """
+        from d4_core.baselines import clone_error, inverse_error
+        from d4_core.checkpoint import exists, load_config
+
+        trainer, extra, folder = self._trainer(kind), {}, self.args.run / kind
+        if kind == "vpt":
+            policy, inverse = trainer.vpt()
+            extra["idm"] = inverse_error(inverse, self.logs, self.held_out)
+        elif kind == "bc_scratch":
+            policy = trainer.clone()
+        elif self.args.scratch_steps is None and exists(folder):
+            policy = trainer.load(kind)
+        else:
+            policy = trainer.early(self.held_out)
+        share = trainer.scratch.relevant_return
+        known = {
+            name: clone_error(policy, self.logs, episodes, share)
+            for name, episodes in (("train", self.train), ("held_out", self.held_out))
+        }
+        steps = int(load_config(folder)["total_steps"])
+        return policy, extra | {"clone": {"steps": steps, **known}}
 
     def _models(self, phase: str) -> Models:
         from d4_core.models import load
@@ -261,11 +306,20 @@ class Evaluation:
 
         return load(self.args.run / phase, self.logs.contract, pick_device(self.args.device))
 
-    def _trainer(self) -> BaselineTrainer:
-        """Trains or loads the baselines without a world model."""
+    def _trainer(self, name: str) -> BaselineTrainer:
+        """Trains or loads a baseline without a world model."""
+        from d4_core import checkpoint
         from d4_core.clone import trainer
 
-        steps = max(1, round(self.args.scratch_steps * self.args.scale))
+        args, given = self.args, self.args.scratch_steps
+        folders = [args.run / each for each in (("vpt", "vpt_idm") if name == "vpt" else (name,))]
+        there = [folder for folder in folders if checkpoint.exists(folder)]
+        if given is None and there:
+            steps = int(checkpoint.load_config(there[0])["total_steps"])
+            if args.scale != 1.0:
+                print(f"  {name} is there, of {steps} steps: --scale counts with --scratch-steps", flush=True)
+        else:
+            steps = max(1, round((SCRATCH_STEPS if given is None else given) * args.scale))
         return trainer(self.args.run, self.args.dataset, self.logs, self.train, steps)
 
     # -- gates -----------------------------------------------------------------------------------------------
@@ -339,13 +393,28 @@ class Evaluation:
         film_again(self.args.run / "media", name, self.world, seeds, batch, self.logs.contract.rate_hz)
 
     def write(self) -> None:
-        """The file, aside and renamed, with what others have added to it meanwhile."""
-        self.result = self._open()
-        self.result["policies"] |= self._own
+        """The file, aside and renamed, with what others have added to it meanwhile. What is there on other
+        starts makes room.
+        """
         path = self.path
-        aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-        aside.write_text(json.dumps(self.result))
-        os.replace(aside, path)
+        with locks.held(path.with_name(f".{path.name}.lock")):
+            self.result = self._open()
+            self.result["policies"] |= self._own
+            aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+            aside.write_text(json.dumps(self.result))
+            there = json.loads(path.read_text()) if path.exists() else self.result
+            if (other := beside(path, there)) != (own := beside(path, self.result)):
+                os.replace(path, other)
+                print(f"results on other starts are kept in {other}", flush=True)
+            os.replace(aside, path)
+            own.unlink(missing_ok=True)
+
+
+def beside(path: Path, result: Mapping[str, Any]) -> Path:
+    """Where results are kept that do not have the starts of those in the file `path`."""
+    world = re.sub(r"[^\w.=-]", "-", str(result.get("world", "world")))  # it may have the path of a report
+    first, last = result.get("seeds", (0, 0))
+    return path.with_name(f"{path.stem}{ASIDE}{world}.{first}-{last}{path.suffix}")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class Runner:
         jobs: slots; a stage takes as many as its `weight` says, and at most all of them.
         only: beginnings of the names of stages to run; empty: all of them.
         seconds: nothing is begun later than this, and what is still at work then is told to save and leave.
-        redo: do again what was made with other arguments, which clears it away.
+        redo: do again what was made with other arguments, of the stages of `only`, which clears it away.
         prepare, report: called before anything is cleared away or begun, where it may refuse, and after the
             last stage, whatever happened to it; not at all where the run is refused.
 
@@ -116,14 +116,14 @@ class Runner:
             self.state = State(self.out, self.stages, self._keys, force=True)  # as it is now that it is ours
             self._require_redo()
             self._prepare()
-            self.state.clear_stale()
+            self.state.clear_stale(self.only)
             try:
                 return self._run()
             finally:
                 self._report()
 
     def _require_redo(self) -> None:
-        stale = [stage.name for stage in self.state.stale()]
+        stale = [stage.name for stage in self.state.stale(self.only)]
         if stale and not self.redo:
             raise UserError(
                 f"{self.out} holds what was made with other arguments or settings: {', '.join(stale)}. Give "
@@ -149,7 +149,26 @@ class Runner:
             raise Interrupted(received[0])
         if self.is_late and self.lanes:
             self._say("time is up: " + ", ".join(lane.stage.name for lane in self.lanes) + " not finished")
+        elif not self.is_late:
+            self._name_waiting()
         return int(bool(self.failed))
+
+    def _name_waiting(self) -> None:
+        """Say which of the stages that were asked for need others that were not."""
+        for stage in self.stages:
+            open_ = [name for name in stage.needs if not self.state.is_done(name)]
+            needed = [name for name in open_ if not self._is_wanted(name)]
+            if needed and self._is_wanted(stage.name):
+                self.failed.add(stage.name)
+                self._say(f"{stage.name} needs {', '.join(needed)}, which --only leaves out")
+
+    def _is_wanted(self, name: str) -> bool:
+        return name.startswith(self.only or "")
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of the stages that are not done."""
+        return [stage.name for stage in self.stages if not self.state.is_done(stage.name)]
 
     @property
     def is_late(self) -> bool:
@@ -164,9 +183,9 @@ class Runner:
             if free <= 0:
                 return
             is_open = stage.name not in busy | self.failed and not self.state.is_done(stage.name)
-            is_wanted = not self.only or stage.name.startswith(self.only)
             fits = stage.weight <= free or not self.lanes
-            if is_open and is_wanted and fits and all(map(self.state.is_done, stage.needs)):
+            if is_open and self._is_wanted(stage.name) and fits and all(map(self.state.is_done, stage.needs)):
+                self.state.note(stage, 0.0, done=False)  # with its key, should this process be killed
                 self.lanes.append(Lane(stage, self._log(stage), self.env))
                 self._say(f"begin {stage.name} ({stage.title})")
 

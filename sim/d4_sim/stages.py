@@ -55,7 +55,7 @@ class Stage:
         title: what it does, for the heading.
         commands: the public commands, each with its arguments.
         needs: stages whose results it uses; it is redone when one of them is.
-        makes: folders that are cleared away when it is redone with other arguments.
+        makes: folders and files that are cleared away when it is redone with other arguments.
         typical_s: seconds it takes on two idle cores at this size.
         gated: a gate may fail in it, so that a result made with --force is not one made without.
         keeps: what it makes holds training time, and is set aside instead of cleared away.
@@ -114,29 +114,46 @@ class State:
                 sentence = f"{self._path} is damaged: delete it, finished work is found anyway"
                 raise UserError(sentence) from None
 
-    def stale(self) -> list[Stage]:
-        """Stages that were begun with other arguments."""
-        entries = self._entries
-        return [s for s in self._stages if s.name in entries and entries[s.name]["key"] != self._keys[s.name]]
+    def stale(self, only: tuple[str, ...] = ()) -> list[Stage]:
+        """Stages that were begun with other arguments; of those whose names begin like one of `only`."""
+        begun = [s for s in self._stages if s.name in self._entries and s.name.startswith(only or "")]
+        return [s for s in begun if not self._is_current(s.name)]
 
-    def clear_stale(self) -> list[str]:
-        """Remove what stages made from other arguments; returns their names.
+    def _is_current(self, name: str) -> bool:
+        return bool(self._entries[name]["key"] == self._keys[name])
 
-        A run folder, in which training time lies, is kept once beside the new one as <name>.previous.
+    def clear_stale(self, only: tuple[str, ...] = ()) -> list[str]:
+        """Remove what stages made from other arguments, see `stale`; returns their names.
+
+        A run folder, in which training time lies, is kept once beside the new one as <name>.previous. What
+        needs such a stage is not done any more either, whatever arguments come next: its files may lie there.
         """
-        stale = self.stale()
+        stale = self.stale(only)
         for stage in stale:
             for path in stage.makes:
-                _set_aside(path) if stage.keeps else shutil.rmtree(path, ignore_errors=True)
-            del self._entries[stage.name]
+                if stage.keeps:
+                    _set_aside(path)
+                elif path.is_file():
+                    path.unlink()
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
+            self._forget(stage.name)
         if stale:
             self._write()
         return [stage.name for stage in stale]
 
+    def _forget(self, name: str) -> None:
+        self._entries.pop(name, None)
+        for stage in self._stages:
+            if name in stage.needs:
+                self._forget(stage.name)
+
     def is_done(self, name: str) -> bool:
-        """Whether the stage is finished; one whose gates were not in force counts with --force only."""
+        """Whether the stage is finished, with these arguments; one whose gates were not in force counts with
+        --force only.
+        """
         entry = self._entries.get(name, {})
-        return bool(entry.get("done")) and (self._force or not entry["forced"])
+        return bool(entry.get("done")) and self._is_current(name) and (self._force or not entry["forced"])
 
     def note(self, stage: Stage, seconds: float, done: bool) -> None:
         """Add `seconds` of work on a stage, and whether that finished it."""
@@ -161,6 +178,36 @@ class State:
         aside = self._path.with_name(f".tmp-{_STATE}")
         aside.write_text(json.dumps(self._entries, indent=1) + "\n")
         os.replace(aside, self._path)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What stages.json says of the stages that are planned now.
+
+    Attributes:
+        seconds: of each that is finished.
+        missing: those that are not.
+        stale: first parts of the names of those that were begun with other arguments, so that what lies
+            there is of another run.
+    """
+
+    seconds: dict[str, float]
+    missing: tuple[str, ...]
+    stale: frozenset[str]
+
+
+def read_done(out: Path, keys: Mapping[str, str]) -> Done:
+    """The state of a folder, for pages; `keys` are those of its stages as they are planned."""
+    path = out / _STATE
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    found = {name: entries[name] for name in keys if name in entries}
+    current = {name: entry for name, entry in found.items() if entry["key"] == keys[name]}
+    seconds = {name: entry["seconds"] for name, entry in current.items() if entry["done"]}
+    return Done(
+        seconds,
+        tuple(name for name in keys if name not in seconds),
+        frozenset(name.partition("/")[0] for name in found if name not in current),
+    )
 
 
 def _set_aside(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +18,11 @@ from d4_core.stats import (
     crossed_rate,
     nested_mean,
     paired_difference,
+    rate_difference,
     resampled,
     student,
 )
+from d4_sim.evaluate import ASIDE
 from d4_sim.study import (
     CASCADE,
     FRESH,
@@ -36,13 +39,14 @@ from d4_sim.study import (
 )
 
 CLONED_DRIVES = "cloned_drives"  # not a policy: the logs' episodes with enough return to be cloned
-TABLE = ("random", "data", CLONED_DRIVES, "bc_scratch", "bc_scratch_longer", "vpt", "vpt_longer", "wm_bc",
-         "planner", "imagination", "expert")  # fmt: skip
+TABLE = ("random", "data", CLONED_DRIVES, "bc_scratch", "bc_scratch_longer", "bc_early", "vpt", "vpt_longer",
+         "wm_bc", "planner", "imagination", "expert")  # fmt: skip
 PAIRS = (
     ("imagination", "wm_bc"), ("imagination_argmax", "wm_bc_argmax"), ("wm_bc", "bc_scratch"),
-    ("wm_bc", "vpt"), ("wm_bc", "bc_scratch_longer"), ("wm_bc", "vpt_longer"), ("imagination", "vpt_longer"),
-    ("planner", "imagination"), ("wm_bc_argmax", "vpt_longer_argmax"),
-    ("imagination_argmax", "vpt_longer_argmax"),
+    ("wm_bc", "bc_early"), ("wm_bc", "vpt"), ("wm_bc", "bc_scratch_longer"), ("wm_bc", "vpt_longer"),
+    ("imagination", "bc_scratch"), ("imagination", "bc_early"), ("imagination", "vpt"),
+    ("imagination", "bc_scratch_longer"), ("imagination", "vpt_longer"), ("planner", "imagination"),
+    ("wm_bc_argmax", "vpt_longer_argmax"), ("imagination_argmax", "vpt_longer_argmax"),
 )  # fmt: skip
 LIKELIEST = ("bc_scratch_longer_argmax", "vpt_longer_argmax", "wm_bc_argmax", "imagination_argmax")
 CALIBRATION = ("reward_", "value_", "kl_")
@@ -125,12 +129,12 @@ def on_other_starts(results: Mapping[str, Any], world: str) -> dict[str, Any]:
     return {seed: found[seed] for seed in sorted(found) if "policies" in found[seed]}
 
 
-def run_results(run: Path, first: int | None = None) -> dict[str, Any]:
-    """Results of one run folder; empty if there are none yet. Policies that drove other starts than those
-    from the seed `first` on are left out."""
-    evaluation = (
-        (read_json(run / "eval.json") or {}) if first is None else on_starts(run / "eval.json", first)
-    )
+def run_results(run: Path, starts: tuple[int, int, str] | None = None) -> dict[str, Any]:
+    """Results of one run folder; empty if there are none yet. `starts`: what `on_starts` takes, where results
+    on others are to be left out.
+    """
+    path = run / "eval.json"
+    evaluation = on_starts(path, *starts) if starts else read_json(path) or {}
     configs = {path.parent.name: json.loads(path.read_text()) for path in sorted(run.glob("*/config.json"))}
     kept = ("wall_s", "cpu_s", "kl")
     found = {
@@ -145,10 +149,18 @@ def run_results(run: Path, first: int | None = None) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
-def on_starts(path: Path, first: int) -> dict[str, Any]:
-    """What a file of d4-eval holds if its starts begin with this seed; empty otherwise, or without it."""
-    found: dict[str, Any] = read_json(path) or {}
-    return found if found.get("seeds", [first])[0] == first else {}
+def on_starts(path: Path, first: int, count: int, world: str) -> dict[str, Any]:
+    """What a file of d4-eval, or one beside it, holds of so many starts of a world from this seed on; {} if
+    none does. Of several it is the one with most policies.
+    """
+    starts = [first, first + count - 1]
+    places = (path, *path.parent.glob(f"{glob.escape(path.stem)}{ASIDE}*{path.suffix}"))
+    found = [each for place in places if (each := read_json(place))]
+    fitting = [
+        each for each in found
+        if each.get("seeds", starts) == starts and each.get("world", world).split("+")[0] == world
+    ]  # fmt: skip
+    return max(fitting, key=lambda each: len(each["policies"]), default={})
 
 
 def read_json(path: Path) -> Any:
@@ -209,13 +221,14 @@ def differences(chains: Mapping[str, Any], a: str, b: str, what: str = "return")
         return None
     pairs = {s: _on_the_same_starts(first[s], second[s], what) for s in shared}
     gains = [np.subtract(*pair) for pair in pairs.values()]
-    out: dict[str, Any] = {
-        "seeds": {s: paired_difference(*pair) for s, pair in pairs.items()},
-        "both": crossed_mean(gains),
-    }
+    each = {s: paired_difference(*pair) for s, pair in pairs.items()}
+    found = {"both": crossed_mean(gains)}
     if len(shared) > 1:
-        out["student"] = student([float(g.mean()) for g in gains])
-    return out
+        found["student"] = student([float(g.mean()) for g in gains])
+    if what == "success":
+        each = {s: rate_difference(interval, len(pairs[s][0])) for s, interval in each.items()}
+        found = {end: rate_difference(interval, min(map(len, gains))) for end, interval in found.items()}
+    return {"seeds": each, **found}
 
 
 def _on_the_same_starts(

@@ -15,9 +15,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def spread(value: Interval, digits: int = 2, sign: bool = False) -> str:
-    """mean [low, high]."""
-    mean, low, high = (f"{x:+.{digits}f}" if sign else f"{x:.{digits}f}" for x in value)
-    return f"{mean} [{low}, {high}]"
+    """mean [low, high]; the mean alone where that is all, because there was one value or all were equal."""
+    mean, low, high = (f"{x:+z.{digits}f}" if sign else f"{x:z.{digits}f}" for x in value)  # no -0.00
+    return mean if value[1] == value[2] else f"{mean} [{low}, {high}]"
 
 
 def verdict(claim: str, holds: bool, figure: str) -> str:

@@ -18,6 +18,7 @@ from d4_core.baselines import (
     ScratchTraining,
     Stacks,
     answered,
+    clone_error,
     inverse_error,
     relabel,
     shift,
@@ -291,3 +292,48 @@ def test_both_baselines_are_trained_once_per_data_and_labels(tmp_path, make_logs
     capsys.readouterr()
     trainer(data="b").vpt()
     assert "starting afresh" in capsys.readouterr().out
+
+
+def test_a_clone_is_judged_by_known_commands_every_task_alike(make_logs, monkeypatch) -> None:
+    """Episode 0 did task 0 and is right in all 6 frames, episode 1 task 1 and in none of 9."""
+    reward = np.zeros((20, 2), np.float32)
+    reward[3, 0] = reward[9, 1] = 1.0
+    action = np.repeat([0.0, 1.0, 0.0], LENGTHS)[:, None].astype(np.float32)
+    images = {"cam": np.zeros((20, 16, 16, 3), np.uint8)}
+    logs = make_logs(LENGTHS, images=images, reward=reward, action=action)
+    policy = ScratchPolicy((ActionPart(kind="categorical", classes=4),), 9, 2, (16, 16), 3)
+    monkeypatch.setattr(policy.space, "mode", lambda params: torch.zeros(len(params), 1))
+    monkeypatch.setattr(policy.space, "log_prob", lambda params, a: -1.0 - 2 * a[:, 0])
+    assert clone_error(policy, logs, EVERY, 0.4) == {"frames": 15, "nats": 2.0, "accuracy": 0.5}
+    assert clone_error(policy, logs, EVERY[1:], 0.4) == {"frames": 9, "nats": 3.0, "accuracy": 0.0}
+    assert clone_error(policy, logs, EVERY[2:], 0.4) == {"frames": 0}
+
+
+@pytest.mark.parametrize(
+    ("nats", "steps"), [((3, 1, 2, 4), 4), ((9, 8, 7, 6), 16), ((2, 2, 2, 2), 16), ((None,) * 4, 16)]
+)
+def test_held_out_commands_choose_the_length_of_the_early_clone(
+    tmp_path, make_logs, monkeypatch, nats, steps
+) -> None:
+    """Cloned for as long as a whole chain trains, a policy knows its few labels by heart and little else."""
+    robot, images = toy_run.contract(), np.random.default_rng(0).integers(0, 256, (20, 16, 24, 3), np.uint8)
+    action = np.tile(np.array([[0.5, 2.0]], np.float32), (20, 1))
+    logs = make_logs(LENGTHS, images={"cam": images}, action=action, reward=np.ones((20, 2), np.float32))
+    makes = BaselineTrainer(
+        run=tmp_path, contract=robot, logs=logs, data="a", episodes=EVERY[:2], seed=0,
+        scratch=ScratchTraining(steps=128, batch=1),
+    )  # fmt: skip
+    left, judged = list(nats), []
+
+    def error(policy, logs, episodes, share):
+        judged.append(episodes.tolist())
+        value = left.pop(0)
+        return {"frames": 0} if value is None else {"frames": 5, "nats": float(value)}
+
+    monkeypatch.setattr("d4_core.baselines.clone_error", error)
+    policy = makes.early(EVERY[2:])
+    assert judged == [[2]] * 4
+    assert load_config(tmp_path / "bc_early")["total_steps"] == steps
+    assert sorted(int(p.name) for p in (tmp_path / "early").iterdir()) == [2, 4, 8, 16]
+    for a, b in zip(policy.state_dict().values(), makes.load("bc_early").state_dict().values(), strict=True):
+        assert torch.equal(a, b)

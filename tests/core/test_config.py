@@ -90,9 +90,9 @@ def test_override_reaches_every_depth_and_leaves_the_rest() -> None:
 @pytest.mark.parametrize(
     ("setting", "why"),
     [
-        ("depth=3", "has no attribute 'depth'"),
-        ("dynamics.deep=3", "has no attribute 'deep'"),
-        ("patch.x=3", "has no attribute 'x'"),
+        ("depth=3", "there is no 'depth'; there is "),
+        ("dynamics.deep=3", "there is no 'deep'; there is "),
+        ("patch.x=3", "there is no 'x'; what is before it is a plain value"),
         ("patch=large", "expected int, got 'large'"),
         ("patch=8.5", "expected int, got 8.5"),
         ("patch=true", "expected int, got True"),

@@ -456,7 +456,7 @@ def test_the_command_says_what_it_cannot_use(tmp_path, monkeypatch, capsys) -> N
     monkeypatch.delenv("RANK", raising=False)
     for extra, why in (
         (["--scale", "0"], "--scale 0.0 must be positive"),
-        (["--set", "depth=3"], "--set depth=3: 'Preset' object has no attribute 'depth'"),
+        (["--set", "depth=3"], "--set depth=3: there is no 'depth'; there is patch, "),
         ([], str(tmp_path / "missing")),
     ):
         assert call(monkeypatch, *line, *extra) == 2

@@ -10,6 +10,7 @@ from d4_core.stats import (
     few_mean,
     nested_mean,
     paired_difference,
+    rate_difference,
     student,
     wilson,
 )
@@ -142,6 +143,13 @@ def test_none_of_a_hundred_is_not_never() -> None:
     rng = np.random.default_rng(0)
     groups = (rng.random((3, 100)) < 0.4).astype(float)
     assert crossed_rate(groups)[1] <= crossed_mean(groups)[1]
+
+
+def test_equal_rates_are_no_certainty() -> None:
+    """Paired successes of which none differed printed as +0.00, without an interval."""
+    assert rate_difference((0.0, 0.0, 0.0), 100) == pytest.approx((0.0, -0.037, 0.037), abs=1e-3)
+    assert rate_difference((1.0, 1.0, 1.0), 100) == pytest.approx((1.0, 0.963, 1.0), abs=1e-3)
+    assert rate_difference((-0.2, -0.4, 0.1), 100) == (-0.2, -0.4, 0.1)
 
 
 def test_wilson() -> None:

@@ -39,8 +39,8 @@ def first_plan(link: Link) -> np.ndarray:
     return reply.plan
 
 
-def is_served(server) -> None:
-    """Whether a new robot gets its own first answer, and not one of the robot before."""
+def assert_served(server) -> None:
+    """A new robot gets its own first answer, and not one of the robot before."""
     link = server.link()
     for _ in range(3):
         np.testing.assert_allclose(first_plan(link)[:, 0], np.arange(4) / 1000)
@@ -58,7 +58,7 @@ def test_a_robot_that_is_killed_makes_room(rig_server, tmp_path, requests) -> No
         assert robot.stdout.readline() == b"ready\n"
         robot.kill()
     (tmp_path / "fault").unlink(missing_ok=True)
-    is_served(rig_server)
+    assert_served(rig_server)
 
 
 @pytest.mark.parametrize("is_asking", [False, True])
@@ -70,7 +70,7 @@ def test_a_socket_that_is_closed_makes_room(rig_server, tmp_path, is_asking) -> 
         if is_asking:
             link.submit(0, True, None)
         link._sock.close()  # no BYE
-        is_served(rig_server)
+        assert_served(rig_server)
 
 
 def test_a_robot_that_goes_in_the_handshake_makes_room(rig_server) -> None:
@@ -80,7 +80,7 @@ def test_a_robot_that_goes_in_the_handshake_makes_room(rig_server) -> None:
             with wire.connect(rig_server.socket, 5.0) as sock:
                 if is_heard:
                     wire.send(sock, hello)
-    is_served(rig_server)
+    assert_served(rig_server)
 
 
 def test_a_request_left_unread_is_answered_to_nobody(rig_server, tmp_path) -> None:

@@ -139,7 +139,9 @@ def test_what_a_server_claims_is_bounded(key, value, contract, tmp_path) -> None
 def test_an_honest_claim_is_taken(contract, tmp_path) -> None:
     fields = memory.latents_layout(contract, 4, 6)
     card = {"weights": "abc", "tokens": 4, "channels": 6, "fields": fields}
-    _connect_to(card, fields, contract, tmp_path).close()
+    link = _connect_to(card, fields, contract, tmp_path)
+    assert link.weights == "abc"
+    link.close()
 
 
 def _connect_to(card, fields, contract, folder) -> TokenizerLink:

@@ -1,4 +1,4 @@
-"""d4-sim bench: its plan, its runner with commands that only pretend to work, its page on made-up results."""
+"""d4-sim bench: its plan, and its runner with commands that only pretend to work."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from d4_datasets.errors import UserError
-from d4_sim import bench, bench_page, measure, reference, stages
-from d4_sim.bench import PRESETS, SUITES, Args, Shape, Size, plan
+from d4_sim import bench, measure, reference, stages
+from d4_sim.bench import PRESETS, SUITES, Args, Shape, Size, own_keys, plan
 from d4_sim.chains import PHASES
 from d4_sim.lanes import Runner
 from d4_sim.stages import Stage, keys
@@ -22,7 +22,6 @@ from d4_sim.world import world_names
 
 OUT = Path("out")
 SIZE = replace(PRESETS["toy"], seeds=2)
-TASKS = ["push", "reach"]
 
 
 def option(stage: Stage, flag: str) -> list[str]:
@@ -44,6 +43,9 @@ def test_suites_hold_worlds_that_exist_and_presets_too() -> None:
 
 def test_names_of_the_control_suite_may_have_hyphens_and_unknown_ones_are_one_sentence() -> None:
     assert Args(suite=("walker-walk", "push", "walker_walk")).worlds == ("walker_walk", "push")
+    assert Args(suite=("push-128", "push")).worlds == ("push_128", "push")
+    with pytest.raises(UserError, match="pictures of 77 pixels"):
+        own_keys(Args(suite=("push_77",)))
     with pytest.raises(UserError, match=r"'walk' is neither a suite \(mujoco-small, .*\) nor a world \(yard"):
         _ = Args(suite=("walk",)).worlds
 
@@ -106,6 +108,15 @@ def test_keys_depend_on_sizes_and_neither_on_the_place_nor_on_the_machine() -> N
     assert option(other[0], "--jobs") == ["4", "4"]
 
 
+def test_baselines_have_the_same_compute_and_are_driven_with_what_was_trained() -> None:
+    planned = {s.name: s for s in plan(Shape(out=OUT, size=replace(SIZE, scale=0.5)), ("push",))}
+    assert option(planned["push-0/baselines"], "--policies") == ["bc_scratch", "bc_early", "vpt"]
+    assert option(planned["push-0/baselines"], "--steps") == ["10000", "10000", "5000"]
+    assert option(planned["push-0/policies"], "--scratch-steps") == ["20000", "10000"]
+    assert planned["push-0/baselines"].needs == ("push-0/tokenizer",)
+    assert "push-0/baselines" in planned["push-0/policies"].needs
+
+
 def test_bags_and_unpacked_frames_go_when_the_chain_is_done(tmp_path: Path) -> None:
     planned = {s.name: s for s in plan(Shape(out=OUT, size=SIZE), ("push",))}
     tidy = planned["push-0/tidy"]
@@ -128,6 +139,20 @@ def test_a_disk_that_is_too_small_is_one_sentence_before_the_work(tmp_path: Path
     assert not (tmp_path / "stages.json").exists()
 
 
+def test_a_finished_bench_needs_no_space(tmp_path: Path, monkeypatch) -> None:
+    """It was refused on a disk that had become full, and its page could not be written again."""
+    monkeypatch.setattr(bench.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    shape = Shape(out=tmp_path, size=replace(SIZE, frames=10_000))
+    bench._require_space(shape, [])
+    bench._require_space(shape, ["push/reference"])
+    with pytest.raises(UserError, match=r"about 0.5 GB are needed"):
+        bench._require_space(shape, ["push-0/policies", "push-0/tidy"])
+    (tmp_path / "push-0").mkdir()
+    with (tmp_path / "push-0" / "bags").open("wb") as file:
+        file.truncate(10**9)
+    bench._require_space(shape, ["push-0/policies"])
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -146,6 +171,33 @@ def test_what_a_later_stage_would_refuse_is_refused_at_once(tmp_path, changes, s
     with pytest.raises(UserError, match=sentence):
         bench.bench(args)
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_planned_in_the_world_model_where_commands_are_classes() -> None:
+    """Every chain of Crafter would have failed at that stage, hours later, and kept its gigabytes."""
+    names = {s.name for s in plan(Shape(out=OUT, size=Size(seeds=1)), ("push", "crafter"))}
+    assert {"push-0/planner", "crafter-0/tidy"} <= names
+    assert "crafter-0/planner" not in names
+
+
+def test_a_bench_is_the_same_in_another_folder_and_on_more_cores(monkeypatch) -> None:
+    """Or a finished night would be redone after its folder was moved."""
+    args = Args(suite=("push",), out=Path("here"), jobs=2)
+    found = own_keys(args)
+    monkeypatch.setattr("d4_sim.bench.threads.free_cores", lambda: 16)
+    assert own_keys(replace(args, out=Path("there/else"), jobs="auto")) == found
+    other = own_keys(replace(args, frames=77))
+    assert all(other[name] != key for name, key in found.items() if name != "push/reference")
+
+
+def test_another_report_of_the_same_name_is_driven_anew(tmp_path) -> None:
+    report = tmp_path / "latency.json"
+    found = []
+    for text in ("{}", "[]"):
+        report.write_text(text)
+        found.append(own_keys(Args(suite=("push",), disturb=(f"latency={report}",))))
+    changed = {name for name in found[0] if found[0][name] != found[1][name]}
+    assert {name.partition("/")[2] for name in changed} == {"disturbed", "tidy"}
 
 
 def test_worlds_look_different_where_they_can() -> None:
@@ -233,6 +285,58 @@ def test_what_other_arguments_made_is_cleared_away_only_if_asked(tmp_path, monke
     assert not made.exists()
 
 
+def test_redoing_a_part_leaves_the_other_chains_alone(tmp_path, monkeypatch) -> None:
+    """`--redo --only push-0` removed the recordings and runs of all chains and made push-0's again."""
+    fake(tmp_path, monkeypatch, "")
+    made = [tmp_path / "bags0", tmp_path / "bags1"]
+    todo = [replace(stage, makes=(path,)) for stage, path in zip(works(1, 1), made, strict=True)]
+    assert Runner(tmp_path / "out", todo, keys(todo), jobs=1).run() == 0
+    for path in made:
+        path.mkdir()
+    other = [replace(stage, recipe="other") for stage in todo]
+    runner = Runner(tmp_path / "out", other, keys(other), jobs=1, only=("s0",), redo=True)
+    assert runner.run() == 0
+    assert [path.is_dir() for path in made] == [False, True]
+    assert [runner.state.is_done(name) for name in ("s0", "s1")] == [True, False]
+    assert Runner(tmp_path / "out", todo, keys(todo), jobs=1, only=("s1",)).state.is_done("s1")
+
+
+def test_what_needs_a_cleared_stage_is_not_done_with_the_old_settings_either(tmp_path, monkeypatch) -> None:
+    """A run folder with a tokenizer alone counted as a whole chain after a change there and back."""
+    fake(tmp_path, monkeypatch, "")
+    first, second, other = works(1, 1, 1)
+    todo = [first, replace(second, needs=("s0",)), other]
+    changed = [replace(first, recipe="other"), *todo[1:]]
+    assert Runner(tmp_path / "out", todo, keys(todo), jobs=1).run() == 0
+    only = Runner(tmp_path / "out", changed, keys(changed), jobs=1, only=("s0",), redo=True)
+    assert only.run() == 0
+    assert only.missing == ["s1"]
+    back = Runner(tmp_path / "out", todo, keys(todo), jobs=1, redo=True)
+    assert back.missing == ["s0", "s1"]
+    assert back.run() == 0
+    assert (tmp_path / "out" / "logs" / "s1.log").read_text().count("$ work s1") == 2
+
+
+def test_a_stage_whose_needs_are_left_out_is_named(tmp_path, monkeypatch, capsys) -> None:
+    """`--only push-0/policies` before there was a run ended at once, as if all were done."""
+    fake(tmp_path, monkeypatch, "")
+    first, second = works(1, 1)
+    todo = [first, replace(second, needs=("s0",))]
+    assert Runner(tmp_path / "out", todo, keys(todo), jobs=1, only=("s1",)).run() == 1
+    assert "s1 needs s0, which --only leaves out" in capsys.readouterr().out
+    assert Runner(tmp_path / "out", todo, keys(todo), jobs=1).run() == 0
+
+
+def test_what_a_killed_run_had_begun_is_known_to_be_of_other_settings(tmp_path, monkeypatch) -> None:
+    """Nothing was noted before a stage ended, so that d4-record met a recording of other settings."""
+    fake(tmp_path, monkeypatch, "import pathlib; print(pathlib.Path('stages.json').read_text())")
+    todo = works(1)
+    monkeypatch.chdir(tmp_path)
+    assert Runner(tmp_path, todo, keys(todo), jobs=1).run() == 0
+    seen = json.loads((tmp_path / "logs" / "s0.log").read_text().partition("\n")[2])
+    assert seen["s0"] == {"key": keys(todo)["s0"], "done": False, "forced": True, "seconds": 0.0}
+
+
 def test_a_stage_that_does_not_leave_is_ended(tmp_path, monkeypatch) -> None:
     """It was waited for without end, and the page and the other stages with it."""
     code = f"""
@@ -268,162 +372,6 @@ def test_two_runs_in_one_folder_do_not_overwrite_each_others_notes(tmp_path) -> 
     runner = Runner(tmp_path, todo, keys(todo), jobs=1)
     with stages.alone(tmp_path), pytest.raises(UserError, match="another run works in"):
         runner.run()
-
-
-# ---- page
-
-
-def row(mean: float, seed: int, count: int = 20) -> dict[str, Any]:
-    noise = np.random.default_rng([seed, int(10 * mean)]).normal(0, 0.5, count)
-    task = (np.arange(count) % 2).tolist()
-    returns = (mean + np.linspace(-2, 2, count) + noise).tolist()
-    return {"return": returns, "success": [0, 1] * (count // 2), "fallen": [0] * count, "task": task}
-
-
-def put(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-
-
-LEVELS = {"data": 15.0, "bc_scratch": 12.0, "vpt": 13.0, "wm_bc": 20.0, "imagination": 30.0}
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    ends = {"random": row(5.0, 9), "expert": row(45.0, 9, 8)}
-    put(tmp_path / "reference" / "push" / "eval.json", {"policies": ends, "task_names": TASKS})
-    for seed in range(2):
-        run = tmp_path / f"push-{seed}" / "run"
-        policies = {name: row(level + seed, seed) for name, level in LEVELS.items()}
-        put(run / "eval.json", {"policies": policies | {"planner": row(25.0, seed, 4)}, "world": "push"})
-        gate = {"name": "reward correlation", "value": 0.3, "op": ">=", "limit": 0.8, "ok": bool(seed)}
-        put(run / "gates.json", {"agent": [gate]})
-        late = {name: row(LEVELS[name] + seed - 4, seed) for name in bench_page.DISTURBED}
-        put(run / "eval-latency-100.json", {"policies": late, "world": "push+latency=100"})
-    stages = ("push-0/data", "push-0/policies", "push-1/policies")
-    put(tmp_path / "stages.json", {s: {"done": True, "seconds": 60.0, "forced": True} for s in stages})
-    return tmp_path
-
-
-def test_scores_are_normalised_between_random_and_expert(out: Path) -> None:
-    chains = bench_page.collect(out, ("push",), 2)["chains"]["push"]
-    scores = bench_page.normalised(chains)
-    assert scores["random"][0] == pytest.approx(0.0, abs=1e-9)
-    assert scores["expert"][0] == pytest.approx(1.0, abs=1e-9)
-    assert scores["imagination"][0] == pytest.approx(25.5 / 40, abs=0.03)
-    low, high = scores["imagination"][1:]
-    assert low < scores["imagination"][0] < high
-    assert set(bench_page.normalised(chains, 1)) >= {"random", "wm_bc", "expert"}
-
-
-def test_the_page_has_every_policy_and_says_what_is_missing(out: Path) -> None:
-    path = bench_page.write_page(out, ("push", "arm"), replace(SIZE, seeds=3))
-    assert path is not None
-    text = path.read_text()
-    assert "| after imagination training | 0.6" in text
-    assert "chains of push (2 of 3), arm (0 of 3)" in text
-    text = bench_page.write_page(
-        out, ("push",), replace(SIZE, scratch_steps=10_000, model="nano")
-    ).read_text()
-    assert "one agent, chosen by task" in text
-    assert "`latency=100`" in text
-    line = next(line for line in text.splitlines() if "`latency=100`" in line)
-    assert "-4.0" in line or "-3.9" in line or "-4.1" in line
-    assert "CEM planning in the world model" in text
-    assert "1 of 2 runs failed one" in text
-    assert "| push-0 | agent | reward correlation | 0.3 | >= 0.8 |" in text
-    assert "**holds**: after imagination training is better than cloned on the world model" in text
-    assert "\n## push, 2 full chains" in text
-    kept = json.loads((out / "page" / "results.json").read_text())
-    assert kept["chains"]["push"]["0"]["policies"]["random"]["return"]
-
-
-def test_a_chain_that_is_not_finished_is_not_counted_as_one(out: Path) -> None:
-    """Policies are written one by one, and a chain with two of them counted as complete."""
-    stages = {f"push-{s}/policies": {"done": s == 0, "seconds": 9.0, "forced": True} for s in range(2)}
-    put(out / "stages.json", stages)
-    path = out / "push-1" / "run" / "eval.json"
-    found = json.loads(path.read_text())
-    del found["policies"]["imagination"]
-    put(path, found)
-    text = bench_page.write_page(out, ("push",), SIZE).read_text()
-    assert "**Not complete**: chains of push (1 of 2)" in text
-    cell = next(line for line in text.splitlines() if line.startswith("| after imagination training | 0."))
-    assert "1 of 2 chains" in cell
-    assert "**open**: after imagination training is better than cloned on the world model (1 of 2" in text
-    assert "closes a third of the gap" not in text
-    text = bench_page.write_page(out, ("push",), replace(SIZE, seeds=3)).read_text()
-    assert "\n## push, 2 of 3 chains" in text
-    assert "**holds**" not in text
-
-
-def test_what_drove_other_starts_is_not_on_the_page(out: Path) -> None:
-    """A folder of an older bench keeps its eval.json until every policy drove again."""
-    path = out / "push-0" / "run" / "eval.json"
-    put(path, json.loads(path.read_text()) | {"seeds": [1_000_000, 1_000_019]})
-    assert set(bench_page.collect(out, ("push",), 2)["chains"]["push"]) == {"1"}
-    put(path, json.loads(path.read_text()) | {"seeds": [bench_page.FIRST, bench_page.FIRST + 19]})
-    assert set(bench_page.collect(out, ("push",), 2)["chains"]["push"]) == {"0", "1"}
-
-
-def test_baselines_have_the_same_compute_and_are_driven_with_what_was_trained() -> None:
-    planned = {s.name: s for s in plan(Shape(out=OUT, size=replace(SIZE, scale=0.5)), ("push",))}
-    assert option(planned["push-0/baselines"], "--policies") == ["bc_scratch", "vpt"]
-    assert option(planned["push-0/baselines"], "--steps") == ["10000", "5000"]
-    assert option(planned["push-0/policies"], "--scratch-steps") == ["20000", "10000"]
-    assert planned["push-0/baselines"].needs == ("push-0/tokenizer",)
-    assert "push-0/baselines" in planned["push-0/policies"].needs
-
-
-@pytest.mark.parametrize(("steps", "word"), [(10_000, "**holds**"), (1500, "**open**")])
-def test_claims_against_baselines_with_less_compute_are_not_judged(out: Path, steps: int, word: str) -> None:
-    text = bench_page.write_page(out, ("push",), replace(SIZE, scratch_steps=steps, model="nano")).read_text()
-    assert f"{word}: cloned on the world model is better than VPT style" in text
-    assert "**holds**: after imagination training is better than cloned on the world model" in text
-
-
-def test_scores_know_how_few_seeds_are(out: Path) -> None:
-    """Intervals of the first table were those of a bootstrap of two seeds."""
-    chains = bench_page.collect(out, ("push",), 2)["chains"]["push"]
-    mean, low, high = bench_page.normalised(chains)["imagination"]
-    means = [np.mean(chains[s]["policies"]["imagination"]["return"]) / 40 for s in chains]
-    assert high - low >= 0.99 * 12.7 * abs(means[0] - means[1])
-    assert mean == pytest.approx(np.mean(means) - 5 / 40, abs=0.03)
-
-
-def test_logs_that_are_the_same_in_every_chain_are_no_more_episodes(out: Path) -> None:
-    """In worlds with events the log mix is driven on the shared starts, which three chains counted thrice."""
-    chains = bench_page.collect(out, ("push",), 2)["chains"]["push"]
-    one = bench_page.normalised({"0": chains["0"]})["data"]
-    same = {s: run | {"policies": run["policies"] | {"data": chains["0"]["policies"]["data"]}}
-            for s, run in chains.items()}  # fmt: skip
-    many = bench_page.normalised(same)["data"]
-    assert many[2] - many[1] == pytest.approx(one[2] - one[1], rel=0.15)
-
-
-def test_the_page_names_the_versions_of_mujoco(out: Path, monkeypatch, capsys) -> None:
-    """Pictures are not the same in all of them: record, train and judge with one."""
-    for number in ("3.9.0", "3.9.0", "4.0.0"):
-        monkeypatch.setattr(bench, "version", lambda name, number=number: number)
-        assert "warning" not in capsys.readouterr().err
-        bench._note_mujoco(out)
-    assert "was begun with MuJoCo 3.9.0 and this is 4.0.0" in capsys.readouterr().err
-    text = bench_page.write_page(out, ("push",), SIZE).read_text()
-    assert "MuJoCo 3.9.0, 4.0.0." in text
-    assert "**Several versions of MuJoCo**" in text
-
-
-def test_nothing_is_written_without_results(tmp_path: Path) -> None:
-    assert bench_page.write_page(tmp_path, ("push",), SIZE) is None
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_expert_that_is_no_better_than_random_normalises_nothing(out: Path) -> None:
-    ends = {"random": row(5.0, 9), "expert": row(4.0, 9, 8)}
-    put(out / "reference" / "push" / "eval.json", {"policies": ends, "task_names": TASKS})
-    path = bench_page.write_page(out, ("push",), SIZE)
-    assert path is not None
-    assert "Normalised scores" not in path.read_text()
 
 
 # ---- reference

@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d4_datasets.errors import UserError
+from d4_sim.chains import STARTS
 from d4_sim.crafter import experiment, page
 from d4_sim.crafter.milestones import LADDER, MILESTONES, Prompted, Watched, crafter_score, first_ticks
 from d4_sim.crafter.world import CHAIN, SURVIVAL
 from d4_sim.driver import ScriptedPolicy
+from d4_sim.evaluate import first_start
 from d4_sim.minecraft.game import Rung
 from d4_sim.stages import MODULES, keys
 from d4_sim.vector import run_episodes
@@ -186,34 +188,131 @@ def write_run(out: Path, seed: int, policies: dict[str, list[int]]) -> None:
         }
         for name, counts in policies.items()
     }  # fmt: skip
-    (run / "milestones.json").write_text(json.dumps({"policies": rows}))
-    done = {f"seed-{s}/milestones": {"done": True, "seconds": 9.0} for s in range(seed + 1)}
-    (out / "stages.json").write_text(json.dumps(done))
+    first, count = first_start(STARTS), len(next(iter(policies.values())))
+    found = {"policies": rows, "world": "crafter", "seeds": [first, first + count - 1]}
+    (run / "milestones.json").write_text(json.dumps(found))
+    done = [f"seed-{s}/milestones" for s in range(seed + 1)]
+    (out / "done.json").write_text(json.dumps(done))
+
+
+def write(args: experiment.Args) -> Path | None:
+    """The page of what lies there, as if it had been made with these arguments."""
+    known = experiment.own_keys(args)
+    done = json.loads(path.read_text()) if (path := args.out / "done.json").exists() else []
+    entries = {s: {"done": True, "seconds": 9.0, "key": known[s]} for s in done}
+    (args.out / "stages.json").write_text(json.dumps(entries))
+    return page.write_page(args.out, args, known)
 
 
 def test_the_page_has_the_papers_table(tmp_path: Path) -> None:
-    assert page.write_page(tmp_path, replace(ARGS, out=tmp_path)) is None
+    args = replace(ARGS, out=tmp_path, eval_episodes=4)
+    assert write(args) is None
     for seed in range(2):
         rows = {"wm_bc": [1, 3, 3, 1], "imagination": [3, 3, 3, 1 + 2 * seed]}
         write_run(tmp_path, seed, rows | ({"expert": [10] * 4} if not seed else {}))
-    path = page.write_page(tmp_path, replace(ARGS, out=tmp_path))
+    path = write(args)
     assert path is not None
     lines = path.read_text().splitlines()
     assert "| milestone | WM+BC | imagination RL | expert |" in lines
     wood = next(line for line in lines if line.startswith("| collect_wood | 100"))
-    assert wood.count("100 [51, 100]") == 3
+    assert wood.count("100.0 [51.0, 100.0]") == 3
     pickaxe = next(line for line in lines if line.startswith("| make_wood_pickaxe | 50"))
-    assert "| 88 [" in pickaxe
+    assert "| 87.5 [" in pickaxe
     assert any("1 of 3 seeds are missing" in line for line in lines)
     diamond = [line for line in lines if line.startswith("| collect_diamond")]
-    assert diamond[0] == "| collect_diamond | 0 [0, 49] | 0 [0, 49] | 100 [51, 100] |"
-    assert diamond[1] == "| collect_diamond | - | - | 90 [90, 90] |"
+    assert diamond[0] == "| collect_diamond | 0.0 [0.0, 49.0] | 0.0 [0.0, 49.0] | 100.0 [51.0, 100.0] |"
+    assert diamond[1] == "| collect_diamond | - | - | 90 |"
     # nobody got there: the starts leave as much open for the difference as for the rates
-    assert diamond[2].startswith("| collect_diamond | +0 [-49, +49]")
-    assert "| defeat_zombie | 0 | 0 | 0 |" in lines
+    assert diamond[2].startswith("| collect_diamond | +0.0 [-49.0, +49.0]")
+    assert "| defeat_zombie | 0.0 | 0.0 | 0.0 |" in lines
     assert "| **score** | 9.0 (9.0, 9.0) | 9.0 (9.0, 9.0) | 9.0 |" in lines
-    assert "+38 [" in next(line for line in lines if line.startswith("| make_wood_pickaxe | +"))
+    assert "+37.5 [" in next(line for line in lines if line.startswith("| make_wood_pickaxe | +"))
     assert json.loads((tmp_path / "results.json").read_text())["ladder"]["1"]["policies"]["wm_bc"]
+
+
+def test_results_on_other_starts_are_not_on_the_page(tmp_path: Path) -> None:
+    """After a --redo with fewer starts the old rows stood under the new heading, and hid the new ones."""
+    write_run(tmp_path, 0, {"wm_bc": [1, 3, 3, 1]})
+    assert write(replace(ARGS, out=tmp_path, eval_episodes=3)) is None
+    assert write(replace(ARGS, out=tmp_path, eval_episodes=4, world="crafter_peaceful")) is None
+    assert write(replace(ARGS, out=tmp_path, eval_episodes=4)) is not None
+
+
+def test_chains_of_other_settings_are_not_on_the_page(tmp_path: Path) -> None:
+    """`--scale 2 --redo --only seed-0` wrote "training x 2" over all three seeds."""
+    args = replace(ARGS, out=tmp_path, eval_episodes=4, seeds=2)
+    for seed in range(2):
+        write_run(tmp_path, seed, {"wm_bc": [1, 3, 3, 1]})
+    assert "| WM+BC | 2.00 [1.00, 3.00] | 100 | 100.0 | 4 + 4 |" in write(args).read_text()
+    other = replace(args, scale=2.0)
+    known = experiment.own_keys(other)
+    entries = json.loads((tmp_path / "stages.json").read_text())
+    entries["seed-0/milestones"]["key"] = known["seed-0/milestones"]
+    (tmp_path / "stages.json").write_text(json.dumps(entries))
+    text = page.write_page(tmp_path, other, known).read_text()
+    assert "**Not complete**: milestones of 1 of 2 seeds are missing" in text
+    assert "| WM+BC | 2.00 [1.00, 3.00] | 100 | 100.0 | 4 |" in text
+
+
+def rows(*reached: list[int]) -> dict[str, dict]:
+    """Chains in which each start reached the first milestone (1) or did not (0)."""
+    return {
+        str(s): {"policies": {"a": {"first": [[tick] if tick else [None] for tick in each]}}}
+        for s, each in enumerate(reached)
+    }
+
+
+def paired(*pairs: tuple[list[int], list[int]]) -> dict[str, dict]:
+    firsts = [rows(a)["0"]["policies"] | {"b": rows(b)["0"]["policies"]["a"]} for a, b in pairs]
+    return {str(s): {"policies": policies} for s, policies in enumerate(firsts)}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.04, 1.0])
+def test_few_differences_are_no_certainty(share: float) -> None:
+    """The same four of a hundred starts in each of three seeds had an interval without width."""
+    count = round(100 * share)
+    won = [1] * count + [0] * (100 - count)
+    for seeds in (1, 3):
+        mean, low, high = page.gain(paired(*[(won, [0] * 100)] * seeds), "a", "b", 0)
+        assert mean == pytest.approx(100 * share)
+        assert low <= max(mean - 3.6, -100)
+        assert high >= min(mean + 3.6, 100)
+    found = page.gain(paired(*[(won, [0] * 100)] * 2, ([0] * 100, [0] * 100)), "a", "b", 0)
+    assert found[1] < 100 * share - 3.6 or not share  # one seed of three does not
+
+
+def test_seeds_that_take_long_widen_the_time_to_a_milestone() -> None:
+    """Seeds on the same starts counted as so many episodes: 202 [192, 212] where one came 120 ticks later."""
+    quick, late = [160 + k % 5 for k in range(100)], [280 + k % 5 for k in range(100)]
+    mean, low, high = page.ticks(rows(quick, quick, late), "a", 0)
+    assert mean == pytest.approx(202)
+    assert low < 164
+    assert high > 280
+    assert page.ticks(rows([0] * 300, [0] * 299 + [77]), "a", 0) == (77.0, 77.0, 77.0)  # once is told, too
+    assert page.ticks(rows([0] * 3), "a", 0) is None
+
+
+def test_the_page_tells_what_clones_know_and_what_they_cost(tmp_path: Path) -> None:
+    run, first = tmp_path / "seed-0" / "run", first_start(STARTS)
+    known = {"train": {"frames": 9, "nats": 0.021, "accuracy": 0.99},
+             "held_out": {"frames": 9, "nats": 4.16, "accuracy": 0.447}}  # fmt: skip
+    counts = {"success": [1] * 13 + [0] * 13, "task": list(range(13)) * 2, "return": [1.0] * 26}
+    policies = {"bc_scratch": counts | {"clone": {"steps": 48, **known}}, "random": counts}
+    found = {"policies": policies, "world": "crafter", "seeds": [first, first + 25]}
+    for name, cpu_s in (("bc_scratch", 4734.4), ("vpt_idm", 1.0)):
+        (run / name).mkdir(parents=True)
+        (run / name / "config.json").write_text(json.dumps({"metrics": {"cpu_s": cpu_s}}))
+    (run / "eval.json").write_text(json.dumps(found))
+    meta = tmp_path / "data" / "dataset" / "meta"
+    meta.mkdir(parents=True)
+    (meta / "d4.json").write_text(json.dumps({"episodes": [{"labelled": k < 3} for k in range(30)]}))
+    text = write(replace(ARGS, out=tmp_path, eval_episodes=26)).read_text()
+    assert "| 0 | BC | 48 | 0.02 | 99 | 4.16 | 45 |" in text
+    assert "| BC | 4734 |" in text
+    assert "| VPT style | - |" in text
+    assert "(3 of 30 pieces, 10.0%)" in text
+    assert "Of 2 to 2 starts per task and seed" in text
+    assert "| collect_wood | 50.0 [" in text
 
 
 @pytest.mark.slow

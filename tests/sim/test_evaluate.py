@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +16,8 @@ from d4_core import checkpoint, clone
 from d4_datasets.windows import Windows
 from d4_sim import evaluate, vector, world
 from d4_sim.driver import LOG_MIX
-from d4_sim.evaluate import EvalArgs, Evaluation
+from d4_sim.evaluate import EvalArgs, Evaluation, first_start
+from d4_sim.study_results import on_starts
 from d4_sim.world import Observation
 
 sys.path.append(str(Path(__file__).parents[1] / "core"))
@@ -139,6 +141,88 @@ def test_results_of_other_weights_are_dropped_when_eval_json_is_opened(evaluatio
     assert tuple(left["policies"]) == ("random",)
 
 
+def test_results_on_other_starts_are_kept_beside(evaluation) -> None:
+    first = evaluation()
+    for name in ("random", "wm_bc"):
+        first.policy(name)
+    first.write()
+    rows, folder = json.loads(first.path.read_text())["policies"], first.args.run
+    for options in ({"seed": 3}, {"seed": 3, "episodes": 2}):
+        other = evaluation(**options)
+        other.policy("random")
+        assert tuple(other.result["policies"]) == ("random",)
+        other.write()
+    assert len(list(folder.glob("eval.on-*.json"))) == 2
+    assert on_starts(first.path, first_start(0), EPISODES, "toy")["policies"] == rows
+    for count in (EPISODES, 2):  # the fewer ones do not stand for the others, nor the other way round
+        assert on_starts(first.path, first_start(3), count, "toy")["episodes"] == count
+    for start, name in ((4, "toy"), (0, "yard")):
+        assert on_starts(first.path, first_start(start), EPISODES, name) == {}
+    again = evaluation()
+    assert tuple(again.result["policies"]) == ("random", "wm_bc")
+    again.policy("random")
+    again.write()
+    assert tuple(json.loads(first.path.read_text())["policies"]) == ("random", "wm_bc")
+    assert len(list(folder.glob("eval.on-*.json"))) == 2
+
+
+def test_what_is_there_is_not_driven_again_if_only_the_rest_is_asked_for(evaluation, capsys) -> None:
+    """An interrupted bench drove all policies of a stage from the beginning."""
+    first = evaluation()
+    first.policy("random")
+    first.write()
+    row = first.result["policies"]["random"]
+    again = evaluation(missing=True)
+    again.policy("random")
+    assert again._own["random"] == row  # with the seconds that it took then
+    assert "was there" in capsys.readouterr().out
+    other = evaluation(missing=True, seed=3)
+    other.policy("random")
+    assert "was there" not in capsys.readouterr().out
+    assert other._own["random"]["return"] != row["return"]
+
+
+def test_two_evaluations_on_other_starts_lose_nothing(evaluation) -> None:
+    """Between reading and renaming one took what the other had just written for what was there before."""
+    made = [evaluation(seed=seed) for seed in range(4)]
+    for each in made:
+        each.policy("random")
+    with ThreadPoolExecutor() as pool:
+        for _ in range(5):
+            list(pool.map(lambda each: each.write(), made))
+    for seed, each in enumerate(made):
+        kept = on_starts(each.path, first_start(seed), EPISODES, "toy")
+        assert kept["policies"]["random"] == each._own["random"]
+
+
+def test_results_on_more_starts_stand_for_no_others(tmp_path) -> None:
+    """One policy on more starts hid all others, and old ones what had been done again on fewer."""
+    rows = {"world": "yard", "seeds": [5, 6], "episodes": 2, "policies": {"a": {}, "b": {}}}
+    path = tmp_path / "eval-drop-0.json"
+    path.write_text(json.dumps({**rows, "seeds": [5, 9], "episodes": 5, "policies": {"a": {}}}))
+    evaluate.beside(path, rows).write_text(json.dumps(rows))
+    (tmp_path / "eval-drop-0.1.json").write_text(json.dumps({**rows, "policies": {key: {} for key in "abc"}}))
+    assert on_starts(path, 5, 2, "yard") == rows
+    assert on_starts(path, 5, 5, "yard")["policies"] == {"a": {}}
+    assert on_starts(path, 5, 3, "yard") == {}
+
+
+def test_a_report_in_a_disturbance_is_no_folder(tmp_path) -> None:
+    """`--disturb latency=FILE` ended in an error about a file's name."""
+    disturbed = {"world": "yard+latency=docs/results/robot/latency-20hz.json", "seeds": [5, 6]}
+    assert evaluate.beside(tmp_path / "eval-x.json", disturbed).parent == tmp_path
+
+
+def test_baselines_of_the_run_are_taken_as_they_are(evaluation, monkeypatch) -> None:
+    """d4-eval with its own number of steps once trained those of a bench anew."""
+    made = evaluation(scratch_steps=3)
+    made.policy("bc_scratch")
+    before = (made.args.run / "bc_scratch" / "weights.safetensors").read_bytes()
+    evaluation(scratch_steps=None, scale=7.0).policy("bc_scratch")
+    assert (made.args.run / "bc_scratch" / "weights.safetensors").read_bytes() == before
+    assert evaluation(scratch_steps=None, scale=0.001)._trainer("vpt").scratch.steps == 2  # not there yet
+
+
 def test_practice_that_did_not_help_fails_its_gate(evaluation, monkeypatch) -> None:
     made = evaluation()
     for name in ("wm_bc", "imagination"):
@@ -183,17 +267,17 @@ def test_baselines_get_the_labels_that_the_run_got(evaluation, dataset) -> None:
     assert int(few.logs.action_mask.sum()) == held + 6 * round(
         0.34 * int(full.logs.labelled[full.train].sum())
     )
-    assert few._trainer().data != full._trainer().data
-    assert np.array_equal(few._trainer().episodes, full.train)
+    assert few._trainer("bc_scratch").data != full._trainer("bc_scratch").data
+    assert np.array_equal(few._trainer("bc_scratch").episodes, full.train)
 
 
 def test_starts_are_shared_between_runs_and_the_training_of_baselines_is_not(evaluation) -> None:
     plain = evaluation()
-    seed = plain._trainer().seed
+    seed = plain._trainer("bc_scratch").seed
     (plain.args.run / "config.yaml").write_text(yaml.safe_dump({"seed": 7}))
     other = evaluation()
     assert other.seeds.tolist() == plain.seeds.tolist()
-    assert (seed, other._trainer().seed) == (0, 7)
+    assert (seed, other._trainer("bc_scratch").seed) == (0, 7)
 
 
 def test_baselines_without_a_simulator_are_those_of_the_evaluation(evaluation, dataset, monkeypatch) -> None:

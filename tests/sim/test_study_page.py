@@ -83,6 +83,17 @@ def test_pairing_over_seeds_finds_the_gain(out: Path) -> None:
     assert gap_closed({"0": {"policies": {"wm_bc": row(16.0, 0)}}}) is None
 
 
+def test_where_the_expert_is_not_ahead_no_gap_is_closed() -> None:
+    """A loss in the direction of an expert that is behind the clone held as half a gap closed."""
+    levels = {"wm_bc": 20.0, "imagination": 17.0, "expert": 15.0}
+    chains = {
+        str(s): {"policies": {name: row(level + s, s) for name, level in levels.items()}} for s in range(3)
+    }
+    (line,) = study_page.gap_claim(chains, 3)
+    assert line.startswith("- **open**: imagination closes a third of the gap")
+    assert "the expert is not surely ahead of the clone: lower end -" in line
+
+
 def test_share_of_a_gap() -> None:
     assert recovered({"a": 1.0, "b": 3.0, "c": 2.5}, "c", "a", "b") == 0.75
 

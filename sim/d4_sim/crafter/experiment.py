@@ -7,6 +7,7 @@ they were; whatever is there at the end is on one page (`d4_sim.crafter.page`).
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from d4_sim.lanes import Runner
 from d4_sim.stages import Command, Interrupted, Stage, command, keys
 from d4_sim.world import contract_text, make_world
 
-TRAINED = ("bc_scratch", "vpt", "wm_bc", "imagination")
+TRAINED = ("bc_scratch", "bc_early", "vpt", "wm_bc", "imagination")
 
 # What differs from the presets, and from `nano` in size, and why, is in docs/crafter.md.
 TASKS = (
@@ -50,7 +51,7 @@ _BYTES_OF_RUN = 500_000_000  # checkpoints, latents, films
 class Args:
     """Record, train and judge policies on Crafter over seeds, and write <out>/page.md with the milestones.
 
-    The same command continues after an interruption, and does nothing twice.
+    The same command continues after an interruption; games of a stage that was at work are played again.
     """
 
     out: Path = Path("runs/crafter")
@@ -68,8 +69,8 @@ class Args:
     scale: float = 1.0
     """Multiplies the training steps of networks and baselines."""
     scratch_steps: int = EQUAL_STEPS
-    """Training steps, before --scale, of both networks of the VPT style, and half of those of cloning from
-    scratch; with 60000 each of them takes about as long as a whole chain of nano."""
+    """Training steps, before --scale, of both networks of the VPT style; cloning from scratch gets twice as
+    many. With 60000 each of the two takes the operations of a whole chain of nano."""
     eval_episodes: int = 100
     """Episodes per policy and seed, on shared starts."""
     jobs: Literal["auto"] | int = "auto"
@@ -110,7 +111,11 @@ class Plan(Chains):
         typical_s = 0.008 * args.eval_episodes * HORIZON
         drive = partial(self.drive, run, dataset, **shared)
         latest = self.add(
-            f"{name}/tasks", needs, typical_s, *self.drive_all(drive, args.scratch_steps, TRAINED)
+            f"{name}/tasks",
+            needs,
+            typical_s,
+            *self.drive_all(drive, args.scratch_steps, TRAINED),
+            makes=(run / "eval.json",),
         )
         policies = (*TRAINED, *(GIVEN if not seed else ()))
 
@@ -119,7 +124,7 @@ class Plan(Chains):
             return command("crafter", run, dataset=dataset, policies=policies, **size, **shared, **options)
 
         climbed = self.drive_all(climb, args.scratch_steps, policies)
-        self.add(f"{name}/milestones", [latest], typical_s, *climbed)
+        self.add(f"{name}/milestones", [latest], typical_s, *climbed, makes=(run / "milestones.json",))
 
 
 def plan(args: Args, jobs: int) -> list[Stage]:
@@ -131,22 +136,27 @@ def plan(args: Args, jobs: int) -> list[Stage]:
     return planned.stages
 
 
+def own_keys(args: Args) -> dict[str, str]:
+    """Keys of the stages, the same in every folder and on every machine."""
+    return keys(plan(replace(args, out=Path("out")), 1))
+
+
 def experiment(args: Args) -> int:
     """Run what is missing and write the page; returns 1 if a stage failed, else 0."""
     _check(args)
     jobs = threads.free_cores() if args.jobs == "auto" else args.jobs
-    own_keys = keys(plan(replace(args, out=Path("out")), 1))
+    own = own_keys(args)
 
     def prepare() -> None:
         _require_space(args)
         (args.out / f"{args.world}.yaml").write_text(contract_text(args.world), encoding="utf-8")
 
     def report() -> None:
-        path = write_page(args.out, args)
+        path = write_page(args.out, args, own)
         print(f"page: {path}" if path else "nothing for a page yet", flush=True)
 
     return Runner(
-        args.out, plan(args, jobs), own_keys, jobs, args.only,
+        args.out, plan(args, jobs), own, jobs, args.only,
         redo=args.redo, prepare=prepare, report=report,
     ).run()  # fmt: skip
 
@@ -163,7 +173,7 @@ def main(args: Args) -> int:
 def _check(args: Args) -> None:
     """Refuse what a later stage would refuse."""
     counts = (args.seeds, args.episodes, args.eval_episodes, args.scratch_steps)
-    if min(counts) < 1 or not args.scale > 0:
+    if min(counts) < 1 or not 0 < args.scale < math.inf:
         raise UserError("seeds, episodes, steps and the scale must be above 0")
     if not 0 < args.labelled <= 1:
         raise UserError(f"--labelled {args.labelled:g} must be above 0, for cloning, and at most 1")

@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from d4_core.stats import Interval, crossed_mean, crossed_rate, few_mean, student, widest, wilson
+from d4_core.stats import (
+    Interval,
+    crossed_mean,
+    crossed_rate,
+    few_mean,
+    rate_difference,
+    resampled,
+    student,
+    widest,
+    within,
+)
 from d4_sim.chains import STARTS, scaled
 from d4_sim.crafter.milestones import LADDER, MILESTONES, crafter_score
 from d4_sim.crafter.world import CHAIN, HORIZON
 from d4_sim.evaluate import first_start
-from d4_sim.stages import clock
+from d4_sim.stages import Done, clock, read_done
 from d4_sim.study_page import costs
 from d4_sim.study_results import on_starts, read_json, rows_of, run_results
 from d4_sim.tables import spread, table
@@ -25,12 +35,21 @@ if TYPE_CHECKING:
 
 # The columns of the paper's table, in its order; what frames them comes first and last.
 COLUMNS = {
-    "random": "random", "data": "data", "bc_scratch": "BC", "vpt": "VPT style", "wm_bc": "WM+BC",
-    "imagination": "imagination RL", "expert": "expert",
+    "random": "random", "data": "data", "bc_scratch": "BC", "bc_early": "BC, early", "vpt": "VPT style",
+    "wm_bc": "WM+BC", "imagination": "imagination RL", "expert": "expert",
+}  # fmt: skip
+# What trains for each policy, for its cost.
+_TRAINS = {
+    "bc_scratch": ("bc_scratch",), "bc_early": ("bc_early",), "vpt": ("vpt_idm", "vpt"),
+    "wm_bc": ("tokenizer", "dynamics", "agent"),
+    "imagination": ("tokenizer", "dynamics", "agent", "imagination"),
 }  # fmt: skip
 EQUAL_STEPS = 60_000  # of both networks of the VPT style take the compute of a whole chain of `nano`
 GIVEN = ("random", "data", "expert")  # the same whatever was trained
-PAIRS = (("imagination", "wm_bc"), ("wm_bc", "bc_scratch"), ("wm_bc", "vpt"))
+PAIRS = (
+    ("imagination", "wm_bc"), ("wm_bc", "bc_scratch"), ("wm_bc", "bc_early"), ("wm_bc", "vpt"),
+    ("imagination", "bc_early"), ("imagination", "vpt"),
+)  # fmt: skip
 
 
 def reached(row: Mapping[str, Any], milestone: int) -> np.ndarray:
@@ -48,58 +67,71 @@ def success(chains: Mapping[str, Any], policy: str, milestone: int) -> Interval 
     return _per_cent(_rate(groups))
 
 
+def _over_seeds(groups: Sequence[Sequence[float] | np.ndarray]) -> Interval:
+    """Mean of groups that share their starts, with the wider of the interval over seeds and episodes and the
+    t interval over seeds.
+    """
+    found = crossed_mean(groups)
+    return widest(found, student([float(np.mean(g)) for g in groups])) if len(groups) > 1 else found
+
+
 def _rate(groups: Sequence[np.ndarray]) -> Interval:
     """Share of ones in groups that share their starts, with the widest of the three intervals."""
     rate = crossed_rate(groups)
     if len(groups) > 1:
         rate = widest(rate, student([float(group.mean()) for group in groups]))
-    return rate[0], max(0.0, rate[1]), min(1.0, rate[2])
+    return within(rate, 0.0, 1.0)
 
 
 def ticks(chains: Mapping[str, Any], policy: str, milestone: int) -> Interval | None:
-    """Mean ticks to a milestone over the episodes that reach it, with an interval over these; None below half
-    a per cent of them.
+    """Mean ticks to a milestone over the episodes that reach it, None if none does: with the widest of the
+    interval over seeds and starts, one over these episodes, and the t interval over seeds.
     """
-    rows = list(rows_of(chains, policy).values())
-    found = [first[milestone] for row in rows for first in row["first"] if first[milestone] is not None]
-    count = sum(len(row["first"]) for row in rows)
-    return few_mean(found) if found and len(found) >= 0.005 * count else None
+    rows = [[first[milestone] for first in row["first"]] for row in rows_of(chains, policy).values()]
+    groups = [[float(tick) for tick in row if tick is not None] for row in rows]
+    if not any(groups):
+        return None
+    found = few_mean([tick for group in groups for tick in group])
+    if len(rows) > 1:
+        known = np.array([[tick is not None for tick in row] for row in rows], float)
+        late = np.array([[tick or 0 for tick in row] for row in rows], float)
+        seeds, starts = resampled(*known.shape)
+        count, total = (((seeds @ part) * starts).sum(1) for part in (known, late))
+        means = (total[count > 0] / count[count > 0]).round(6)  # equal ticks have no interval
+        low, high = np.percentile(means, [2.5, 97.5]).tolist()
+        found = widest(found, (found[0], low, high))
+        if len(own := [float(np.mean(group)) for group in groups if group]) > 1:
+            found = widest(found, student(own))
+    return within(found, 0.0, HORIZON)
 
 
-def gain(chains: Mapping[str, Any], a: str, b: str, milestone: int) -> dict[str, Interval] | None:
-    """Paired difference in per cent, over seeds and episodes and as a t interval of the seeds' means.
-
-    Where nobody, or everybody, succeeds both are as wide as what the number of starts leaves possible.
+def gain(chains: Mapping[str, Any], a: str, b: str, milestone: int) -> Interval | None:
+    """Paired difference in percentage points: the widest of the interval over seeds and episodes, the t
+    interval over seeds, and what the number of starts leaves possible (`rate_difference`).
     """
     first, second = rows_of(chains, a), rows_of(chains, b)
-    gains = [
-        100 * (reached(first[s], milestone) - reached(second[s], milestone)) for s in first if s in second
-    ]
-    if not gains:
-        return None
-    out = {"both": crossed_mean(gains)}
-    if len(gains) > 1:
-        out["student"] = student([float(g.mean()) for g in gains])
-    if not any(g.any() for g in gains):
-        left = 100 * wilson(0, min(map(len, gains)))[2]
-        out = dict.fromkeys(out, (0.0, -left, left))
-    return out
+    gains = [reached(first[s], milestone) - reached(second[s], milestone) for s in first if s in second]
+    return _per_cent(rate_difference(_over_seeds(gains), min(map(len, gains)))) if gains else None
 
 
-def collect(out: Path, world: str, seeds: int) -> dict[str, Any]:
-    """Every number of the experiment as JSON values.
+def collect(out: Path, args: Args, done: Done) -> dict[str, Any]:
+    """Every number of the experiment as JSON values, without chains of which anything was made with other
+    settings.
 
-    Keys: `ladder` {seed: milestones.json}, `chains` {world: {seed: run}}, `stages` {name: seconds}.
+    Keys: `ladder` {seed: milestones.json}, `chains` {world: {seed: run}}, `stages` {name: seconds}, and
+    `labelled`, pieces of the recording with known commands and all of them.
     """
-    runs = {str(s): out / f"seed-{s}" / "run" for s in range(seeds)}
-    first = first_start(STARTS)
-    ladder = {s: on_starts(run / "milestones.json", first) for s, run in runs.items()}
-    tasks = {s: run_results(run, first) for s, run in runs.items()}
-    done = read_json(out / "stages.json") or {}
+    seeds, world = [s for s in range(args.seeds) if f"seed-{s}" not in done.stale], args.world
+    runs = {str(s): out / f"seed-{s}" / "run" for s in seeds}
+    starts = (first_start(STARTS), args.eval_episodes, world)
+    ladder = {s: on_starts(run / "milestones.json", *starts) for s, run in runs.items()}
+    tasks = {s: run_results(run, starts) for s, run in runs.items()}
+    pieces = (read_json(out / "data" / "dataset" / "meta" / "d4.json") or {}).get("episodes", [])
     return {
+        "labelled": [sum(bool(piece["labelled"]) for piece in pieces), len(pieces)],
         "ladder": {s: found for s, found in ladder.items() if found},
         "chains": {world: {s: found for s, found in tasks.items() if found}},
-        "stages": {name: entry["seconds"] for name, entry in done.items() if entry["done"]},
+        "stages": done.seconds,
         "runs": {},
     }
 
@@ -111,10 +143,12 @@ def milestones(chains: Mapping[str, Any]) -> Iterator[str]:
     numbers = {m: MILESTONES.index(m) for m in order}
     yield "## Milestones: per cent of episodes\n"
     yield (
-        f"Every episode is played with the ladder of prompts ({len(LADDER)} rungs); mean [the widest of "
-        "three 95 % intervals: over seeds and episodes, a Wilson interval of the starts, and the t interval "
-        "over seeds]. All seeds were trained on one recording and its labels, whose chance is in no "
-        "interval. The last three are not asked for.\n"
+        f"What was trained is asked for one thing after the other, by the ladder of prompts ({len(LADDER)} "
+        "rungs); random play knows of none, those who made the logs follow a task of their own each, as in "
+        "the recording, and the expert goes for the diamond. Mean [the widest of three 95 % intervals: over "
+        "seeds and episodes, a Wilson interval of the starts, and the t interval over seeds]. All seeds were "
+        "trained on one recording and its labels, whose chance is in no interval. The last three are not "
+        "asked for.\n"
     )
     cells = {(p, m): success(chains, p, i) for p in shown for m, i in numbers.items()}
     yield table(
@@ -122,7 +156,10 @@ def milestones(chains: Mapping[str, Any]) -> Iterator[str]:
         [[m, *(_percent(cells[p, m]) for p in shown)] for m in order],
     )
     yield "## Ticks to a milestone\n"
-    yield "Mean over the episodes that reach it [95 % interval over these]; left out below 0.5 %.\n"
+    yield (
+        "Mean over the episodes that reach it [the widest of three 95 % intervals: over seeds and starts, "
+        "over these episodes, and the t interval over seeds].\n"
+    )
     times = {(p, m): ticks(chains, p, i) for p in shown for m, i in numbers.items()}
     yield table(
         ["milestone", *_heads(shown, chains)],
@@ -130,6 +167,7 @@ def milestones(chains: Mapping[str, Any]) -> Iterator[str]:
     )
     yield from achievements(chains, shown)
     yield "## Whole episodes\n"
+    yield "[the wider of two 95 % intervals: over seeds and episodes, and the t interval over seeds]\n"
     yield table(
         ["policy", "milestones per episode", "ticks", "deaths, per cent", "episodes"],
         [[COLUMNS[p], *_whole(list(rows_of(chains, p).values()))] for p in shown],
@@ -150,7 +188,7 @@ def achievements(chains: Mapping[str, Any], shown: Sequence[str]) -> Iterator[st
         "10000 there, so it compares with none published.\n"
     )
     cells = [
-        [name, *(f"{100 * np.mean(_shares(found, name)):.0f}" for found in rows.values())] for name in names
+        [name, *(f"{100 * np.mean(_shares(found, name)):.1f}" for found in rows.values())] for name in names
     ]
     scores = {p: [crafter_score([_shares([row], n)[0] for n in names]) for row in rows[p]] for p in rows}
     cells.append(["**score**", *(_scores(found) for found in scores.values())])
@@ -177,7 +215,7 @@ def _scores(found: Sequence[float]) -> str:
 
 
 def _time(value: Interval | None) -> str:
-    return "-" if value is None else spread((value[0], max(0.0, value[1]), value[2]), 0)
+    return "-" if value is None else spread(value, 0)
 
 
 def _per_cent(share: Interval) -> Interval:
@@ -186,14 +224,14 @@ def _per_cent(share: Interval) -> Interval:
 
 
 def _percent(value: Interval | None) -> str:
-    return "-" if value is None else spread(value, 0)
+    return "-" if value is None else spread(value, 1)
 
 
 def _whole(rows: list[Mapping[str, Any]]) -> list[str]:
     return [
-        spread(crossed_mean([row["return"] for row in rows])),
+        spread(_over_seeds([row["return"] for row in rows])),
         f"{np.mean([t for row in rows for t in row['ticks']]):.0f}",
-        f"{100 * np.mean([f for row in rows for f in row['fallen']]):.0f}",
+        f"{100 * np.mean([f for row in rows for f in row['fallen']]):.1f}",
         " + ".join(str(len(row["first"])) for row in rows),
     ]
 
@@ -204,19 +242,16 @@ def differences(chains: Mapping[str, Any]) -> Iterator[str]:
     if not pairs:
         return
     yield "## Paired differences, percentage points\n"
-    yield "Same starts; interval over seeds and episodes, then the t interval of the seeds' means.\n"
-    rows = []
-    for m in CHAIN:
-        found = [gain(chains, *pair, MILESTONES.index(m)) for pair in pairs]
-        rows.append([m, *(_gain(f) for f in found)])
+    yield (
+        "Same starts; mean [the widest of three 95 % intervals: over seeds and episodes, the t interval over "
+        "seeds, and what so many starts leave possible where none of them makes a difference].\n"
+    )
+    rows = [[m, *(_gain(gain(chains, *pair, MILESTONES.index(m))) for pair in pairs)] for m in CHAIN]
     yield table(["milestone", *(f"{COLUMNS[a]} - {COLUMNS[b]}" for a, b in pairs)], rows)
 
 
-def _gain(found: Mapping[str, Interval] | None) -> str:
-    if found is None:
-        return "-"
-    more = f"; {spread(found['student'], 0, sign=True)}" if "student" in found else ""
-    return spread(found["both"], 0, sign=True) + more
+def _gain(found: Interval | None) -> str:
+    return "-" if found is None else spread(found, 1, sign=True)
 
 
 def single_tasks(chains: Mapping[str, Any]) -> Iterator[str]:
@@ -224,7 +259,13 @@ def single_tasks(chains: Mapping[str, Any]) -> Iterator[str]:
     shown = [p for p in COLUMNS if rows_of(chains, p)]
     if not shown:
         return
+    counts = np.bincount(next(iter(rows_of(chains, shown[0]).values()))["task"], minlength=len(MILESTONES))
     yield "## One prompt for the whole episode: per cent that do it\n"
+    yield (
+        f"Of {counts.min()} to {counts.max()} starts per task and seed; mean [the widest of three 95 % "
+        "intervals: over seeds and episodes, a Wilson interval of the starts, and the t interval over "
+        "seeds].\n"
+    )
     rows = []
     for i, name in enumerate(MILESTONES):
         cells = []
@@ -257,6 +298,43 @@ def pseudo_labels(chains: Mapping[str, Any]) -> Iterator[str]:
         yield table(["seed", "right, per cent", "surprise, nats", "frames"], cells)
 
 
+def clones(chains: Mapping[str, Any]) -> Iterator[str]:
+    """What those without a world model know of commands that they were trained on, and of held-out ones."""
+    rows = [(s, p, row["clone"]) for p in _TRAINS for s, row in rows_of(chains, p).items() if "clone" in row]
+    found = [
+        [s, COLUMNS[p], clone["steps"], *_known(clone["train"]), *_known(clone["held_out"])]
+        for s, p, clone in rows
+    ]
+    if found:
+        yield "### Clones without a world model, on known commands\n"
+        yield (
+            "Of pieces in which a task's event happened, every task counting alike. The early one has the "
+            "length of training after which it is least surprised by held-out commands.\n"
+        )
+        header = ["trained on: nats", "right, per cent", "held out: nats", "right, per cent"]
+        yield table(["seed", "policy", "steps", *header], found)
+
+
+def _known(error: Mapping[str, Any]) -> list[str]:
+    return [f"{error['nats']:.2f}", f"{100 * error['accuracy']:.0f}"] if error.get("frames") else ["-", "-"]
+
+
+def compute(chains: Mapping[str, Any]) -> Iterator[str]:
+    """What the training of each policy cost in time of processors, whatever else they did meanwhile."""
+    rows = []
+    for policy, phases in _TRAINS.items():
+        each = [run.get("training", {}) for run in chains.values()]
+        cells = [
+            f"{sum(run[phase]['cpu_s'] for phase in phases):.0f}" if all(p in run for p in phases) else "-"
+            for run in each
+        ]
+        rows.append([COLUMNS[policy], *cells])
+    if any(cell != "-" for row in rows for cell in row[1:]):
+        yield "### Training of each policy, seconds of processors\n"
+        yield "The early one's are those of the length that was chosen, not of the others.\n"
+        yield table(["policy", *(f"seed {s}" for s in chains)], rows)
+
+
 def gates(runs: Mapping[str, Any]) -> Iterator[str]:
     """Every gate of every seed."""
     rows: dict[str, dict[str, str]] = {}
@@ -273,29 +351,39 @@ def gates(runs: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def write_page(out: Path, args: Args) -> Path | None:
-    """Write <out>/page.md and <out>/results.json; None if there are no results yet."""
-    results = collect(out, args.world, args.seeds)
+def _about(results: Mapping[str, Any], args: Args) -> str:
+    """What was run."""
+    steps, (known, pieces) = args.scratch_steps, results["labelled"]
+    equal = args.preset == "nano" and steps >= EQUAL_STEPS
+    share = f" ({known} of {pieces} pieces, {known / pieces:.1%})" if pieces else ""
+    return (
+        f"World `{args.world}`; {args.episodes} recorded episodes, commands kept in {args.labelled:.0%} of "
+        f"the bags{share}; networks `{args.preset}` set as docs/crafter.md says, training x {args.scale:g}; "
+        f"BC {scaled(2 * steps, args.scale)} steps and both networks of the VPT style "
+        f"{scaled(steps, args.scale)}, "
+        + ("the operations of a whole chain or more" if equal else "with other compute than a chain has")
+        + f"; {args.eval_episodes} shared starts, on which nothing was decided; "
+        f"{clock(sum(results['stages'].values()))} of work so far.\n"
+    )
+
+
+def write_page(out: Path, args: Args, keys: Mapping[str, str]) -> Path | None:
+    """Write <out>/page.md and <out>/results.json; None if there are no results yet.
+
+    Args: keys: of the planned stages.
+    """
+    results = collect(out, args, read_done(out, keys))
     tasks = results["chains"][args.world]
     if not results["ladder"] and not tasks:
         return None
-    steps = args.scratch_steps
-    equal = args.preset == "nano" and steps >= EQUAL_STEPS
-    compute = "each with the compute of a chain" if equal else "with other compute than a chain has"
-    about = (
-        f"World `{args.world}`; {args.episodes} recorded episodes, commands kept in {args.labelled:.0%} of "
-        f"the bags; networks `{args.preset}` set as docs/crafter.md says, training x {args.scale:g}; BC "
-        f"{scaled(2 * steps, args.scale)} steps and both networks of the VPT style "
-        f"{scaled(steps, args.scale)}, {compute}; {args.eval_episodes} shared starts, on which nothing was "
-        f"decided; {clock(sum(results['stages'].values()))} of work so far.\n"
-    )
     missing = sum(f"seed-{s}/milestones" not in results["stages"] for s in range(args.seeds))
-    parts = ["# Crafter, offline: the way to the diamond\n", about]
+    parts = ["# Crafter, offline: the way to the diamond\n", _about(results, args)]
     if missing:
         parts.append(f"**Not complete**: milestones of {missing} of {args.seeds} seeds are missing.\n")
     if results["ladder"]:
         parts += [*milestones(results["ladder"]), *differences(results["ladder"])]
-    parts += [*single_tasks(tasks), *pseudo_labels(tasks), *gates(tasks), *costs(results)]
+    parts += [*single_tasks(tasks), *clones(tasks), *pseudo_labels(tasks), *gates(tasks)]
+    parts += [*costs(results), *compute(tasks)]
     for path, content in ((out / "page.md", "\n".join(parts)), (out / "results.json", json.dumps(results))):
         aside = path.with_name(f".tmp-{path.name}")
         aside.write_text(content)
