@@ -30,6 +30,7 @@ from d4_core import checkpoint, distributed
 from d4_core.data import pinned
 from d4_core.optim import Ema, OptimConfig, Optimiser
 from d4_datasets.errors import UserError
+from d4_datasets.locks import held
 
 if TYPE_CHECKING:
     from d4_core.phase import Batch, Phase
@@ -314,7 +315,6 @@ class _Log:
         if self._is_writer:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _drop_lines(self._path, self._name, self._start)
-            self._file = self._stack.enter_context(self._path.open("a"))
             self._board = self._open_board()
         if self._progress and self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
@@ -333,8 +333,8 @@ class _Log:
             return
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
         line = {"phase": self._name, "step": done, "time": time.time(), **finite}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with held(_lock_of(self._path)), self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
         if self._board is not None:
             for name, value in finite.items():
                 self._board.add_scalar(name, value, done)
@@ -455,14 +455,22 @@ def _keep_previous(folder: Path) -> None:
 
 
 def _drop_lines(path: Path, name: str, step: int) -> None:
-    """Remove the phase's lines beyond `step`, and a last line that a kill cut short."""
-    if not path.exists():
-        return
-    entries = [(line, json.loads(line)) for line in _whole_lines(path)]
-    kept = [line for line, entry in entries if entry["phase"] != name or entry["step"] <= step]
-    tmp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    tmp.write_text("".join(kept))
-    os.replace(tmp, path)
+    """Remove the phase's lines beyond `step`, and a last line that a kill cut short.
+
+    Baselines train beside the chain in the same folder: a file is only replaced while nobody writes to it.
+    """
+    with held(_lock_of(path)):
+        if not path.exists():
+            return
+        entries = [(line, json.loads(line)) for line in _whole_lines(path)]
+        kept = [line for line, entry in entries if entry["phase"] != name or entry["step"] <= step]
+        tmp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        tmp.write_text("".join(kept))
+        os.replace(tmp, path)
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".lock-{path.name}")
 
 
 def _whole_lines(path: Path) -> Iterator[str]:

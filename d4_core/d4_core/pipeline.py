@@ -100,7 +100,7 @@ class Pipeline:
         return Windows(self.args.dataset, self.args.cache, limit=limit, readers=readers)
 
     def _describe(self) -> None:
-        """config.yaml and contract.yaml of the run."""
+        """config.yaml, contract.yaml and notes.json of the run, always whole: d4-clone may read them."""
         run = self.args.run
         about = {
             "preset": self.args.preset, "seed": self.args.seed, "scale": self.args.scale,
@@ -110,13 +110,19 @@ class Pipeline:
             "frames": self.logs.num_frames, "labelled_share": float(self.logs.action_mask.mean()),
             "settings": to_dict(self.preset),
         }  # fmt: skip
-        (run / "config.yaml").write_text(yaml.safe_dump(about, sort_keys=False))
-        (run / "contract.yaml").write_text(self.contract.to_yaml())
         used = self.preset.tokenizer_training.lpips_features
         note = "LPIPS was not used (no weights file given): the tokenizer is trained on squared error alone."
         if used:
             note = f"The tokenizer's perceptual loss is LPIPS with the weights in {used}."
-        (run / "notes.json").write_text(json.dumps([note]))
+        texts = {
+            "config.yaml": yaml.safe_dump(about, sort_keys=False),
+            "contract.yaml": self.contract.to_yaml(),
+            "notes.json": json.dumps([note]),
+        }
+        for name, text in texts.items():
+            aside = run / f".tmp-{name}"
+            aside.write_text(text)
+            os.replace(aside, run / name)
 
     def folder(self, phase: str) -> Path:
         """Checkpoint folder of a phase."""

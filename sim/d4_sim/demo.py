@@ -55,7 +55,7 @@ class Args:
     """Instead of one run, the experiment of docs/results/learning.md, in <out>/learning: chains over several
     seeds and worlds, all baselines, ablations. Hours; --only picks."""
     only: tuple[str, ...] = ()
-    """Stages of a study whose names begin like this; without it all that are not done yet."""
+    """Stages of a study by their names or the first parts of these; without it all that are not done yet."""
     out: Path = Path("runs/demo")
     """Folder for everything that is made: bags, dataset, run."""
     episodes: int = 6000

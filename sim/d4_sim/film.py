@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from d4_datasets.locks import held
 from d4_datasets.pictures import Strip, contact_sheet, mp4_bytes, write_png
 from d4_sim.vector import EpisodeBatch, run_episodes
 
@@ -85,7 +86,8 @@ def _write(
 
 def _caption(media: Path, texts: dict[str, str]) -> None:
     path = media / "captions.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    aside = media / ".tmp-captions.json"
-    aside.write_text(json.dumps(known | texts, indent=1))
-    os.replace(aside, path)
+    with held(media / ".lock"):  # drives of several stages film at the same time
+        known = json.loads(path.read_text()) if path.exists() else {}
+        aside = media / ".tmp-captions.json"
+        aside.write_text(json.dumps(known | texts, indent=1))
+        os.replace(aside, path)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from d4_datasets.errors import UserError
 from d4_sim import children, stages
-from d4_sim.stages import Interrupted, Stage, State, clock, handled_by
+from d4_sim.stages import Interrupted, Stage, State, clock, handled_by, is_named
 
 _LEAVE_S = 300.0  # for what is told to save and leave, after which it is killed
 
@@ -67,7 +67,7 @@ class Runner:
         planned: the stages; earlier ones matter more.
         keys: theirs, see `d4_sim.stages.keys`.
         jobs: slots; a stage takes as many as its `weight` says, and at most all of them.
-        only: beginnings of the names of stages to run; empty: all of them.
+        only: stages to run, see `d4_sim.stages.is_named`; empty: all of them.
         seconds: nothing is begun later than this, and what is still at work then is told to save and leave.
         redo: do again what was made with other arguments, of the stages of `only`, which clears it away.
         prepare, report: called before anything is cleared away or begun, where it may refuse, and after the
@@ -92,7 +92,7 @@ class Runner:
         self.redo, self._prepare, self._report = redo, prepare, report
         self.out, self.stages, self.jobs, self.only, self.seconds = out, list(planned), jobs, only, seconds
         for name in only:
-            if not any(stage.name.startswith(name) for stage in planned):
+            if not any(is_named(stage.name, (name,)) for stage in planned):
                 raise UserError(
                     f"--only {name} begins no stage: they are {', '.join(stage.name for stage in planned)}"
                 )
@@ -117,6 +117,10 @@ class Runner:
             self._require_redo()
             self._prepare()
             self.state.clear_stale(self.only)
+            if self.missing:
+                self._say(
+                    f"{len(self.missing)} stages, about {clock(self.state.left_s() / self.jobs)} in all"
+                )
             try:
                 return self._run()
             finally:
@@ -163,7 +167,7 @@ class Runner:
                 self._say(f"{stage.name} needs {', '.join(needed)}, which --only leaves out")
 
     def _is_wanted(self, name: str) -> bool:
-        return name.startswith(self.only or "")
+        return is_named(name, self.only)
 
     @property
     def missing(self) -> list[str]:

@@ -98,6 +98,13 @@ def keys(stages: Sequence[Stage]) -> dict[str, str]:
     return out
 
 
+def is_named(name: str, only: Sequence[str]) -> bool:
+    """Whether a stage is one of those that --only names: by their names, or by the first parts of these, so
+    that `arm` is all of arm-0 and arm-1, and nothing of arm_push-0. Nothing names all of them.
+    """
+    return not only or any(name == each or name.startswith((f"{each}/", f"{each}-")) for each in only)
+
+
 class State:
     """What has been begun and done in an out folder, kept in stages.json.
 
@@ -111,12 +118,11 @@ class State:
             try:
                 self._entries = json.loads(self._path.read_text())
             except ValueError:
-                sentence = f"{self._path} is damaged: delete it, finished work is found anyway"
-                raise UserError(sentence) from None
+                raise UserError(f"{self._path} is damaged: restore it, or give another --out") from None
 
     def stale(self, only: tuple[str, ...] = ()) -> list[Stage]:
-        """Stages that were begun with other arguments; of those whose names begin like one of `only`."""
-        begun = [s for s in self._stages if s.name in self._entries and s.name.startswith(only or "")]
+        """Stages that were begun with other arguments; of those that `only` names (`is_named`)."""
+        begun = [s for s in self._stages if s.name in self._entries and is_named(s.name, only)]
         return [s for s in begun if not self._is_current(s.name)]
 
     def _is_current(self, name: str) -> bool:
@@ -126,27 +132,28 @@ class State:
         """Remove what stages made from other arguments, see `stale`; returns their names.
 
         A run folder, in which training time lies, is kept once beside the new one as <name>.previous. What
-        needs such a stage is not done any more either, whatever arguments come next: its files may lie there.
+        was made of such results goes with them, whatever arguments come next.
         """
         stale = self.stale(only)
         for stage in stale:
-            for path in stage.makes:
-                if stage.keeps:
-                    _set_aside(path)
-                elif path.is_file():
-                    path.unlink()
-                else:
-                    shutil.rmtree(path, ignore_errors=True)
-            self._forget(stage.name)
+            self._clear(stage)
         if stale:
             self._write()
         return [stage.name for stage in stale]
 
-    def _forget(self, name: str) -> None:
-        self._entries.pop(name, None)
-        for stage in self._stages:
-            if name in stage.needs:
-                self._forget(stage.name)
+    def _clear(self, stage: Stage) -> None:
+        if self._entries.pop(stage.name, None) is None:
+            return
+        for path in stage.makes:
+            if stage.keeps:
+                _set_aside(path)
+            elif path.is_file():
+                path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+        for later in self._stages:
+            if stage.name in later.needs:
+                self._clear(later)
 
     def is_done(self, name: str) -> bool:
         """Whether the stage is finished, with these arguments; one whose gates were not in force counts with

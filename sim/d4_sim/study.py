@@ -85,7 +85,7 @@ class Args:
         eval_episodes: episodes per policy and seed.
         size: side of the pictures, pixels; None: 64.
         jobs: stages that run side by side.
-        only: beginnings of the names of stages to run; empty: all of them.
+        only: stages to run, see `d4_sim.stages.is_named`; empty: all of them.
         redo: do again what was made with other arguments, which clears it away.
     """
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from d4_core.stats import bootstrap_mean, crossed_mean, crossed_rate, student
+from d4_core.stats import bootstrap_mean, crossed_mean, crossed_rate, student, widest
 from d4_datasets.errors import UserError, run_cli
 from d4_sim.stages import clock
 from d4_sim.study import (
@@ -36,7 +36,7 @@ from d4_sim.study_results import (
     with_derived,
 )
 from d4_sim.study_worlds import shortcut, sparse_labels
-from d4_sim.tables import spread, table, verdict
+from d4_sim.tables import judged, spread, table, verdict
 
 LONG = f", {BASELINE_STEPS} steps"
 NAMES = {
@@ -116,8 +116,9 @@ def policies(
             yield f"- **open**: {claim} ({why}, {gain:+.2f})\n"
             continue
         for what, gains in pairs.items():
-            low = lowest(gains[a, b], "both")
-            yield verdict(f"{claim} in {what}", low > 0, f"lower end {low:+.2f}")
+            ends = widest_ends(gains[a, b], "both")
+            figure = f"from {ends[0]:+.2f} to {ends[1]:+.2f}"
+            yield verdict(f"{claim} in {what}", judged(*ends), figure)
     yield from beyond_the_drives(rows, planned)
     yield from gap_claim(chains, planned)
 
@@ -130,14 +131,14 @@ def gap_claim(chains: Mapping[str, Any], planned: int) -> Iterator[str]:
     if not closed or not gap or not len(closed["seeds"]) == planned > 1:
         return
     claim = "imagination closes a third of the gap to the expert, in the mean of the chains"
-    if (low := lowest(gap, "both")) <= 0:
+    if (low := widest_ends(gap, "both")[0]) <= 0:
         yield f"- **open**: {claim} (the expert is not surely ahead of the clone: lower end {low:+.2f})\n"
         return
     each = ", ".join(f"seed {s} {v:.3f}" for s, v in closed["seeds"].items())
     figure = f"{spread(closed['mean'])} over seeds and starts"
     if "student" in closed:
         figure += f", {spread(closed['student'])} as a t interval over seeds"
-    yield verdict(claim, lowest(closed, "mean") >= 1 / 3, f"{figure}; {each}")
+    yield verdict(claim, judged(*widest_ends(closed, "mean"), 1 / 3), f"{figure}; {each}")
 
 
 def _how_many(done: int, planned: int) -> str:
@@ -158,13 +159,15 @@ def beyond_the_drives(rows: Mapping[str, Any], planned: int) -> Iterator[str]:
     if len(gains) == planned > 1:
         found = student(gains)
         claim = f"returns {NAMES['imagination']} are above those of the drives that were cloned"
-        yield verdict(claim, found[1] > 0, f"{spread(found, sign=True)}, t over seeds; other starts")
+        figure = f"{spread(found, sign=True)}, t over seeds; other starts"
+        yield verdict(claim, judged(*found[1:]), figure)
 
 
-def lowest(found: Mapping[str, Any], key: str) -> float:
-    """The lower end that a claim is judged by: of the interval over seeds and starts and the t interval over
-    seeds, the lower one."""
-    return min(found[kind][1] for kind in (key, "student") if kind in found)
+def widest_ends(found: Mapping[str, Any], key: str) -> tuple[float, float]:
+    """The ends that a claim is judged by: of the interval over seeds and starts and the t interval over
+    seeds, the lower and the upper one."""
+    _, low, high = widest(*(found[kind] for kind in (key, "student") if kind in found))
+    return low, high
 
 
 def pair_table(pairs: Mapping[tuple[str, str], Any], seeds: Sequence[str]) -> str:

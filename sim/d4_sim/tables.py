@@ -20,6 +20,12 @@ def spread(value: Interval, digits: int = 2, sign: bool = False) -> str:
     return mean if value[1] == value[2] else f"{mean} [{low}, {high}]"
 
 
-def verdict(claim: str, holds: bool, figure: str) -> str:
-    """One line that says whether a claim holds."""
-    return f"- {'**holds**' if holds else '**does not hold**'}: {claim} ({figure})\n"
+def verdict(claim: str, holds: bool | None, figure: str) -> str:
+    """One line that says whether a claim holds; None: it could not be told."""
+    word = "not shown" if holds is None else "holds" if holds else "does not hold"
+    return f"- **{word}**: {claim} ({figure})\n"
+
+
+def judged(low: float, high: float, least: float = 0.0) -> bool | None:
+    """Whether what lies between `low` and `high` exceeds `least`; None where it may or may not."""
+    return True if low > least else None if high > least else False

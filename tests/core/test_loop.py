@@ -181,6 +181,23 @@ def test_resume_drops_lines_beyond_the_checkpoint(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_lines_of_two_phases_at_once_are_all_kept(tmp_path: Path) -> None:
+    """A phase that began replaced the file, and what trained beside it went on writing to the old one."""
+
+    class Beside(Toy):
+        name = "beside"
+
+        def forward(self, batch: dict[str, Tensor], gen: torch.Generator, step: int) -> tuple[dict, dict]:
+            if step == 4:  # in the middle of it the other one trains from beginning to end
+                train(Toy(), tmp_path)
+            return super().forward(batch, gen, step)
+
+    train(Beside(), tmp_path)
+    steps = [1, 3, 6, 9, 12]
+    assert [line["step"] for line in lines(tmp_path) if line["phase"] == "toy"] == steps
+    assert [line["step"] for line in lines(tmp_path) if line["phase"] == "beside"] == steps
+
+
 def test_another_version_of_the_model_is_refused(tmp_path: Path) -> None:
     phase = Toy()
     phase.stop_at = 4

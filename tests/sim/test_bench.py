@@ -317,6 +317,39 @@ def test_what_needs_a_cleared_stage_is_not_done_with_the_old_settings_either(tmp
     assert (tmp_path / "out" / "logs" / "s1.log").read_text().count("$ work s1") == 2
 
 
+def test_what_was_made_of_what_is_cleared_goes_with_it(tmp_path, monkeypatch) -> None:
+    """After `--labelled 0.5 --only push-0/data --redo` the page showed policies of the old data."""
+    fake(tmp_path, monkeypatch, "")
+    run, found = tmp_path / "run", tmp_path / "eval.json"
+    first, second, third = works(1, 1, 1)
+    todo = [first, replace(second, needs=("s0",), makes=(run,), keeps=True),
+            replace(third, needs=("s1",), makes=(found,))]  # fmt: skip
+    assert Runner(tmp_path / "out", todo, keys(todo), jobs=1).run() == 0
+    run.mkdir()
+    found.write_text("{}")
+    other = [replace(first, recipe="other"), *todo[1:]]
+    assert Runner(tmp_path / "out", other, keys(other), jobs=1, only=("s0",), redo=True).run() == 0
+    assert [path.exists() for path in (run, tmp_path / "run.previous", found)] == [False, True, False]
+
+
+def test_a_part_of_a_name_is_no_other_world() -> None:
+    """`--only arm --redo` cleared the recordings of arm_push away."""
+    names = ["arm-0/data", "arm-1/run", "arm/reference", "arm_push-0/data", "push-10/data", "push-1/data"]
+    assert [name for name in names if stages.is_named(name, ("arm",))] == names[:3]
+    assert [name for name in names if stages.is_named(name, ("push-1", "arm-0/data"))] == [names[0], names[5]]
+    assert [name for name in names if stages.is_named(name, ())] == names
+
+
+def test_settings_that_cost_nothing_leave_the_compute_equal() -> None:
+    """With the motion weight that a failed gate asks for, no claim against a baseline was judged."""
+    assert Size(set=("motion_weight=4.0", "mask_max=0.5")).is_equal
+    assert Size(set=("num_latents=16",)).is_equal  # 5 % more, and there are 14 to spare
+    assert not Size(set=("dynamics_training.steps=6000",)).is_equal
+    assert not Size(model="small").is_equal
+    assert PRESETS["night"].is_equal
+    assert not replace(PRESETS["night"], scratch_steps=10_000).is_equal
+
+
 def test_a_stage_whose_needs_are_left_out_is_named(tmp_path, monkeypatch, capsys) -> None:
     """`--only push-0/policies` before there was a run ended at once, as if all were done."""
     fake(tmp_path, monkeypatch, "")
@@ -395,4 +428,4 @@ def test_the_reference_does_not_depend_on_the_processes(tmp_path: Path, monkeypa
 
 def test_size_and_arguments_agree() -> None:
     asked = {"seeds": 1, "frames": 7, "model": "small", "minutes": 3.0}
-    assert Args(suite=("push",), **asked).size == replace(Size(), **asked)
+    assert Args(suite=("push",), **asked).size == replace(PRESETS["night"], **asked)

@@ -118,6 +118,7 @@ def test_a_measured_report_is_replayed() -> None:
     rng = np.random.default_rng(0)
     drawn = np.array([late.draw(rng) for _ in range(20_000)])
     stage = report["stages_ms"]["lateness"]
+    drawn -= report["latency_ms"]
     assert np.median(drawn) == pytest.approx(stage["p50"], abs=0.01)
     assert np.quantile(drawn, 0.99) == pytest.approx(stage["p99"], rel=0.15)
     assert drawn.max() <= stage["max"]
@@ -128,6 +129,14 @@ def test_a_measured_report_is_replayed() -> None:
     plain, replayed = poses("yard"), poses(f"yard+latency={REPORT}")
     assert np.abs(plain - replayed).max() < 0.02  # a good loop: hardly any difference
     np.testing.assert_array_equal(poses("yard+latency=measured"), replayed)
+
+
+def test_a_measured_latency_takes_the_place_of_the_worlds_own(tmp_path: Path) -> None:
+    """On worlds with less latency than the measured robot the report brought next to no lateness."""
+    report = json.loads(REPORT.read_text())
+    report["latency_ms"], report["counts"] = 90.0, {"ticks": 100}
+    (tmp_path / "slow.json").write_text(json.dumps(report))
+    np.testing.assert_array_equal(poses(f"yard+latency={tmp_path / 'slow.json'}"), poses("yard+latency=90"))
 
 
 def test_missed_commands_leave_the_last_one_in_force() -> None:

@@ -76,7 +76,7 @@ class Args:
     jobs: Literal["auto"] | int = "auto"
     """Stages side by side; auto takes the free cores."""
     only: tuple[str, ...] = ()
-    """Stages whose names begin like this; without it all that are not done yet."""
+    """Stages by their names or the first parts of these, such as seed-0; without it all that are not done."""
     redo: bool = False
     """Do again what was made with other arguments or settings, which clears it away."""
 

@@ -4,8 +4,10 @@ A disturbed world is a world by name, such as `yard+latency=60+noise=0.1`: where
 disturbances may be. All of it follows from the seed of the episode, so that two policies meet the same.
 
 latency=MS       capture to command in force, instead of the contract's latency
-latency=FILE     lateness, missed commands and lost frames, drawn as often as in a measured report (d4-bench
-                 latency, a robot), tick by tick: which of them came together is not in a report
+latency=FILE     capture to command in force, missed commands and lost frames, drawn as often as in a measured
+                 report (d4-bench latency, a robot), tick by tick: which of them came together is not in a
+                 report. A missed command leaves the last one in force, which is worse than what the robot's
+                 node does: it sends the plan's next one, and tells the policy
 latency=measured the same of docs/results/robot/latency-20hz.json in this repository
 jitter=MS        a delay of each command: the size of a normal draw of this deviation, 0.8 of it on
                  average; none overtakes another
@@ -48,7 +50,7 @@ class Lateness:
     """How late commands were in a measured run.
 
     Attributes:
-        late_ms: at the quantiles of `_QUANTILES`, beyond capture + latency.
+        late_ms: capture to command, at the quantiles of `_QUANTILES`.
         missed: share of the ticks whose frame came, of those in which the command did not go out.
         lost: share of the ticks without a frame of their own, and so without a command.
     """
@@ -67,7 +69,8 @@ class Lateness:
         try:
             report = json.loads(path.read_text())
             stage, counts = report["stages_ms"]["lateness"], report["counts"]
-            late = tuple(max(0.0, float(stage[key])) for key in _QUANTILES)
+            promised = float(report["latency_ms"])  # from which lateness counts
+            late = tuple(promised + max(0.0, float(stage[key])) for key in _QUANTILES)
             ticks = max(1, int(counts["ticks"]))
             lost = int(counts.get("ticks without a frame of their own", 0))
             missed = max(0, int(counts.get("missed", 0)) - lost)  # whose frame was lost is missed for that
@@ -75,13 +78,13 @@ class Lateness:
             raise UserError(f"the latency report {path} cannot be read: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} is no latency report of d4: it lacks stages_ms.lateness or counts.ticks "
+                f"{path} is no latency report of d4: it lacks latency_ms, stages_ms.lateness or counts.ticks "
                 "(d4-bench latency --out FILE writes one)."
             ) from error
         return cls(late, missed / max(1, ticks - lost), lost / ticks)
 
     def draw(self, rng: np.random.Generator) -> float:
-        """One lateness in ms."""
+        """Capture to command of one tick, in ms."""
         return float(np.interp(rng.uniform(), tuple(_QUANTILES.values()), self.late_ms))
 
 
@@ -172,7 +175,7 @@ class Disturbed:
         self._rng = np.random.default_rng()
         self._tick = 0
         self._seen: Observation | None = None
-        self._is_mute = False  # without a frame of its own the policy node sends no command of its own
+        self._is_mute = False  # a tick without a frame of its own has no command of its own here
         self._in_force = np.zeros_like(world.action_low)
         if disturbance.look is not None:
             if not isinstance(world, MujocoWorld):
@@ -218,7 +221,7 @@ class Disturbed:
         latency, due = self._how.latency, float(self._world.contract.latency_ms)
         missed, luck = 0.0, self._rng.uniform(size=2)
         if isinstance(latency, Lateness):
-            due += latency.draw(self._rng)
+            due = latency.draw(self._rng)
             missed = latency.missed
         elif latency is not None:
             due = latency
