@@ -172,13 +172,18 @@ class Windows:
         recording = np.unique(self.sources, return_inverse=True)[1].reshape(-1)
         if self._enough(recording, holdout):
             return recording
+        return self.drives if self._enough(self.drives, holdout) else np.arange(len(recording))
+
+    @cached_property
+    def drives(self) -> np.ndarray:
+        """int64 [E]: number of the drive that an episode is a piece of, since recordings are cut where they
+        must be; its own in datasets that do not know."""
         number = [about.get("drive") for about in self.provenance]
-        if len(number) == len(recording) and None not in number:  # older datasets do not know
-            pair = np.stack([recording, np.array(number, np.int64)])
-            drive = np.unique(pair, axis=1, return_inverse=True)[1].reshape(-1)
-            if self._enough(drive, holdout):
-                return drive
-        return np.arange(len(recording))
+        if len(number) != len(self.sources) or None in number:
+            return np.arange(len(self.sources))
+        recording = np.unique(self.sources, return_inverse=True)[1].reshape(-1)
+        pair = np.stack([recording, np.array(number, np.int64)])
+        return np.unique(pair, axis=1, return_inverse=True)[1].reshape(-1)
 
     def _enough(self, unit: np.ndarray, holdout: float) -> bool:
         labelled = np.bincount(unit, self.labelled) > 0

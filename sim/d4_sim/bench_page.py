@@ -80,32 +80,45 @@ def disturbed(run: Path, world: str, size: Size) -> dict[str, Any]:
     return {each: evaluation["policies"] for each, evaluation in found.items() if evaluation}
 
 
-def own(row: Mapping[str, Any], task: int | None) -> np.ndarray:
-    """Returns of a row of eval.json, those of one task or of all."""
-    returns = np.asarray(row["return"], float)
-    return returns if task is None else returns[np.asarray(row["task"]) == task]
-
-
 def normalised(chains: Mapping[str, Any], task: int | None = None) -> dict[str, Interval]:
     """Scores of all policies, where random is 0 and the expert is 1: mean and 95 % interval (`over_chains`).
 
-    Both ends are means over their episodes; that they were measured, too, widens no interval.
+    Args: task: count the episodes of this one alone.
     """
-    zero, one = ([own(row, task) for row in rows_of(chains, end).values()] for end in ENDS)
-    if not zero or not one or not all(map(len, (*zero, *one))):
-        return {}
-    low, high = (float(np.mean([returns.mean() for returns in end])) for end in (zero, one))
-    if not high > low:
-        return {}
+    groups = {policy: scores(chains, policy, task) for policy in TABLE}
+    return {
+        policy: over_chains(
+            list(found.values()),
+            nested_mean if has_own_episodes(policy, list(found.values())) else crossed_mean,
+        )
+        for policy, found in groups.items()
+        if found and all(map(len, found.values()))
+    }
+
+
+def scores(chains: Mapping[str, Any], policy: str, task: int | None = None) -> dict[str, np.ndarray]:
+    """{seed: scores} of a policy's episodes, each between the ends of its own task: policies that drive fewer
+    starts have another mix of tasks. Empty where a task has no ends, or none that are apart.
+
+    Ends are means over their episodes; that they were measured, too, widens no interval.
+    """
     out = {}
-    for policy in TABLE:
-        groups = [own(row, task) for row in rows_of(chains, policy).values()]
-        if groups and all(len(group) for group in groups):
-            scores = [(group - low) / (high - low) for group in groups]
-            out[policy] = over_chains(
-                scores, nested_mean if has_own_episodes(policy, groups) else crossed_mean
-            )
+    ends = [list(rows_of(chains, end).values()) for end in ENDS]
+    for seed, row in rows_of(chains, policy).items():
+        returns, of = np.asarray(row["return"], float), np.asarray(row["task"])
+        for each in np.unique(of) if task is None else [task]:
+            low, high = (np.mean([_of_task(r, each) for r in end]) if end else np.nan for end in ends)
+            if not high > low:
+                return {}
+            returns[of == each] = (returns[of == each] - low) / (high - low)
+        out[seed] = returns if task is None else returns[of == task]
     return out
+
+
+def _of_task(row: Mapping[str, Any], task: int) -> float:
+    """Mean return of a row's episodes of a task; not a number without any."""
+    own = np.asarray(row["return"], float)[np.asarray(row["task"]) == task]
+    return float(own.mean()) if len(own) else float("nan")
 
 
 def over_chains(groups: Sequence[np.ndarray], mean: Callable[..., Interval]) -> Interval:
@@ -116,21 +129,22 @@ def over_chains(groups: Sequence[np.ndarray], mean: Callable[..., Interval]) -> 
 
 def summary(results: Mapping[str, Any], seeds: int) -> Iterator[str]:
     """One table of all worlds in normalised scores; so many seeds are planned."""
-    scores = {world: normalised(chains) for world, chains in results["chains"].items() if chains}
-    scores = {world: found for world, found in scores.items() if found}
-    if not scores:
+    found = {world: normalised(chains) for world, chains in results["chains"].items() if chains}
+    found = {world: each for world, each in found.items() if each}
+    if not found:
         return
     yield "## Normalised scores\n"
     yield (
-        "0 is random, 1 is the expert of the world; mean [the wider of two 95 % intervals: over seeds and "
-        "episodes, and the t interval over seeds].\n"
+        "0 is random, 1 is the expert of the world, in every task by itself; mean [the wider of two 95 % "
+        "intervals: over seeds and episodes, and the t interval over seeds]. Both ends were measured, too, "
+        "which widens no interval.\n"
     )
     rows = []
     for policy in TABLE:
-        cells = [_score(found, policy, results["chains"][world], seeds) for world, found in scores.items()]
+        cells = [_score(each, policy, results["chains"][world], seeds) for world, each in found.items()]
         if any(cell != "-" for cell in cells):
             rows.append([NAMES[policy], *cells])
-    yield table(["policy", *scores], rows)
+    yield table(["policy", *found], rows)
 
 
 def _score(found: Mapping[str, Interval], policy: str, chains: Mapping[str, Any], seeds: int) -> str:
@@ -143,16 +157,35 @@ def _score(found: Mapping[str, Interval], policy: str, chains: Mapping[str, Any]
 
 def tasks(world: str, chains: Mapping[str, Any], names: list[str], seeds: int) -> Iterator[str]:
     """One agent, several tasks: normalised scores of each."""
-    by_task = {name: normalised(chains, i) for i, name in enumerate(names)}
-    by_task = {name: found for name, found in by_task.items() if found}
+    by_task = {i: found for i in range(len(names)) if (found := normalised(chains, i))}
     if len(names) < 2 or not by_task:
         return
     yield f"### {world}: one agent, chosen by task\n"
     shown = [p for p in TABLE if any(p in found for found in by_task.values())]
-    yield table(
-        ["policy, normalised", *by_task],
-        [[NAMES[p], *(_score(f, p, chains, seeds) for f in by_task.values())] for p in shown],
-    )
+    rows = []
+    for policy in shown:
+        cells = [NAMES[policy]]
+        for i, found in by_task.items():
+            by_seed = [f"{own.mean():.2f}" for own in scores(chains, policy, i).values()]
+            seeded = f" ({', '.join(by_seed)})" if len(by_seed) > 1 and policy not in ENDS else ""
+            cells.append(_score(found, policy, chains, seeds) + seeded)
+        rows.append(cells)
+    yield table(["policy, normalised (seeds)", *(names[i] for i in by_task)], rows)
+
+
+def doubts(chains: Mapping[str, Any]) -> Iterator[str]:
+    """Of chains whose tokenizer or dynamics failed a gate: what is claimed of a world model there."""
+    failed = {
+        s: [gate["name"] for phase in ("tokenizer", "dynamics") for gate in run["gates"].get(phase, [])
+            if not gate["ok"]]
+        for s, run in chains.items() if "gates" in run
+    }  # fmt: skip
+    named = [f"seed {s}: {'; '.join(names)}" for s, names in failed.items() if names]
+    if named:
+        yield (
+            f"**World models that failed gates** are behind {len(named)} of these {len(chains)} chains "
+            f"({'. '.join(named)}).\n"
+        )
 
 
 def robustness(world: str, chains: Mapping[str, Any], seeds: int) -> Iterator[str]:
@@ -205,6 +238,7 @@ def page(out: Path, worlds: tuple[str, ...], size: Size, done: Done) -> tuple[st
             continue
         parts += policies(f"## {world}", chains, () if size.is_equal else UNEQUAL, size.seeds)
         reference = read_json(out / "reference" / world / "eval.json") or {}
+        parts += doubts(chains)
         parts += tasks(world, chains, reference.get("task_names", []), size.seeds)
         parts += robustness(world, chains, size.seeds)
         parts += films(out, world, sorted(chains), out / "page", "page")
@@ -226,7 +260,8 @@ def _about(results: Mapping[str, Any], worlds: tuple[str, ...], size: Size, stag
         f"at {2 * steps // 8} at the latest, when held-out commands are known best. "
         f"{clock(sum(results['stages'].values()))} of work in all. The expert is a "
         "script, or a planner on the true simulator, and no optimum. Claims are judged by the t interval "
-        "over seeds: one that resamples a few seeds is too narrow.\n"
+        "over seeds: one that resamples a few seeds is too narrow. That there are many of them corrects "
+        "none.\n"
     ]
     if versions := results["mujoco"]:
         lines.append(f"MuJoCo {', '.join(versions)}.\n")

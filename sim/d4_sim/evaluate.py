@@ -201,7 +201,7 @@ class Evaluation:
         print(f"  {name:12} return {returns.mean():6.2f}  success {success.mean():.2f}  {cost}", flush=True)
 
     def _data(self) -> dict[str, Any]:
-        """Own-task returns of the logged episodes.
+        """Own-task returns of the logged drives: one that lost frames is in the dataset in pieces.
 
         Events may lie in any piece of a long recording that was cut, so that pieces tell little about whole
         episodes: where tasks are events, those who made the logs drive again instead, on the shared starts.
@@ -210,12 +210,14 @@ class Evaluation:
         first, last = logs.episode_start, logs.episode_start + logs.episode_length - 1
         column = np.minimum(logs.task_index, logs.reward.shape[1] - 1)
         own = np.take_along_axis(logs.reward, column[:, None], 1)[:, 0].copy()
-        own[first] = 0.0  # no action earned frame 0
-        task = logs.task_index[first]
+        drives, begin = np.unique(logs.drives, return_index=True)
+        end = len(logs.drives) - 1 - np.unique(logs.drives[::-1], return_index=True)[1]
+        own[first[begin]] = 0.0  # no action earned frame 0
+        pieces = np.add.reduceat(own, first)
         return {
-            "return": np.add.reduceat(own, first).tolist(),
-            "success": (own[last] >= self.success_reward).astype(int).tolist(),
-            "task": task.tolist(),
+            "return": [float(pieces[logs.drives == drive].sum()) for drive in drives],
+            "success": (own[last[end]] >= self.success_reward).astype(int).tolist(),
+            "task": logs.task_index[first[begin]].tolist(),
         }
 
     def _episodes(self, name: str) -> dict[str, Any]:

@@ -174,10 +174,12 @@ class State:
         return float(self._entries.get(name, {}).get("seconds", 0.0))
 
     def left_s(self) -> float:
-        """Estimated seconds to the end: typical times, corrected by what the finished stages took."""
+        """Estimated seconds to the end: typical times, corrected by what the finished stages took; a few
+        percent of the work tell little of the rest."""
         done = [s for s in self._stages if self.is_done(s.name)]
-        typical = sum(s.typical_s for s in done)
-        speed = sum(self.seconds(s.name) for s in done) / typical if typical else 1.0
+        typical, all_s = (sum(s.typical_s for s in some) for some in (done, self._stages))
+        unknown = max(0.0, 0.05 * all_s - typical)
+        speed = (sum(self.seconds(s.name) for s in done) + unknown) / (typical + unknown)
         left = (max(s.typical_s * speed - self.seconds(s.name), 1.0) for s in self._stages if s not in done)
         return sum(left)
 

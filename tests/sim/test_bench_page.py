@@ -224,3 +224,27 @@ def test_an_expert_that_is_no_better_than_random_normalises_nothing(out: Path) -
     path = write(out)
     assert path is not None
     assert "Normalised scores" not in path.read_text()
+
+
+def test_a_planner_with_another_mix_of_tasks_is_scored_between_the_ends_of_each(out: Path) -> None:
+    """The expert's own returns came out above 1 where it had driven the easy task more often."""
+    ends = {"random": row(5.0, 9), "expert": row(45.0, 9, 8)}
+    for kind in ends.values():  # task 1 pays ten times as much
+        kind["return"] = [r * (10 if t else 1) for r, t in zip(kind["return"], kind["task"], strict=True)]
+    put(out / "reference/push/eval.json", {"policies": ends, "task_names": TASKS, "seeds": STARTS})
+    path = out / "push-0" / "run" / "eval.json"
+    found = json.loads(path.read_text())
+    returns, task = (np.array(ends["expert"][key]) for key in ("return", "task"))
+    best = [float(returns[task == t].mean()) for t in (0, 1, 0)]
+    found["policies"]["planner"] = {"return": best, "success": [1] * 3, "fallen": [0] * 3, "task": [0, 1, 0]}
+    put(path, found)
+    np.testing.assert_allclose(bench_page.scores(chains_of(out), "planner")["0"], 1.0)
+
+
+def test_world_models_that_failed_gates_are_named_beside_the_claims(out: Path) -> None:
+    gate = {"name": "probe of puck", "value": 0.9, "op": "<=", "limit": 0.2, "ok": False}
+    put(out / "push-1" / "run" / "gates.json", {"tokenizer": [gate]})
+    text = write(out).read_text()
+    assert (
+        "**World models that failed gates** are behind 1 of these 2 chains (seed 1: probe of puck)." in text
+    )

@@ -6,6 +6,7 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -303,3 +304,14 @@ def test_what_is_no_run_is_left_alone(dataset, monkeypatch, capsys, command) -> 
         command.main()
     assert "is no run of d4-train" in capsys.readouterr().err
     assert sorted(dataset.rglob("*")) == before
+
+
+def test_a_drive_that_lost_frames_is_one_episode_of_the_data() -> None:
+    """Its pieces counted as episodes, with half of the return each and a success in the middle."""
+    reward = np.array([[9, 0], [1, 0], [2, 0], [9, 9], [0, 1], [3, 0], [1, 0]], np.float32)
+    logs = SimpleNamespace(
+        reward=reward, drives=np.array([0, 1, 0]), episode_start=np.array([0, 3, 5]),
+        episode_length=np.array([3, 2, 2]), task_index=np.array([0, 0, 0, 1, 1, 0, 0]),
+    )  # fmt: skip
+    found = Evaluation._data(SimpleNamespace(logs=logs, success_reward=1.0))
+    assert found == {"return": [1.0 + 2 + 3 + 1, 1.0], "success": [1, 1], "task": [0, 1]}
