@@ -10,6 +10,15 @@ from pathlib import Path
 from d4_datasets.errors import UserError
 
 
+def is_held(path: Path) -> bool:
+    """Whether somebody holds the lock file `path`."""
+    try:
+        with held(path, "held"):
+            return False
+    except UserError:
+        return True
+
+
 @contextmanager
 def held(path: Path, otherwise: str | None = None) -> Iterator[int]:
     """Hold the lock file `path`; yields its descriptor, for processes that are to hold it as well.

@@ -315,6 +315,32 @@ def test_a_folder_without_episodes_is_of_none_yet(tmp_path) -> None:
         Results(tmp_path, about())
 
 
+def test_a_folder_in_which_somebody_plays_is_of_that_measurement(tmp_path) -> None:
+    """Until its first episode was over, which takes an hour, another one could begin beside it."""
+    first = Results(tmp_path, about(), (0, 2))
+    with first.alone():
+        with pytest.raises(UserError, match=r"is of another measurement \(policy differ\)"):
+            Results(tmp_path, about() | {"policy": "agent 123"}, (1, 2))
+        with Results(tmp_path, about(), (1, 2)).alone():
+            pass
+        with pytest.raises(UserError, match="another d4-minecraft benchmark plays into"):
+            Results(tmp_path, about(), (0, 2)).alone().__enter__()
+    other = Results(tmp_path, about() | {"policy": "agent 123"}, (1, 2))
+    with other.alone(), pytest.raises(UserError, match="is of another measurement"), first.alone():
+        pass
+
+
+def test_what_cannot_be_done_there_is_not_asked_for(tmp_path) -> None:
+    """A game without tables was asked for one for an hour an episode."""
+    policy = load_policy("random", 1, "cpu", Contract.load(EXAMPLE))
+    wild = game.engine("luanti_wild")
+    plan = benchmark.Plan(engine=wild, options={}, rungs=(game.Rung("craft_crafting_table", None),), ticks=30)
+    with pytest.raises(UserError, match=r"Luanti \(Minetest Game\) has nothing to craft crafting table with"):
+        benchmark.require_ready(plan, policy)
+    for name in ("luanti", "luanti_wild"):
+        assert not {rung.task for rung in game.engine(name).ladder} & set(game.engine(name).impossible)
+
+
 def test_a_line_that_is_no_episode_is_one_sentence(tmp_path) -> None:
     (tmp_path / "episodes.jsonl").write_text('{"episode": 20}\n')
     with pytest.raises(UserError, match="line 1 is damaged"):
@@ -407,15 +433,17 @@ def test_an_episode_that_is_played_again_leaves_no_parts_of_the_first_attempt(tm
     """
     engine, kept = fake_game.ENGINE, tmp_path / "kept"
     kept.mkdir()
-    stems = ("fake-random-seed0-000000-001", "fake-000000-000", "fake-agent-1f-seed0-000000-000")
+    results = Results(tmp_path / "out", about(30))
+    own = f"fake-random-seed0-{results.identity}-000000"  # others': with another prompt, of another policy
+    stems = (f"{own}-001", "fake-random-seed0-0123ab-000000-001", "fake-agent-1f-seed0-000000-000")
     old = [kept / f"{stem}{end}" for stem in stems for end in (".mp4", ".jsonl")]
     for path in old:
         path.write_text("old")
     plan = benchmark.Plan(engine=engine, options={}, rungs=engine.ladder, ticks=30, keep=kept)
     policy = load_policy("random", 1, "cpu", small())
-    benchmark.Benchmark(plan, policy, Results(tmp_path / "out", about(30)), lambda _: None).play([0], 1)
+    benchmark.Benchmark(plan, policy, results, lambda _: None).play([0], 1)
     assert [path.exists() for path in old] == [False, False, True, True, True, True]
-    assert (kept / "fake-random-seed0-000000-000.jsonl").exists()
+    assert (kept / f"{own}-000.jsonl").exists()
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path) -> None:

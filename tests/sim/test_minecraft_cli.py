@@ -219,7 +219,7 @@ def test_files_that_tell_no_events(tmp_path, command) -> None:
 def test_check_says_what_is_missing_and_how_to_get_it(tmp_path, command) -> None:
     done = command("check", PATH="/nowhere", DISPLAY="", JAVA_HOME="")
     assert done.returncode == 0, done.stderr
-    assert "MISSING Java 8: there is no Java: apt-get install openjdk-8-jdk" in done.stdout
+    assert "MISSING Java 8: there is no Java on PATH: apt-get install openjdk-8-jdk" in done.stdout
     assert "MISSING MineRL v1.0: --python names no interpreter" in done.stdout
     assert "MISSING display: set DISPLAY, or apt-get install xvfb" in done.stdout
     done = command("check", "--engine", "minerl", "--python", "/nowhere/python", PATH="/nowhere")
@@ -248,6 +248,20 @@ def test_another_java_is_the_wrong_java(tmp_path, monkeypatch, says, value, miss
     found = check.java()
     assert (found.value, bool(found.missing)) == (value, bool(missing))
     assert missing in found.missing
+
+
+def test_both_javas_are_looked_at(tmp_path, monkeypatch) -> None:
+    """That of JAVA_HOME alone was, while the game is run by the one on PATH."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "bin").mkdir(parents=True)
+    program(tmp_path, "java", 'openjdk version "17.0.15"')
+    program(tmp_path / "home" / "bin", "java", 'openjdk version "1.8.0_402"')
+    assert "this is Java 17.0.15 on PATH" in check.java().missing
+    program(tmp_path, "java", 'openjdk version "1.8.0_402"')
+    assert not check.java().missing
+    (tmp_path / "home" / "bin" / "java").unlink()
+    assert "there is no Java in JAVA_HOME" in check.java().missing
 
 
 def test_what_minecraft_does_not_start_without(monkeypatch) -> None:

@@ -15,7 +15,7 @@ from d4_datasets.errors import UserError
 from d4_sim.minecraft import benchmark, cli, game
 from d4_sim.minecraft.episode import world_seed
 from d4_sim.minecraft.policies import load_policy
-from d4_sim.minecraft.results import Results
+from d4_sim.minecraft.results import Results, read_episodes
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "minecraft.yaml"
 
@@ -66,6 +66,20 @@ def test_bad_worlds_that_are_left_over_do_not_fail_again_and_again(tmp_path, con
     play(tmp_path / "out", contract, range(1), 1, {})
     found, _ = play(tmp_path / "out", contract, [1, 2], 1, {"bad": bad(1, 2)})
     assert [(e["episode"], e["cut"]) for e in found] == [(0, False), (1, True), (2, True)]
+
+
+def test_what_never_began_is_begun_when_the_benchmark_goes_on(tmp_path, contract) -> None:
+    """Episodes lost to a display that had gone stayed failures of the policy for ever."""
+    out = tmp_path / "out"
+    args = {"checkpoint": "random", "engine": "stubborn", "contract": contract, "out": out, "minutes": 0.02}
+    assert cli.Benchmark(episodes=3, set=(f"bad={bad(1, 2)}",), **args).run() == 0
+    assert [(e["ticks"], e["cut"]) for e in read_episodes(out)] == [(24, False), (0, True), (0, True)]
+    text = (out / "benchmark.json").read_text().replace(bad(1, 2), "")
+    (out / "benchmark.json").write_text(text)  # as if the display had come back, with the same options
+    assert cli.Benchmark(episodes=3, set=("bad=",), **args).run() == 0
+    assert [(e["episode"], e["ticks"], e["cut"]) for e in read_episodes(out)] == [
+        (0, 24, False), (1, 24, False), (2, 24, False),
+    ]  # fmt: skip
 
 
 def test_a_first_world_that_never_emerges_is_not_the_game(tmp_path, contract) -> None:

@@ -53,6 +53,8 @@ class Env:
             "location_stats": {"yaw": np.array(12.5), "pitch": np.array(-3.0), "biome_id": np.array(1)},
         }
     def reset(self):
+        if self.name == "Broken":
+            raise EOFError("this Java is too new\\n\\nMinecraft process finished unexpectedly.\\n")
         self.tick = 0
         assert self.seeds.pop() == 7 and not self.seeds
         return self.seen()
@@ -126,6 +128,18 @@ def test_a_lost_game_is_no_observation(stand_in) -> None:
             environment.receive()
             environment.step(np.zeros(minecraft.SIZE))
         with pytest.raises(Lost, match="MineRL lost the game: Connection timed out!"):
+            environment.receive()
+    finally:
+        environment.close()
+
+
+def test_a_game_that_does_not_start_says_why(stand_in) -> None:
+    """MineRL raises EOFError of its game, which was taken for the end of the benchmark."""
+    environment = start(stand_in, env="Broken")
+    try:
+        environment.receive()
+        environment.reset(7)
+        with pytest.raises(Lost, match="EOFError: Minecraft process finished unexpectedly"):
             environment.receive()
     finally:
         environment.close()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from d4_datasets.errors import UserError
+from d4_datasets.minecraft import TASKS
 from d4_sim.luanti import names
 from d4_sim.luanti.channel import Channel, Order, State
 from d4_sim.luanti.hands import Deed, Hands, Press
@@ -329,6 +330,8 @@ def in_the_wild(**options: Any) -> Luanti:
     return Luanti(world="wild", **options)
 
 
+_OF_A_TREE = ("mine_log", "craft_planks", "craft_stick", "craft_wooden_pickaxe", "use_wooden_pickaxe")
+
 ENGINE = Engine(
     name="luanti",
     title="Luanti tree chopping",
@@ -337,6 +340,7 @@ ENGINE = Engine(
     options=OPTIONS,
     milestones=("log", "planks", "stick", "wooden_pickaxe"),  # what a tree is good for
     ladder=(Rung("mine_log", None),),
+    impossible=tuple(name for name in TASKS if name not in _OF_A_TREE),
     minutes=1.0,
     player="d4_sim.luanti.player:Chopper",
     start_s=240.0,
@@ -353,6 +357,7 @@ WILD = replace(
     opens="d4_sim.luanti.engine:in_the_wild",
     milestones=tuple(name for name in MILESTONES if name not in _TABLE),
     ladder=tuple(rung for rung in LADDER if rung.task not in _TABLE),
+    impossible=tuple(name for name in TASKS if name in _TABLE),
     minutes=60.0,
     player="",
 )

@@ -3,8 +3,9 @@
 Every environment is a process of its own. One that gives no answer in time, dies, or fails after anything was
 played, whatever it says of itself, is ended and started again; its episode is played again from its beginning
 in the same world, and after `repeats` such repetitions counts as it stood when its environment was lost. One
-that did not begin waits until the others were played, and counts as one without milestones if it never does.
-If no episode has ever begun, or many in a row do not, it is not the episode: that ends the benchmark.
+that did not begin waits until the others were played, and counts as one without milestones if it never does,
+until a later run of the same benchmark begins it. If no episode has ever begun, or many in a row do not, it
+is not the episode: that ends the benchmark.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ class Benchmark:
         if self.plan.keep is not None:
             name = self.plan.engine.name
             who = self.policy.identity.replace(" ", "-")  # others' recordings may lie there, too
-            stem = f"{name}-{who}-seed{self.plan.seed}-{place.todo:06d}"
+            stem = f"{name}-{who}-seed{self.plan.seed}-{self.results.identity}-{place.todo:06d}"
             remove_parts(self.plan.keep, stem)  # of this episode in a run that was killed
             place.recorder = Recorder(self.plan.keep, stem, engine=name)
 
@@ -316,10 +317,13 @@ def require_ready(plan: Plan, policy: Policy) -> None:
     """Check that a policy can play what is planned.
 
     Raises:
-        UserError: its contract does not fit, or it does not know a task that will be asked for.
+        UserError: its contract does not fit, or it does not know a task that will be asked for, or nobody can
+            do that there.
     """
     require_fit(plan.engine, policy.contract, policy.name)
     for rung in plan.rungs:
+        if rung.task in plan.engine.impossible:
+            raise UserError(f"{plan.engine.title} has nothing to {rung.task.replace('_', ' ')} with")
         policy.task_number(rung.task)
 
 

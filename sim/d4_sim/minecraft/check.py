@@ -58,13 +58,18 @@ def java() -> Found:
     how = "apt-get install openjdk-8-jdk where there is one, or a JDK 8 of adoptium.net"
     how += ", first on PATH and in JAVA_HOME"
     home = os.environ.get("JAVA_HOME")
-    program = str(Path(home) / "bin" / "java") if home else "java"
-    match = re.search(r'version "([^"]+)"', ask(program, "-version"))
-    if match is None:
-        return Found("Java 8", "-", f"there is no Java: {how}")
-    if not match[1].startswith("1.8."):
-        return Found("Java 8", match[1], f"this is Java {match[1]}, which the game does not run with: {how}")
-    return Found("Java 8", match[1])
+    # the one on PATH runs the game, that of JAVA_HOME builds it
+    programs = {"on PATH": "java"} | ({"in JAVA_HOME": str(Path(home) / "bin" / "java")} if home else {})
+    version = "-"
+    for where, program in programs.items():
+        match = re.search(r'version "([^"]+)"', ask(program, "-version"))
+        version = match[1] if match else "-"
+        if match is None:
+            return Found("Java 8", version, f"there is no Java {where}: {how}")
+        if not version.startswith("1.8."):
+            why = f"this is Java {version} {where}, which the game does not run with"
+            return Found("Java 8", version, f"{why}: {how}")
+    return Found("Java 8", version)
 
 
 def mine_rl(python: str) -> list[Found]:

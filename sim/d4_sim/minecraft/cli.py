@@ -99,7 +99,7 @@ class Benchmark:
         """Play what is missing, then the table."""
         from d4_sim.minecraft import benchmark
         from d4_sim.minecraft.policies import load_policy
-        from d4_sim.minecraft.results import Results, write_table
+        from d4_sim.minecraft.results import Results, never_began, write_table
         from d4_sim.stages import handled_by
 
         _at_least(self, episodes=1, jobs=1, seed=0, repeats=0)
@@ -127,7 +127,7 @@ class Benchmark:
         name = policy.identity.replace(" ", "-")
         out = self.out or Path("runs/benchmark") / f"{self.engine}-{name}"
         results = Results(out, about, part)
-        done = {int(result["episode"]) for result in results.episodes()}
+        done = {int(result["episode"]) for result in results.episodes() if not never_began(result)}
         todo = [n for n in range(self.episodes) if n not in done and n % part[1] == part[0]]
         if done:
             more = f", more than the {self.episodes} asked for" if len(done) > self.episodes else ""
@@ -141,6 +141,8 @@ class Benchmark:
                 write_table(out, game, about)
             raise
         print(write_table(out, game, about))
+        if failed := sum(map(never_began, results.episodes())):
+            print(f"{_many(failed, 'episode')} did not begin; the same command tries that again")
         print(f"results: {out / 'table.md'}, {out / 'results.json'} and {out / 'events'}")
         return 0
 

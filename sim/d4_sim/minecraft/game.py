@@ -126,6 +126,7 @@ class Engine:
         milestones: what is to be achieved at least once, easiest first: items by their names in
             `d4_sim.minecraft.tasks.MILESTONES` (games), or tasks (worlds).
         ladder: the prompts.
+        impossible: tasks that nobody can do there, and that are not asked for.
         rate_hz: ticks in a second.
         minutes: length of an episode.
         published: whether published results on the same game stand beside ours.
@@ -143,6 +144,7 @@ class Engine:
     script: Path | None = None
     milestones: tuple[str, ...]
     ladder: tuple[Rung, ...]
+    impossible: tuple[str, ...] = ()
     rate_hz: float = RATE_HZ
     minutes: float = 60.0
     published: bool = False

@@ -162,15 +162,33 @@ class Player:
 
 def serve(line: Any, wire: Any, player: Player) -> None:
     """Answer until the benchmark closes or is gone."""
-    line.send(wire.HELLO, hello(player.env))
+    send(line, wire.HELLO, hello(player.env))
     while True:
-        kind, said, data = line.receive()
+        try:
+            kind, said, data = line.receive()
+        except _CUT as error:
+            raise Gone from error
         if kind == wire.RESET:
-            line.send(wire.VIEW, *player.reset(int(said["seed"])))
+            send(line, wire.VIEW, *player.reset(int(said["seed"])))
         elif kind == wire.STEP:
-            line.send(wire.VIEW, *player.step(np.frombuffer(data, "<f8")))
+            send(line, wire.VIEW, *player.step(np.frombuffer(data, "<f8")))
         else:
             return
+
+
+_CUT = (EOFError, BrokenPipeError, ConnectionResetError)  # MineRL raises the same of its game
+
+
+class Gone(Exception):
+    """The benchmark, whom nothing can be told any more."""
+
+
+def send(line: Any, *message: Any) -> None:
+    """Answer. Raises Gone."""
+    try:
+        line.send(*message)
+    except _CUT as error:
+        raise Gone from error
 
 
 def spaces() -> dict[str, Any]:
@@ -223,7 +241,7 @@ def main() -> None:
     try:
         player = Player(json.loads(sys.argv[3]).get("env") or ENV)
         serve(line, wire, player)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except Gone:
         pass
     except (ImportError, SystemExit) as error:
         text = (
@@ -234,7 +252,8 @@ def main() -> None:
         _tell(line, wire, text, True)
     except Exception as error:
         traceback.print_exc()
-        _tell(line, wire, f"{type(error).__name__}: {error}".splitlines()[0], False)
+        lines = [text for text in str(error).splitlines() if text.strip()]  # MineRL says it last
+        _tell(line, wire, f"{type(error).__name__}: {lines[-1].strip() if lines else ''}", False)
     finally:
         try:
             if player is not None:  # after all was told: a game that hangs may hang here, too

@@ -15,6 +15,7 @@ import numpy as np
 
 from d4_datasets import contractor, minecraft
 from d4_datasets.errors import UserError
+from d4_datasets.locks import held
 from d4_sim.minecraft.environment import Environment, Lost, Seen
 from d4_sim.minecraft.episode import recording_seed
 from d4_sim.minecraft.game import PERIOD_S, Engine, View, named
@@ -197,12 +198,16 @@ def play(engine: Engine, options: Mapping[str, Any], player: Player, settings: S
     A signal that ends processes ends the session: what was played until then is kept.
 
     Raises:
-        UserError: the game does not start, hangs or dies; what was finished before stays.
+        UserError: the game does not start, hangs or dies; what was finished before stays. Or another session
+            records into the folder.
     """
-    remove_orphans(settings.out)
     session, end = Session(), _End()
-    with handled_by(end):
-        _play(engine, options, player, settings, session, end)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    busy = f"another d4-minecraft record plays into {settings.out}: wait for it to end, or give another --out"
+    with held(settings.out / ".record.lock", busy):
+        remove_orphans(settings.out)
+        with handled_by(end):
+            _play(engine, options, player, settings, session, end)
     return session
 
 

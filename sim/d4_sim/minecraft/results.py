@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from d4_core import checkpoint
 from d4_core.stats import few_mean, wilson, within
 from d4_datasets.errors import UserError
-from d4_datasets.locks import held
+from d4_datasets.locks import held, is_held
 from d4_sim.minecraft.game import Engine, Rung
 from d4_sim.minecraft.tasks import LADDER, PUBLISHED, PUBLISHED_ENV, PUBLISHED_MINUTES, SOURCE
 
@@ -42,18 +42,31 @@ class Results:
         out.mkdir(parents=True, exist_ok=True)
         name = "episodes.jsonl" if part[1] == 1 else f"episodes-{part[0] + 1}of{part[1]}.jsonl"
         self._file = out / name
-        path = out / _ABOUT
-        if path.exists() and any(file.stat().st_size for file in out.glob("episodes*.jsonl")):
-            found = _load(path)
-            if found != json.loads(json.dumps(self.about)):
-                odd = sorted(key for key in {*found, *self.about} if found.get(key) != self.about.get(key))
-                raise UserError(
-                    f"{path} is of another measurement ({', '.join(odd)} differ): choose another --out, or "
-                    "repeat its options"
-                )
-        else:
-            _write(path, json.dumps(self.about, indent=1) + "\n")
-        self._mend()
+        self._settle()
+
+    @property
+    def identity(self) -> str:
+        """Short, of what is measured."""
+        return hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:6]
+
+    def _settle(self) -> None:
+        """Note what is measured, where nobody has measured anything else or is about to."""
+        path, own = self.out / _ABOUT, self._lock(self._file)
+        with held(self.out / ".benchmark.lock"):
+            playing = [lock for lock in self.out.glob(".episodes*.lock") if is_held(lock)]
+            has_any = any(file.stat().st_size for file in self.out.glob("episodes*.jsonl"))
+            if path.exists() and (has_any or playing):
+                found = _load(path)
+                if found != json.loads(json.dumps(self.about)):
+                    odd = sorted(k for k in {*found, *self.about} if found.get(k) != self.about.get(k))
+                    raise UserError(
+                        f"{path} is of another measurement ({', '.join(odd)} differ): choose another --out, "
+                        "or repeat its options"
+                    )
+            else:
+                _write(path, json.dumps(self.about, indent=1) + "\n")
+            if own not in playing:
+                self._mend()
 
     def _mend(self) -> None:
         """Drop a torn last line."""
@@ -71,10 +84,17 @@ class Results:
         finally:
             os.close(fd)
 
-    def alone(self) -> AbstractContextManager[int]:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
         """Hold this part of the folder against a second process that would play the same episodes."""
-        path = self.out / f".{self._file.stem}.lock"
-        return held(path, f"another d4-minecraft benchmark plays into {self._file}: wait for it to end")
+        busy = f"another d4-minecraft benchmark plays into {self._file}: wait for it to end"
+        with held(self._lock(self._file), busy):
+            self._settle()  # another part may have begun something else in between
+            yield
+
+    @staticmethod
+    def _lock(file: Path) -> Path:
+        return file.with_name(f".{file.stem}.lock")
 
     def episodes(self) -> list[dict[str, Any]]:
         """All finished episodes, of all parts, by number."""
@@ -82,7 +102,7 @@ class Results:
 
 
 def read_episodes(out: Path) -> list[dict[str, Any]]:
-    """The finished episodes of a folder by number; where one was played twice, the first counts.
+    """The finished episodes of a folder by number; where one was played twice, the first that began counts.
 
     Raises:
         UserError: a line is damaged.
@@ -95,12 +115,19 @@ def read_episodes(out: Path) -> list[dict[str, Any]]:
             try:
                 result = json.loads(line)
                 dict(result["reached"])  # TypeError, ValueError or KeyError if it is no result of an episode
-                found.setdefault(int(result["episode"]), result)
+                known = found.setdefault(int(result["episode"]), result)
+                if never_began(known) and not never_began(result):
+                    found[int(result["episode"])] = result
             except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"{path}: line {number} is damaged; delete this line, its episode is played again"
                 ) from None
     return [found[number] for number in sorted(found)]
+
+
+def never_began(result: Mapping[str, Any]) -> bool:
+    """Whether an episode counts as one without milestones because its environment did not begin it."""
+    return bool(result.get("cut")) and result.get("ticks") == 0
 
 
 def _load(path: Path) -> dict[str, Any]:
