@@ -370,7 +370,7 @@ def test_the_table_has_published_columns_for_minecraft_only(tmp_path) -> None:
     assert re.search(r"log +\| 2\.5 \[0\.4, 4\.2\] +\| 6\.3 ", minecraft)
     assert "taken 0.0 ms after its tick (median), 12.0 ms (95 %), at most 43 ms, and the action" in minecraft
     assert (
-        "reached the game 9.0 ms after its tick (median), 14.0 ms (95 %), at most 70 ms; 6 of 20000"
+        "handed to the game 9.0 ms after its tick (median), 14.0 ms (95 %), at most 70 ms; 6 of 20000"
         in minecraft
     )
     other = table(fake_game.ENGINE, about(), episodes)

@@ -59,8 +59,8 @@ class View:
         over: the episode has ended by itself (the player died, or the game says so).
         late_ms: of a game in real time, by how much this view was taken after its tick.
         more: anything else worth recording, JSON (`yaw`, `pitch`, `xpos`, ...). A game in real time says
-            `action_ms`, how long after its tick the last action reached the game, and `missed`, the ticks
-            that had passed unseen before this one.
+            `action_ms`, how long after its tick the last action was handed to its display, and `missed`,
+            the ticks that had passed unseen before this one.
     """
 
     pov: np.ndarray

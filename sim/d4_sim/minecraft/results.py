@@ -298,7 +298,7 @@ def _realtime(took: Mapping[str, Any], ticks: int) -> str:
     told = "{:.1f} ms after its tick (median), {:.1f} ms (95 %), at most {:.0f} ms"
     text = "The game runs in real time: a view was taken " + told.format(*took["late_ms"])
     if "action_ms" in took:
-        text += ", and the action on it reached the game " + told.format(*took["action_ms"])
+        text += ", and the action on it was handed to the game " + told.format(*took["action_ms"])
     return text + f"; {took['missed']} of {ticks} ticks passed unseen. "
 
 
