@@ -82,7 +82,7 @@ class Size:
         model: preset of the networks.
         scale: multiplies the training steps.
         scratch_steps: of each network of the VPT style, before `scale`; the one that is cloned from scratch
-            gets twice as many. Claims against them are judged from `EQUAL_STEPS` on.
+            gets twice as many. Claims against them are judged if that is what a chain takes (`is_equal`).
         eval_episodes: shared starts per policy and seed.
         expert_episodes: of them, those that the expert drives, once per world.
         planner_episodes: of them, those that the planner in the world model drives, for every seed.
@@ -126,7 +126,8 @@ PRESETS: dict[str, Size] = {
     "night": Size(frames=50_000, scale=0.7, scratch_steps=11_000, set=_SMALL_THINGS),
     # few disturbances: they are three of four episodes that are driven, and 24 minutes are for all chains
     # and less compute for what is cloned without a world model, which no GPU helps
-    "h200": Size(frames=60_000, scale=0.6, scratch_steps=1500, minutes=24, set=_SMALL_THINGS,
+    "h200": Size(frames=30_000, scale=0.6, scratch_steps=1500, minutes=24, set=_SMALL_THINGS,
+                 eval_episodes=40, expert_episodes=20, planner_episodes=3,
                  disturb=(*_MEASURED, "latency=100+noise=0.1")),
     "toy": Size(seeds=1, frames=400, labelled=0.5, scale=0.002, eval_episodes=4, expert_episodes=3,
                 planner_episodes=1, disturb=("latency=100+noise=0.1",)),
