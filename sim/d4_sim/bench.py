@@ -123,7 +123,7 @@ class Size:
 _SMALL_THINGS = ("motion_weight=4.0", "mask_max=0.5", "num_latents=16", "tokenizer_training.steps=3000")
 
 PRESETS: dict[str, Size] = {
-    "night": Size(frames=50_000, scale=0.7, scratch_steps=11_000, set=_SMALL_THINGS),
+    "night": Size(labelled=0.4, scale=0.8, scratch_steps=11_000, set=_SMALL_THINGS),
     # few disturbances: they are three of four episodes that are driven, and 24 minutes are for all chains
     # and less compute for what is cloned without a world model, which no GPU helps
     "h200": Size(frames=30_000, scale=0.6, scratch_steps=1500, minutes=24, set=_SMALL_THINGS,
