@@ -171,10 +171,14 @@ class Evaluation:
         return result
 
     def _weights(self, name: str) -> str | None:
-        """Hash of the checkpoint that a policy acts with; None for one that was not learned, or not yet."""
+        """What a row is of: the hash of the checkpoint that a policy acts with, or the logs; None for a policy
+        that was not learned, or not yet."""
         from d4_core import checkpoint
         from d4_core.models import weights_hash
+        from d4_core.pipeline import data_identity
 
+        if name == "data" and not self.events:
+            return data_identity(self.args.dataset, self.logs)
         folder = self.args.run / FOLDERS.get(name, "")
         return weights_hash(folder) if name in FOLDERS and checkpoint.exists(folder) else None
 
