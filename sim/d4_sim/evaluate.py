@@ -171,8 +171,8 @@ class Evaluation:
         return result
 
     def _weights(self, name: str) -> str | None:
-        """What a row is of: the hash of the checkpoint that a policy acts with, or the logs; None for a policy
-        that was not learned, or not yet."""
+        """What a row is of: the hash of the checkpoint that a policy acts with, or the logs; None where
+        nothing was learned, or not yet."""
         from d4_core import checkpoint
         from d4_core.models import weights_hash
         from d4_core.pipeline import data_identity
