@@ -60,7 +60,7 @@ def test_policy_and_critic_share_no_parameter(imagination_phase) -> None:
 def test_the_policy_starts_as_the_prior_with_no_kl(imagination_phase) -> None:
     phase = imagination_phase()
     _, metrics = phase(phase.sample(np.random.default_rng(0), 0), torch.Generator().manual_seed(0), 0)
-    assert metrics["kl"] == 0
+    assert float(metrics["kl"]) == pytest.approx(0, abs=1e-6)  # to rounding, which differs between CPUs
 
 
 def test_gate_10_the_policy_is_held_by_the_cloned_one(imagination_phase) -> None:
