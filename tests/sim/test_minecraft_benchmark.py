@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ import toy_run
 
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
+from d4_datasets.locks import held, is_held
 from d4_sim.minecraft import benchmark, cli, game
 from d4_sim.minecraft.environment import Environment, Lost, Seen
 from d4_sim.minecraft.episode import Episode, sight, world_seed
@@ -328,6 +331,30 @@ def test_a_folder_in_which_somebody_plays_is_of_that_measurement(tmp_path) -> No
     other = Results(tmp_path, about() | {"policy": "agent 123"}, (1, 2))
     with other.alone(), pytest.raises(UserError, match="is of another measurement"), first.alone():
         pass
+
+
+def test_a_look_at_a_lock_is_not_taken_for_its_holder(tmp_path, monkeypatch) -> None:
+    """Of parts that began together one could be told that another process played it already."""
+    first = Results(tmp_path, about(), (0, 2))
+    with first.alone():
+        pass
+    looks = threading.Event()
+
+    def slowly(path: Path) -> bool:
+        if looks.is_set():
+            return is_held(path)
+        with held(path):
+            looks.set()
+            time.sleep(0.3)
+        return False
+
+    monkeypatch.setattr(sys.modules[Results.__module__], "is_held", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(Results, tmp_path, about(), (1, 2))
+        assert looks.wait(20)
+        with first.alone():
+            pass
+        second.result(20)
 
 
 def test_what_cannot_be_done_there_is_not_asked_for(tmp_path) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,9 @@ class Results:
         self.out, self.about = out, {"format": FORMAT, **about}
         out.mkdir(parents=True, exist_ok=True)
         name = "episodes.jsonl" if part[1] == 1 else f"episodes-{part[0] + 1}of{part[1]}.jsonl"
-        self._file = out / name
-        self._settle()
+        self._file, self._folder = out / name, out / ".benchmark.lock"
+        with held(self._folder):
+            self._settle()
 
     @property
     def identity(self) -> str:
@@ -50,23 +51,22 @@ class Results:
         return hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:6]
 
     def _settle(self) -> None:
-        """Note what is measured, where nobody has measured anything else or is about to."""
+        """Note what is measured, where nobody has measured anything else or is about to; with the folder."""
         path, own = self.out / _ABOUT, self._lock(self._file)
-        with held(self.out / ".benchmark.lock"):
-            playing = [lock for lock in self.out.glob(".episodes*.lock") if is_held(lock)]
-            has_any = any(file.stat().st_size for file in self.out.glob("episodes*.jsonl"))
-            if path.exists() and (has_any or playing):
-                found = _load(path)
-                if found != json.loads(json.dumps(self.about)):
-                    odd = sorted(k for k in {*found, *self.about} if found.get(k) != self.about.get(k))
-                    raise UserError(
-                        f"{path} is of another measurement ({', '.join(odd)} differ): choose another --out, "
-                        "or repeat its options"
-                    )
-            else:
-                _write(path, json.dumps(self.about, indent=1) + "\n")
-            if own not in playing:
-                self._mend()
+        playing = [lock for lock in self.out.glob(".episodes*.lock") if is_held(lock)]
+        has_any = any(file.stat().st_size for file in self.out.glob("episodes*.jsonl"))
+        if path.exists() and (has_any or playing):
+            found = _load(path)
+            if found != json.loads(json.dumps(self.about)):
+                odd = sorted(k for k in {*found, *self.about} if found.get(k) != self.about.get(k))
+                raise UserError(
+                    f"{path} is of another measurement ({', '.join(odd)} differ): choose another --out, or "
+                    "repeat its options"
+                )
+        else:
+            _write(path, json.dumps(self.about, indent=1) + "\n")
+        if own not in playing:
+            self._mend()
 
     def _mend(self) -> None:
         """Drop a torn last line."""
@@ -88,8 +88,10 @@ class Results:
     def alone(self) -> Iterator[None]:
         """Hold this part of the folder against a second process that would play the same episodes."""
         busy = f"another d4-minecraft benchmark plays into {self._file}: wait for it to end"
-        with held(self._lock(self._file), busy):
-            self._settle()  # another part may have begun something else in between
+        with ExitStack() as stack:
+            with held(self._folder):  # or another one's look at this lock would be taken for its holder
+                stack.enter_context(held(self._lock(self._file), busy))
+                self._settle()  # another part may have begun something else in between
             yield
 
     @staticmethod
