@@ -323,7 +323,7 @@ def require_ready(plan: Plan, policy: Policy) -> None:
     require_fit(plan.engine, policy.contract, policy.name)
     for rung in plan.rungs:
         if rung.task in plan.engine.impossible:
-            raise UserError(f"{plan.engine.title} has nothing to {rung.task.replace('_', ' ')} with")
+            raise UserError(f"nobody can do {rung.task} in {plan.engine.title}: give another --prompt")
         policy.task_number(rung.task)
 
 
