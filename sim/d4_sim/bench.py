@@ -26,7 +26,7 @@ from d4_core import threads
 from d4_core.config import action_parts, override, preset
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
-from d4_sim.chains import PHASES, STARTS, Chains
+from d4_sim.chains import PHASES, STARTS, Chains, scratch_steps
 from d4_sim.crafter import experiment
 from d4_sim.lanes import Runner
 from d4_sim.stages import Interrupted, Stage, command, is_named, keys
@@ -35,7 +35,7 @@ from d4_sim.suite.disturb import MEASURED, contents, fitting, slug
 from d4_sim.world import contract_text, make_world, world_class, world_names
 
 POLICIES = ("data", "bc_scratch", "bc_early", "vpt", "wm_bc", "imagination")
-DISTURBED = ("wm_bc", "imagination")  # driven under disturbances, too
+DISTURBED = ("vpt", "wm_bc", "imagination")  # driven under disturbances, too
 EQUAL_STEPS = 10_000  # of both networks of the VPT style take so many chains of `nano` in operations:
 _EQUAL_CHAINS = 1.14
 
@@ -44,7 +44,7 @@ _BYTES_PER_FRAME = 19_000  # bags and unpacked frames, of 64x64 pixels
 _KEPT_PER_FRAME = 2_000  # videos and tables of the dataset
 _BYTES_OF_RUN = 250_000_000  # checkpoints, films and the report
 
-MUJOCO = "mujoco.json"  # versions of it, in the folder of a bench
+VERSIONS = "versions.json"  # of what worlds follow from, in the folder of a bench
 
 # a measured latency lies in the repository, not in what pip may have made of it
 _MEASURED = ("latency=measured",) if MEASURED.is_file() else ()
@@ -85,7 +85,8 @@ class Size:
             gets twice as many. Claims against them are judged if that is what a chain takes (`is_equal`).
         eval_episodes: shared starts per policy and seed.
         expert_episodes: of them, those that the expert drives, once per world.
-        planner_episodes: of them, those that the planner in the world model drives, for every seed.
+        planner_episodes: of them, those that the planner in the world model drives, for every seed; tasks
+            take turns, so that 6 are as many of each task in all worlds here.
         set: settings of the networks' preset that every phase of training gets.
         disturb: disturbances (`d4_sim.suite.disturb`; joined by + where they come together) under which the
             policies of `DISTURBED` drive the shared starts again.
@@ -100,14 +101,16 @@ class Size:
     scratch_steps: int = EQUAL_STEPS
     eval_episodes: int = 60
     expert_episodes: int = 30
-    planner_episodes: int = 5
+    planner_episodes: int = 6
     set: tuple[str, ...] = ()
     disturb: tuple[str, ...] = (*_MEASURED, "latency=100", "noise=0.1", "look=1")
     minutes: float = 0.0
 
     @property
     def is_equal(self) -> bool:
-        """Whether what is cloned without a world model has the compute of a chain, in operations."""
+        """Whether what is cloned without a world model has the compute of a chain, in operations on pictures
+        of 64 x 64; on larger ones it has more than that, since nothing but pictures is its work.
+        """
         from d4_core.estimate import work
 
         contract = Contract.load(world_class("yard").contract_path())  # worlds differ by less than a percent
@@ -127,7 +130,7 @@ PRESETS: dict[str, Size] = {
     # few disturbances: they are three of four episodes that are driven, and 24 minutes are for all chains
     # and less compute for what is cloned without a world model, which no GPU helps
     "h200": Size(frames=30_000, scale=0.6, scratch_steps=1500, minutes=24, set=_SMALL_THINGS,
-                 eval_episodes=40, expert_episodes=20, planner_episodes=3,
+                 eval_episodes=40, expert_episodes=20, planner_episodes=6,
                  disturb=(*_MEASURED, "latency=100+noise=0.1")),
     "toy": Size(seeds=1, frames=400, labelled=0.5, scale=0.002, eval_episodes=4, expert_episodes=3,
                 planner_episodes=1, disturb=("latency=100+noise=0.1",)),
@@ -147,7 +150,7 @@ class Args:
     """Folder for everything; the page is <out>/page.md."""
     preset: PresetName | None = None
     """Default is that of the first suite. night: two cores, two to three core-hours per world and
-    seed; h200: one large GPU, at most 25 minutes in all; toy: does it run?"""
+    seed; h200: one large GPU, nothing begins after 24 minutes; toy: does it run?"""
     seeds: int | None = None
     """Chains per world, instead of the preset's."""
     frames: int | None = None
@@ -250,7 +253,10 @@ class Plan(Chains):
             expert_episodes=size.expert_episodes, seed=STARTS, **self._many(),
         )  # fmt: skip
         typical_s = _REFERENCE_S * (size.eval_episodes + size.expert_episodes)
-        self.add(f"{world}/reference", [], typical_s, work, makes=(out,), weight=self.shape.recorders)
+        self.add(
+            f"{world}/reference", [], typical_s, work,
+            makes=(out,), weight=self.shape.recorders, recipe=contract_text(world),
+        )  # fmt: skip
 
     def chain(self, world: str, horizon: int, seed: int) -> None:
         """A recording, the four phases, and all policies."""
@@ -282,7 +288,8 @@ class Plan(Chains):
         if disturb := fitting(world, size.disturb):
             typical_s = 0.02 * size.eval_episodes * horizon * len(DISTURBED) * len(disturb)
             parts = [tuple(each.split("+")) for each in disturb]
-            again = [drive(*DISTURBED, disturb=each) for each in parts]
+            steps = scratch_steps(size.scratch_steps)["vpt"]
+            again = [drive(*DISTURBED, scratch_steps=steps, disturb=each) for each in parts]
             reports = " ".join(map(contents, parts)).strip()
             made = tuple(run / f"eval-{slug(each)}.json" for each in parts)
             self.add(f"{name}/disturbed", [latest], typical_s, *again, makes=made, recipe=reports)
@@ -335,7 +342,7 @@ def bench(args: Args) -> int:
         _require_space(shape, [name for name in runner.missing if is_named(name, args.only)])
         for world in worlds:
             (args.out / f"{world}.yaml").write_text(contract_text(world), encoding="utf-8")
-        _note_mujoco(args.out)
+        _note_versions(args.out)
 
     def report() -> None:
         path = write_page(args.out, worlds, size, own_keys(args))
@@ -374,18 +381,23 @@ def _check(args: Args, worlds: tuple[str, ...]) -> None:
             make_world(f"{world}+{each}")
 
 
-def _note_mujoco(out: Path) -> None:
-    """Keep the versions of MuJoCo that a bench was made with, for its page; say that there are several."""
-    path, here = out / MUJOCO, version("mujoco")
-    known = list(read_json(path) or [])
-    if here not in known:
-        path.write_text(json.dumps([*known, here]) + "\n")
-    if known and known != [here]:
-        print(
-            f"warning: {out} was begun with MuJoCo {known[0]} and this is {here}: pictures may differ, see "
-            "docs/mujoco.md",
-            file=sys.stderr,
-        )
+def _note_versions(out: Path) -> None:
+    """Keep the versions of MuJoCo and of d4 that a bench was made with, for its page; warn of several.
+
+    Keys of stages know settings and contracts; what else a world is lies in the code.
+    """
+    from d4_core.checkpoint import origin
+
+    path, here = out / VERSIONS, {"MuJoCo": version("mujoco"), "d4": origin()["commit"] or version("d4")}
+    known = read_json(path) or {}
+    path.write_text(json.dumps({k: list(dict.fromkeys([*known.get(k, []), v])) for k, v in here.items()}))
+    for name, now in here.items():
+        if (begun := known.get(name, [now])[0]) != now:
+            print(
+                f"warning: {out} was begun with {name} {begun} and this is {now}: pictures and worlds may "
+                "differ, see docs/mujoco.md",
+                file=sys.stderr,
+            )
 
 
 def _require_space(shape: Shape, missing: Sequence[str]) -> None:

@@ -33,11 +33,12 @@ if TYPE_CHECKING:
     from d4_sim.bench import Size
 
 FIRST = first_start(STARTS)
-FILMED = DISTURBED = ("imagination", "wm_bc")
+FILMED = ("imagination", "wm_bc")
+DISTURBED = (*FILMED, "vpt")
 ENDS = ("random", "expert")  # driven once per world
 UNEQUAL = ("bc_scratch", "bc_early", "vpt")  # claims against them are not judged if they had less compute
 _COMPUTE = {
-    True: "with which each of them takes the compute of a whole chain",
+    True: "with which each of them takes the compute of a whole chain, counted at 64 x 64 pixels",
     False: "which is not the compute of a chain, so that claims against it are not judged: with more it may "
     "catch up with the clone on the world model (docs/results/learning.md)",
 }
@@ -48,7 +49,7 @@ def collect(out: Path, worlds: tuple[str, ...], size: Size, done: Done) -> dict[
     which anything was made with other settings.
 
     Keys: `chains` {world: {seed: run}}, the reference's policies in every run, `stages` {name: seconds}, and
-    `mujoco`, the versions that it was made with.
+    `versions` of MuJoCo and d4 that it was made with, {name: versions}.
     """
     chains: dict[str, dict[str, Any]] = {}
     for world in worlds:
@@ -69,8 +70,8 @@ def collect(out: Path, worlds: tuple[str, ...], size: Size, done: Done) -> dict[
             }
             for s, run in runs.items() if "policies" in run
         }  # fmt: skip
-    versions = read_json(out / "mujoco.json") or []
-    return {"chains": chains, "runs": {}, "stages": done.seconds, "mujoco": versions}
+    versions = read_json(out / "versions.json") or {}
+    return {"chains": chains, "runs": {}, "stages": done.seconds, "versions": versions}
 
 
 def disturbed(run: Path, world: str, size: Size) -> dict[str, Any]:
@@ -97,8 +98,9 @@ def normalised(chains: Mapping[str, Any], task: int | None = None) -> dict[str, 
 
 
 def scores(chains: Mapping[str, Any], policy: str, task: int | None = None) -> dict[str, np.ndarray]:
-    """{seed: scores} of a policy's episodes, each between the ends of its own task: policies that drive fewer
-    starts have another mix of tasks. Empty where a task has no ends, or none that are apart.
+    """{seed: scores} of a policy's episodes, each between the ends of its own task. Tasks take turns: of
+    starts that do not come to whole rounds the last ones are left out, so that every task counts the same.
+    Empty where a task has no ends, or none that are apart.
 
     Ends are means over their episodes; that they were measured, too, widens no interval.
     """
@@ -111,7 +113,8 @@ def scores(chains: Mapping[str, Any], policy: str, task: int | None = None) -> d
             if not high > low:
                 return {}
             returns[of == each] = (returns[of == each] - low) / (high - low)
-        out[seed] = returns if task is None else returns[of == task]
+        whole = len(of) - len(of) % len(np.unique(of))
+        out[seed] = returns[:whole] if task is None else returns[of == task]
     return out
 
 
@@ -263,10 +266,9 @@ def _about(results: Mapping[str, Any], worlds: tuple[str, ...], size: Size, stag
         "over seeds: one that resamples a few seeds is too narrow. That there are many of them corrects "
         "none.\n"
     ]
-    if versions := results["mujoco"]:
-        lines.append(f"MuJoCo {', '.join(versions)}.\n")
-    if len(versions) > 1:
-        lines.append("**Several versions of MuJoCo**: their pictures may differ.\n")
+    for name, versions in results["versions"].items():
+        several = "**Several versions**: worlds may have changed. " if len(versions) > 1 else ""
+        lines.append(f"{several}{name} {', '.join(versions)}.\n")
     missing = [f"{world} ({done[world]} of {size.seeds})" for world in worlds if done[world] < size.seeds]
     kinds = Counter(name.rpartition("/")[2] for name in stages)
     if rest := [f"{count} x {kind}" for kind, count in kinds.items() if kind != "tidy"]:

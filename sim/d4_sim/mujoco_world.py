@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import copy
 import ctypes
 import functools
 import os
@@ -33,8 +32,6 @@ HORIZON = 30
 IMAGE_SIZE = 64  # pixels, square
 MOTOR_LAG = 0.04  # s, time constant of every actuator: inertia / kv in the models
 
-_HERE = Path(__file__).parent
-_FIXED = ("_camera", "_mj", "_data", "contract")  # attributes of a world that an episode does not change
 _GL_HELP = (
     "install libegl1 and libgl1-mesa-dri (MUJOCO_GL=egl) or libosmesa6 (MUJOCO_GL=osmesa) with apt-get, "
     "or unset MUJOCO_GL to let d4 choose"
@@ -141,7 +138,8 @@ class MujocoWorld(abc.ABC):
     Not thread-safe: all worlds of one class in a process draw with one GL context.
     """
 
-    robot: ClassVar[str]  # <robot>.xml and <robot>.yaml lie beside this module
+    robot: ClassVar[str]  # <robot>.yaml, and <robot>.xml where the model is our own, lie in `folder`
+    folder: ClassVar[Path] = Path(__file__).parent
     camera: ClassVar[str] = "overhead"
     rate_hz: ClassVar[float] = RATE_HZ
     latency_ms: ClassVar[float] = LATENCY_MS
@@ -169,14 +167,14 @@ class MujocoWorld(abc.ABC):
     @classmethod
     def contract_path(cls) -> Path:
         """The contract file of this world."""
-        return _HERE / f"{cls.robot}.yaml"
+        return cls.folder / f"{cls.robot}.yaml"
 
     @classmethod
     def build(cls) -> mujoco.MjModel:
         """The compiled model."""
         import mujoco
 
-        return mujoco.MjModel.from_xml_path(str(_HERE / f"{cls.robot}.xml"))
+        return mujoco.MjModel.from_xml_path(str(cls.folder / f"{cls.robot}.xml"))
 
     @classmethod  # noqa: B027  (not abstract: most worlds look as their file says)
     def dress(cls, model: mujoco.MjModel) -> None:
@@ -310,20 +308,6 @@ class MujocoWorld(abc.ABC):
         out = np.zeros(self._mj.mj_stateSize(self.model, kind))
         self._mj.mj_getState(self.model, self._data, out, kind)
         return out
-
-    def save(self) -> dict[str, Any]:
-        """Everything that `restore` needs to go on from here as if nothing had happened since."""
-        kind = self._mj.mjtState.mjSTATE_INTEGRATION
-        state = np.zeros(self._mj.mj_stateSize(self.model, kind))
-        self._mj.mj_getState(self.model, self._data, state, kind)
-        own = {k: copy.copy(v) for k, v in vars(self).items() if k not in _FIXED}
-        return {"state": state, "own": own}
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Back to where `save` was called, in this world or another one of its class."""
-        self._mj.mj_setState(self.model, self._data, saved["state"], self._mj.mjtState.mjSTATE_INTEGRATION)
-        vars(self).update({k: copy.copy(v) for k, v in saved["own"].items()})
-        self._refresh()
 
     def score(self, at: Physics, goal: int) -> np.ndarray:
         """How good these states [..., T, :] are for goal number `goal`, float [..., T]; a planner adds it up.

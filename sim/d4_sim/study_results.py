@@ -13,9 +13,9 @@ import numpy as np
 from d4_core.phases import AgentTraining
 from d4_core.stats import (
     Interval,
-    bootstrap_mean,
     crossed_mean,
     crossed_rate,
+    few_mean,
     nested_mean,
     paired_difference,
     rate_difference,
@@ -199,7 +199,7 @@ def policy_table(chains: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         rows = rows_of(chains, policy)
         if rows:
             out[policy] = {
-                "seeds": {s: bootstrap_mean(row["return"]) for s, row in rows.items()},
+                "seeds": {s: few_mean(row["return"]) for s, row in rows.items()},
                 "mean": over_seeds(policy, rows.values()),
                 "success": over_seeds(policy, rows.values(), "success"),
                 "episodes": min(len(row["return"]) for row in rows.values()),

@@ -12,6 +12,7 @@ from d4_core.stats import (
     paired_difference,
     rate_difference,
     student,
+    widest,
     wilson,
 )
 
@@ -47,6 +48,20 @@ def test_few_values_are_not_more_certain_than_they_are() -> None:
     many = rng.normal(10, 5, 40)
     assert few_mean(many) == bootstrap_mean(many)
     assert few_mean([2.5]) == (2.5, 2.5, 2.5)
+
+
+@pytest.mark.parametrize("starts", [3, 5])
+def test_few_starts_that_seeds_share_are_not_more_certain_than_they_are(starts: int) -> None:
+    """Three chains with five starts of a planner judged one claim in eight that should not have been."""
+    rng = np.random.default_rng(4)
+    wrong = 0
+    for _ in range(200):
+        gains = rng.normal(0, 12, starts) + rng.normal(0, 4, (3, starts)) + rng.normal(0, 1, (3, 1))
+        found = widest(crossed_mean(gains, n=400), student(gains.mean(1)))
+        wrong += not found[1] <= 0 <= found[2]
+    assert wrong / 200 <= 0.09
+    rate = crossed_rate([[0, 1, 0], [0, 1, 1]])
+    assert 0 <= rate[1] < rate[2] <= 1
 
 
 def test_one_value_has_no_width():

@@ -18,7 +18,7 @@ from d4_sim.bench import PRESETS, SUITES, Args, Shape, Size, own_keys, plan
 from d4_sim.chains import PHASES
 from d4_sim.lanes import Runner
 from d4_sim.stages import Stage, keys
-from d4_sim.world import world_names
+from d4_sim.world import contract_text, world_names
 
 OUT = Path("out")
 SIZE = replace(PRESETS["toy"], seeds=2)
@@ -429,3 +429,15 @@ def test_the_reference_does_not_depend_on_the_processes(tmp_path: Path, monkeypa
 def test_size_and_arguments_agree() -> None:
     asked = {"seeds": 1, "frames": 7, "model": "small", "minutes": 3.0}
     assert Args(suite=("push",), **asked).size == replace(PRESETS["night"], **asked)
+
+
+def test_another_contract_of_a_world_makes_its_stages_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A night went on, half in one world and half in another, after its latency had been edited."""
+    before = keys(plan(Shape(out=OUT, size=SIZE), ("push", "arm")))
+    own = "d4_sim.bench.contract_text", "d4_sim.chains.contract_text"
+    for name in own:
+        monkeypatch.setattr(name, lambda world: "latency_ms: 80" if world == "push" else contract_text(world))
+    after = keys(plan(Shape(out=OUT, size=SIZE), ("push", "arm")))
+    changed = {name.split("-")[0].split("/")[0] for name in before if before[name] != after[name]}
+    assert changed == {"push"}
+    assert all(before[name] != after[name] for name in before if name.startswith("push"))

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d4_datasets.errors import UserError
-from d4_sim.chains import STARTS
 from d4_sim.crafter import experiment, page
 from d4_sim.crafter.milestones import LADDER, MILESTONES, Prompted, Watched, crafter_score, first_ticks
+from d4_sim.crafter.page import STARTS
 from d4_sim.crafter.world import CHAIN, SURVIVAL
 from d4_sim.driver import ScriptedPolicy
 from d4_sim.evaluate import first_start
@@ -243,7 +243,7 @@ def test_chains_of_other_settings_are_not_on_the_page(tmp_path: Path) -> None:
     args = replace(ARGS, out=tmp_path, eval_episodes=4, seeds=2)
     for seed in range(2):
         write_run(tmp_path, seed, {"wm_bc": [1, 3, 3, 1]})
-    assert "| WM+BC | 2.00 [1.00, 3.00] | 100 | 100.0 | 4 + 4 |" in write(args).read_text()
+    assert "| WM+BC | 2.00 [0.16, 3.84] | 100 | 100.0 | 4 + 4 |" in write(args).read_text()
     other = replace(args, scale=2.0)
     known = experiment.own_keys(other)
     entries = json.loads((tmp_path / "stages.json").read_text())
@@ -251,7 +251,7 @@ def test_chains_of_other_settings_are_not_on_the_page(tmp_path: Path) -> None:
     (tmp_path / "stages.json").write_text(json.dumps(entries))
     text = page.write_page(tmp_path, other, known).read_text()
     assert "**Not complete**: milestones of 1 of 2 seeds are missing" in text
-    assert "| WM+BC | 2.00 [1.00, 3.00] | 100 | 100.0 | 4 |" in text
+    assert "| WM+BC | 2.00 [0.16, 3.84] | 100 | 100.0 | 4 |" in text
 
 
 def rows(*reached: list[int]) -> dict[str, dict]:

@@ -131,6 +131,28 @@ def test_a_measured_report_is_replayed() -> None:
     np.testing.assert_array_equal(poses("yard+latency=measured"), replayed)
 
 
+def test_each_command_is_late_by_a_draw_of_its_own(tmp_path: Path) -> None:
+    """The shipped report is so good that a replay of its promise alone passed for one of its lateness."""
+    report = json.loads(REPORT.read_text())
+    report["counts"] = {"ticks": 100}
+    report["stages_ms"]["lateness"] |= {"p50": 0.0, "p99": 60.0, "p99.9": 60.0, "max": 60.0}
+    (tmp_path / "bad.json").write_text(json.dumps(report))
+    world: Any = make_world(f"yard+latency={tmp_path / 'bad.json'}")
+    world.reset(0, 0)
+    shares = []  # of each tick, the part in which the new command was in force
+    for i in range(60):
+        action = np.full(2, 1.0 if i % 2 else -1.0, np.float32)
+        in_force = []
+        advance = world._world.advance
+        world._world.advance = lambda n, do=advance, seen=in_force: (seen.append(world.in_force[0]), do(n))
+        world.step(action)
+        world._world.advance = advance
+        shares.append(np.mean(np.array(in_force) == action[0]))
+    assert max(shares) == pytest.approx(0.6, abs=0.1)  # promised: 40 of 100 ms
+    assert min(shares) < 0.3
+    assert len(set(shares)) > 3
+
+
 def test_a_measured_latency_takes_the_place_of_the_worlds_own(tmp_path: Path) -> None:
     """On worlds with less latency than the measured robot the report brought next to no lateness."""
     report = json.loads(REPORT.read_text())

@@ -121,20 +121,6 @@ def test_worlds_of_one_class_show_their_own_targets() -> None:
 
 
 @needs_models
-@pytest.mark.parametrize("name", NAMES)
-def test_a_saved_state_comes_back(name: str) -> None:
-    world, other = world_of(name), world_of(name)
-    world.reset(3, 0)
-    wander(world, 4)
-    saved = world.save()
-    went = wander(world, 6, seed=1)
-    other.reset(9, 0)
-    for again in (world, other):
-        again.restore(saved)
-        np.testing.assert_array_equal(wander(again, 6, seed=1), went)
-
-
-@needs_models
 def test_the_walker_is_paid_for_three_tasks_at_once() -> None:
     world = world_of("walker")
     at = Physics(

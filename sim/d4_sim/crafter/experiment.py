@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from d4_core import threads
 from d4_datasets.errors import UserError
-from d4_sim.chains import STARTS, Chains
-from d4_sim.crafter.page import EQUAL_STEPS, GIVEN, write_page
+from d4_sim.chains import Chains
+from d4_sim.crafter.page import EQUAL_STEPS, GIVEN, STARTS, write_page
 from d4_sim.crafter.world import HORIZON
 from d4_sim.lanes import Runner
 from d4_sim.stages import Command, Interrupted, Stage, command, keys

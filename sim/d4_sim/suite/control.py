@@ -51,6 +51,7 @@ class ControlWorld(MujocoWorld):
     an episode begins (`_place`). Nothing ends an episode before its time.
     """
 
+    folder = Path(__file__).parent
     rate_hz = 20
     latency_ms = 20
     most_geoms = 200
@@ -60,11 +61,6 @@ class ControlWorld(MujocoWorld):
     planning: ClassVar[PlannerConfig] = PlannerConfig()
     # what the probe measures, by name; a property of the state that a picture shows
     shown: ClassVar[dict[str, Callable[[Physics], np.ndarray]]]
-
-    @classmethod
-    def contract_path(cls) -> Path:
-        """The contract file of this world."""
-        return Path(__file__).parent / f"{cls.robot}.yaml"
 
     @classmethod
     def source(cls) -> str:

@@ -42,6 +42,7 @@ class Fetch(MujocoWorld):
     """See `d4_sim.world.World`; nothing ends an episode before its time."""
 
     robot = "fetch"
+    folder = Path(__file__).parent
     camera = "near"
     most_geoms = 300
     horizon = 50
@@ -54,11 +55,6 @@ class Fetch(MujocoWorld):
         super().__init__()
         self._target = np.zeros(3)
         self._dt = float(self.model.opt.timestep)
-
-    @classmethod
-    def contract_path(cls) -> Path:
-        """The contract file of this world."""
-        return Path(__file__).with_name("fetch.yaml")
 
     @classmethod
     def build(cls) -> mujoco.MjModel:

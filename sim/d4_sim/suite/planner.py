@@ -64,7 +64,7 @@ class Planner:
 
     def _improve(self, goal: int) -> None:
         copies = np.clip(self._plan + self._spread * self._noise(), -1.0, 1.0)
-        copies[0] = self._plan  # never worse than what was planned
+        copies[0] = self._plan  # what was planned competes as it is
         copies[1] = 0.0
         value = self.evaluate(copies, goal)
         scale = max(float(value.std()), 1e-9) * self.cfg.temperature

@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from d4_sim.mujoco_world import MujocoWorld, Physics
-from d4_sim.suite.planner import PlannerConfig
 
 if TYPE_CHECKING:
-    import mujoco
-
     from d4_sim.driver import Driver
 
 SPEED_LIMIT = 1.5  # m/s on each axis
@@ -25,7 +22,6 @@ _EXTENT = 0.72  # m, |x| and |y| at most of everything at the start
 _PUCK_TARGET = (0.45, 1.1)  # m, [least, most]
 _PUSHER_AWAY = 0.40  # m, at least, from the puck and from the target
 _MOCAP_HEIGHT = 0.003
-_HERE = Path(__file__).parent
 
 
 def sample_layout(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -43,29 +39,17 @@ class Push(MujocoWorld):
     """See `d4_sim.world.World`; nothing ends an episode before its time."""
 
     robot = "push"
+    folder = Path(__file__).parent
     horizon = 60
     tasks = ("push", "reach")
     success_reward = math.exp(-((SUCCESS_RADIUS / REWARD_SCALE) ** 2))
     action_low = np.full(2, -SPEED_LIMIT, np.float32)
     action_high = np.full(2, SPEED_LIMIT, np.float32)
-    planning: ClassVar[PlannerConfig] = PlannerConfig()
     moved: ClassVar[str] = "pusher"  # what commands move, as `state` calls it; in m, m/s
 
     def __init__(self) -> None:
         super().__init__()
         self._target = np.zeros(2)
-
-    @classmethod
-    def contract_path(cls) -> Path:
-        """The contract file of this world."""
-        return _HERE / f"{cls.robot}.yaml"
-
-    @classmethod
-    def build(cls) -> mujoco.MjModel:
-        """The compiled model."""
-        import mujoco
-
-        return mujoco.MjModel.from_xml_path(str(_HERE / f"{cls.robot}.xml"))
 
     @property
     def probes(self) -> dict[str, np.ndarray]:
