@@ -85,8 +85,9 @@ def fork(args: Fork) -> None:
 
 def open_loop(args: OpenLoop) -> None:
     """See `OpenLoop`."""
-    from d4_core.gates import CONTEXT, fit_probe, frames_of, horizon_curves, open_loop, open_loop_clips
+    from d4_core.gates import fit_probe, frames_of
     from d4_core.models import load, weights_hash
+    from d4_core.open_loop import CONTEXT, horizon_curves, open_loop, open_loop_clips
     from d4_core.pipeline import pick_device
     from d4_datasets.windows import Windows
 

@@ -20,9 +20,10 @@ from d4_sim.luanti.mouse import Mouse
 from d4_sim.luanti.player import Chopper
 from d4_sim.minecraft import game
 from d4_sim.minecraft.game import GameTrouble, View
-from d4_sim.minecraft.keys import ENV_KEYS, require_keyboard_and_mouse, to_action, to_row
+from d4_sim.minecraft.keys import require_keyboard_and_mouse, to_action, to_row
 from d4_sim.minecraft.tasks import TASKS, Watch
 
+EVERY_KEY = set(minecraft.to_env(np.zeros(minecraft.SIZE)))
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "luanti.yaml"
 
 
@@ -159,7 +160,7 @@ def env(*down: str, pitch: float = 0, yaw: float = 0) -> dict:
 
 
 def test_every_key_of_an_action_has_its_place() -> None:
-    assert {*hands.KEYS, *hands.BUTTONS, *hands.NOT_HERE, "camera"} == set(ENV_KEYS)
+    assert {*hands.KEYS, *hands.BUTTONS, "swapHands", "pickItem", "camera"} == EVERY_KEY
     assert len({*hands.KEYS.values()}) == len(hands.KEYS)
 
 
@@ -305,6 +306,17 @@ def test_who_comes_late_gets_the_view_at_once_and_the_next_in_time() -> None:
     assert end == pytest.approx(0.25)
 
 
+def test_after_missed_ticks_the_clock_is_in_the_one_that_is_on() -> None:
+    """An action was measured as late by all of them, and the mouse did not move in that tick."""
+    now = [0.0]
+    mine = engine.Clock(lambda: now[0], lambda seconds: None)
+    now[0] = 0.23
+    mine.wait()
+    now[0] = 0.24
+    assert mine.since_tick() == pytest.approx(0.04)
+    assert mine.left() == pytest.approx(0.01)
+
+
 @given(st.lists(st.floats(0, 0.5), min_size=1, max_size=30))
 def test_seen_and_missed_ticks_are_all_ticks(delays) -> None:
     found, end = clock(delays)
@@ -379,7 +391,7 @@ class Arena:
 def test_the_scripted_player_chops_the_tree(seed) -> None:
     arena, player, ticks = Arena(seed), Chopper(seed), 0
     while (action := player.act(arena.view())) is not None and ticks < 1200:
-        assert set(action) == set(ENV_KEYS)
+        assert set(action) == EVERY_KEY
         assert np.abs(action["camera"]).max() <= 12
         arena.step(action)
         ticks += 1

@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "core"))
 import toy_run
 
 from d4_core.clone import about, require_run
-from d4_core.gates import ssim
 from d4_core.latent_cache import latent_cache
 from d4_core.models import load, weights_hash
+from d4_core.open_loop import ssim
 from d4_datasets.errors import UserError
 from d4_datasets.windows import Windows
 from d4_sim.measure import Fork, OpenLoop, fork, open_loop

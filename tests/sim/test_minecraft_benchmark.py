@@ -328,6 +328,8 @@ def test_a_folder_in_which_somebody_plays_is_of_that_measurement(tmp_path) -> No
             pass
         with pytest.raises(UserError, match="another d4-minecraft benchmark plays into"):
             Results(tmp_path, about(), (0, 2)).alone().__enter__()
+        with pytest.raises(UserError, match=r"plays episodes-1of2 in .* the same n of --part i/n"):
+            Results(tmp_path, about()).alone().__enter__()  # who played the same episodes, too
     other = Results(tmp_path, about() | {"policy": "agent 123"}, (1, 2))
     with other.alone(), pytest.raises(UserError, match="is of another measurement"), first.alone():
         pass

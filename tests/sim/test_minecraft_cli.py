@@ -264,14 +264,33 @@ def test_both_javas_are_looked_at(tmp_path, monkeypatch) -> None:
     assert "there is no Java in JAVA_HOME" in check.java().missing
 
 
+@pytest.mark.parametrize("built", [True, False])
+def test_a_game_that_is_built_wants_no_java_to_build_it(tmp_path, monkeypatch, built) -> None:
+    """A machine with Java 8 on PATH and another one in JAVA_HOME was refused, while the game runs there."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DISPLAY", ":0")
+    (tmp_path / "home" / "bin").mkdir(parents=True)
+    program(tmp_path, "java", 'openjdk version "1.8.0_402"')
+    program(tmp_path / "home" / "bin", "java", 'openjdk version "17.0.15"')
+    parts = [
+        check.Found("MineRL v1.0", "1.0.2"),
+        check.Found("Minecraft 1.16.5", "", "" if built else "build"),
+    ]
+    monkeypatch.setattr(check, "mine_rl", lambda python: parts)
+    assert bool(check.minecraft("python")[0].missing) is not built
+    if built:
+        check.require_minerl("python")
+
+
 def test_what_minecraft_does_not_start_without(monkeypatch) -> None:
     """Said before anything is started: the game that was not built, the wrong Java, no display."""
     here = [check.Found("MineRL v1.0", "1.0.2"), check.Found("Minecraft 1.16.5", "built with MineRL")]
     monkeypatch.setattr(check, "mine_rl", lambda python: here)
-    monkeypatch.setattr(check, "java", lambda: check.Found("Java 8", "17", "this is Java 17"))
+    monkeypatch.setattr(check, "java", lambda builds: check.Found("Java 8", "17", "this is Java 17"))
     with pytest.raises(UserError, match="Java 8: this is Java 17"):
         check.require_minerl("python")
-    monkeypatch.setattr(check, "java", lambda: check.Found("Java 8", "1.8"))
+    monkeypatch.setattr(check, "java", lambda builds: check.Found("Java 8", "1.8"))
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.setattr(check.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="display: set DISPLAY, or apt-get install xvfb"):
@@ -370,7 +389,7 @@ def test_a_missing_game_is_one_sentence(tmp_path, command) -> None:
 
 
 def test_engines_are_found_by_name() -> None:
-    assert {"minerl", "luanti", "crafter", "crafter_peaceful"} <= set(game.engine_names())
+    assert {"minerl", "luanti", "crafter", "crafter_peaceful"} <= set(game._ENGINES)
     assert game.engine("fake") is fake_game.ENGINE
     with pytest.raises(UserError, match="there is no engine 'chess': choose one of"):
         game.engine("chess")

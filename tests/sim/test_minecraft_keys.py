@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 sys.path.append(str(Path(__file__).parents[1] / "datasets"))
 import minecraft_files
+from minerl_forms import ENV_KEYS, is_in_space, wire_text
 
 from d4_datasets import minecraft
 from d4_datasets.contract import Contract
@@ -50,7 +51,7 @@ actions = st.builds(
 
 
 def test_the_spaces_are_minerls() -> None:
-    assert keys.ENV_KEYS == SPACE
+    assert ENV_KEYS == SPACE
     assert len(minecraft.KEYS) == 23
     assert tuple(key.replace("hotbar_", "hotbar.") for key in minecraft.KEYS) == minerl_worker.KEYS
 
@@ -58,13 +59,13 @@ def test_the_spaces_are_minerls() -> None:
 def test_the_text_is_minerls() -> None:
     action = np.zeros(minecraft.SIZE)
     action[[minecraft.COLUMN[name] for name in ("forward", "pitch", "yaw")]] = 1, 3.0, -7.5
-    assert keys.wire_text(minecraft.to_env(action)) == WIRE
+    assert wire_text(minecraft.to_env(action)) == WIRE
 
 
 @given(action=actions)
 def test_dictionaries_are_contained_and_come_back(action) -> None:
     env = minecraft.to_env(action)
-    keys.require_in_space(env)
+    assert is_in_space(env)
     np.testing.assert_array_equal(minecraft.from_env(env), action)
     mine, its = env, minerl_worker.to_env(action)
     assert {k: v for k, v in mine.items() if k != "camera"} == {k: v for k, v in its.items() if k != "camera"}
@@ -121,13 +122,13 @@ def test_real_actions_through_every_form(path) -> None:
     recorded[:, [minecraft.COLUMN[name] for name in columns]] = values
     recorded[:, 23:] *= 20  # this file's unit
     for action in recorded:
-        keys.require_in_space(minecraft.to_env(action))
+        assert is_in_space(minecraft.to_env(action))
         back = keys.to_action(CONTRACT, keys.to_row(CONTRACT, action))
         np.testing.assert_array_equal(back[:23], action[:23])
         np.testing.assert_allclose(back[23:], np.clip(action[23:], -10, 10), rtol=1e-6)
         coarse = keys.to_action(EXAMPLE, keys.to_row(EXAMPLE, action))
         assert minecraft.to_class(coarse[23:]) == minecraft.to_class(action[23:])
-        text = dict(line.split(" ", 1) for line in keys.wire_text(minecraft.to_env(action)).splitlines())
+        text = dict(line.split(" ", 1) for line in wire_text(minecraft.to_env(action)).splitlines())
         assert {key for key, value in text.items() if value == "1"} == {
             name.replace("hotbar_", "hotbar.") for name in minecraft.KEYS if action[minecraft.COLUMN[name]]
         }
@@ -135,19 +136,18 @@ def test_real_actions_through_every_form(path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    "change",
     [
-        ({"attack": 2}, "attack of an action must be the number 0 or 1"),
-        ({"attack": True}, "must be the number 0 or 1"),
-        ({"fly": 1}, "missing or unknown: fly"),
-        ({"camera": np.array([200, 0], np.float32)}, "within 180 degrees"),
-        ({"camera": np.array([np.nan, 0], np.float32)}, "within 180 degrees"),
-        ({"camera": np.zeros(2)}, "float32"),
+        {"attack": 2},
+        {"attack": True},
+        {"fly": 1},
+        {"camera": np.array([200, 0], np.float32)},
+        {"camera": np.array([np.nan, 0], np.float32)},
+        {"camera": np.zeros(2)},
     ],
 )
-def test_dictionaries_outside_the_space_are_refused(change, sentence) -> None:
-    with pytest.raises(UserError, match=sentence):
-        keys.require_in_space(minecraft.to_env(np.zeros(minecraft.SIZE)) | change)
+def test_dictionaries_outside_the_space_are_known(change) -> None:
+    assert not is_in_space(minecraft.to_env(np.zeros(minecraft.SIZE)) | change)
 
 
 def changed(**parts) -> Contract:

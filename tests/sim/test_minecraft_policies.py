@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -77,6 +78,24 @@ def test_a_run_plays_by_its_best_phase(tmp_path) -> None:
         toy_run.write_checkpoint(tmp_path, phase, small())
     assert load_policy(str(tmp_path), 1, "cpu").identity.startswith("imagination")
     assert load_policy(str(tmp_path / "agent"), 1, "cpu").identity.startswith("agent")
+
+
+def test_a_phase_that_is_still_trained_plays_only_if_it_is_named(tmp_path) -> None:
+    """A table of half-trained imagination stood under the name of the finished run."""
+    for phase in ("agent", "imagination"):
+        toy_run.write_checkpoint(tmp_path, phase, small())
+    under_way(tmp_path / "imagination")
+    assert load_policy(str(tmp_path), 1, "cpu").identity.startswith("agent")
+    named = load_policy(str(tmp_path / "imagination"), 1, "cpu").identity
+    assert named.startswith("imagination at step 7 ")
+    under_way(tmp_path / "agent")
+    with pytest.raises(UserError, match="has only imagination, which is not trained to its end"):
+        load_policy(str(tmp_path), 1, "cpu")
+
+
+def under_way(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "training"}))
 
 
 def test_a_checkpoint_of_crafter_plays_crafter(tmp_path, capsys) -> None:

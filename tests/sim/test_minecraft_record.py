@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from d4_datasets import contractor, minecraft, stepwise
 from d4_datasets.errors import UserError
 from d4_datasets.ingest import ingest
 from d4_datasets.windows import Windows
-from d4_sim.minecraft import cli, game
+from d4_sim.minecraft import cli, game, record
 from d4_sim.minecraft.benchmark import Benchmark, Plan
 from d4_sim.minecraft.environment import Seen
 from d4_sim.minecraft.episode import world_seed
@@ -380,6 +381,34 @@ def display(monkeypatch):
     yield
     server.kill()
     server.wait()
+
+
+def test_a_game_that_was_slow_is_not_played_faster_afterwards(monkeypatch) -> None:
+    """After a stall of a second the held keys played twenty ticks at once."""
+    now, acted = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    def receive() -> Seen:
+        now[0] += 1.0 if len(acted) == 5 else 0.004
+        return Seen(IMAGE, {})
+
+    monkeypatch.setattr(record, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(record, "Person", SimpleNamespace)
+    environment = SimpleNamespace(
+        realtime=False, reset=lambda seed: None, receive=receive, step=lambda action: acted.append(now[0])
+    )
+    person = SimpleNamespace(begin=lambda seed: None, act=lambda seen: action("forward"))
+    session = SimpleNamespace(ticks=0, episodes=0, time=lambda said: None, tell=lambda: None)
+    recorder = SimpleNamespace(add=lambda *parts: None)
+    settings = SimpleNamespace(seed=0, episode_ticks=30, ticks=30)
+    record._episode(environment, person, settings, session, recorder, 0, _End())
+    apart = np.diff(acted)
+    assert len(apart) == 29
+    np.testing.assert_allclose(apart[[*range(4), *range(6, 29)]], 0.05, atol=1e-6)
+    assert apart[4] == pytest.approx(1.0)
+    assert apart[5] > 0.003
 
 
 def test_a_person_plays_in_a_window(display) -> None:

@@ -141,11 +141,10 @@ def test_counts_are_reached_by_so_many_and_no_fewer(rungs) -> None:
     """One at a time: each rung but the last takes exactly its count; then the ladder stands on the last."""
     ladder, taken = Ladder(rungs), [0] * len(rungs)
     for _ in range(sum(rung.count for rung in rungs)):
-        assert not ladder.finished
         taken[ladder.rung] += 1
         ladder.step({ladder.task: 1})
     assert taken == [rung.count for rung in rungs]
-    assert ladder.finished
+    assert (ladder.rung, ladder.done) == (len(rungs) - 1, rungs[-1].count)
 
 
 @given(happened=happenings)
@@ -153,7 +152,7 @@ def test_a_rung_without_a_count_is_the_last(happened) -> None:
     ladder = Ladder([Rung(TASKS[0], None), Rung(TASKS[1], 1)])
     for amounts in happened:
         assert not ladder.step(amounts)
-    assert (ladder.rung, ladder.finished) == (0, False)
+    assert ladder.rung == 0
 
 
 def test_too_much_at_once_is_not_saved_for_later() -> None:
@@ -180,6 +179,15 @@ def test_planks_come_four_at_a_time() -> None:
     told = watch.step(stats(craft_item__oak_planks=4), {"oak_planks": 4})
     assert told.amounts == {"craft_planks": 4.0}
     assert told.reached == ("planks",)
+
+
+def test_what_was_there_from_the_start_is_told_by_the_first_inventory() -> None:
+    """Behind a damaged first line, which has none, five diamonds were reached at the second tick."""
+    watch = Watch(tuple(MILESTONES))
+    assert watch.step(None, None).reached == ()
+    assert watch.step(stats(), {"diamond": 5}).reached == ()
+    assert watch.had == ("diamond",)
+    assert watch.step(stats(), {"diamond": 5, "oak_log": 1}).reached == ("log",)
 
 
 def test_a_milestone_is_in_the_inventory() -> None:

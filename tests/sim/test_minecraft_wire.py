@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 import struct
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d4_sim.minecraft import wire
+from d4_sim.minecraft import minerl_worker, wire, worker
 from d4_sim.minecraft.wire import Wire, WireError
 
 
@@ -66,3 +67,37 @@ def test_there_is_nothing_to_wait_for_after_the_end_or_behind_noise(trouble: str
         assert line.has_arrived()
         with pytest.raises(EOFError if trouble == "end" else WireError):
             line.receive(1.0)
+
+
+class _Line:
+    """An end of the wire: what arrives is asked of it, and how long each answer may wait is kept."""
+
+    def __init__(self) -> None:
+        self.asks = [(wire.RESET, {"seed": 3}, b""), (wire.STEP, {}, bytes(8)), (wire.CLOSE, {}, b"")]
+        self.limits: list[float | None] = []
+
+    def receive(self):
+        return self.asks.pop(0)
+
+    def send(self, kind: int, said: dict, data: bytes = b"", limit_s: float | None = 60.0) -> None:
+        if kind == wire.VIEW:
+            self.limits.append(limit_s)
+
+
+class _Host:
+    realtime = False
+    env = SimpleNamespace(observation_space=SimpleNamespace(spaces={}))
+
+    def reset(self, seed: int):
+        return {}, b""
+
+    def step(self, action):
+        return {}, b""
+
+
+def test_a_game_waits_for_a_benchmark_that_waits() -> None:
+    """After a minute of silence, as of Ctrl-Z, every game took the benchmark for dead and ended."""
+    for serve in (worker.serve, lambda line, host: minerl_worker.serve(line, wire, host)):
+        line = _Line()
+        serve(line, _Host())
+        assert line.limits == [None, None]

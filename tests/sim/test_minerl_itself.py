@@ -12,10 +12,10 @@ import subprocess
 
 import numpy as np
 import pytest
+from minerl_forms import CAMERA_SPACE, ENV_KEYS, is_in_space, wire_text
 
 from d4_datasets import minecraft
 from d4_datasets.errors import UserError
-from d4_sim.minecraft import keys
 from d4_sim.minecraft.benchmark import Plan, require_told
 from d4_sim.minecraft.check import mine_rl
 from d4_sim.minecraft.environment import Environment
@@ -47,9 +47,9 @@ def ask(*arguments: str, text: str = ""):
 def test_spaces() -> None:
     """24 keys, degrees within half a turn, 640x360, and the counters that our tasks are made of."""
     said = ask("--spaces")
-    assert tuple(sorted(said["actions"])) == keys.ENV_KEYS
+    assert tuple(sorted(said["actions"])) == ENV_KEYS
     camera = said["actions"].pop("camera")
-    assert camera == {"shape": [2], "limits": [-keys.CAMERA_SPACE, keys.CAMERA_SPACE], "dtype": "float32"}
+    assert camera == {"shape": [2], "limits": [-CAMERA_SPACE, CAMERA_SPACE], "dtype": "float32"}
     assert all(part == {"n": 2} for part in said["actions"].values())
     assert said["pov"] == [360, 640, 3]
     known = {
@@ -72,8 +72,8 @@ def test_actions_are_contained_and_sent_as_ours() -> None:
     for row, said in zip(rows, ask("--wire", text=json.dumps(rows.tolist())), strict=True):
         assert said["contained"]
         env = minecraft.to_env(row)
-        keys.require_in_space(env)
-        assert said["text"] == keys.wire_text(env)
+        assert is_in_space(env)
+        assert said["text"] == wire_text(env)
 
 
 def test_check_knows_the_package() -> None:

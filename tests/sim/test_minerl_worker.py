@@ -12,6 +12,7 @@ import pytest
 
 from d4_datasets import minecraft
 from d4_datasets.errors import UserError
+from d4_sim.minecraft import minerl_worker
 from d4_sim.minecraft.benchmark import Plan, require_told
 from d4_sim.minecraft.environment import Environment, Lost
 from d4_sim.minecraft.game import Rung
@@ -57,7 +58,17 @@ class Env:
             raise EOFError("this Java is too new\\n\\nMinecraft process finished unexpectedly.\\n")
         self.tick = 0
         assert self.seeds.pop() == 7 and not self.seeds
+        self.play()
         return self.seen()
+    def play(self):
+        """As the game leaves worlds in its folder, and MineRL its output where it is told to."""
+        from minerl.env.malmo import InstanceManager
+        self.worlds = getattr(self, "worlds", 0) + 1
+        os.makedirs(os.path.join(InstanceManager.MINECRAFT_DIR, "saves", f"mcpworld{self.worlds}"))
+        logs = os.path.join(os.environ["MALMO_MINECRAFT_OUTPUT_LOGDIR"], "logs")
+        os.makedirs(logs, exist_ok=True)
+        with open(os.path.join(logs, "mc_1.log"), "a") as log:
+            log.write("every counter at every tick")
     def step(self, action):
         self.tick += 1
         if self.tick == 3:
@@ -76,10 +87,23 @@ def make(name):
 '''
 
 
+MALMO = """
+class InstanceManager:
+    MINECRAFT_DIR = __file__.replace("env/malmo.py", "env/../MCP-Reborn")
+"""
+
+
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch) -> Path:
     (tmp_path / "gym.py").write_text(STAND_IN)
-    (tmp_path / "minerl.py").write_text("")
+    game = tmp_path / "minerl" / "MCP-Reborn"
+    for folder in (game / "build" / "libs", game / "saves" / "of-others", tmp_path / "minerl" / "env"):
+        folder.mkdir(parents=True)
+    for folder in (tmp_path / "minerl", tmp_path / "minerl" / "env"):
+        (folder / "__init__.py").write_text("")
+    (tmp_path / "minerl" / "env" / "malmo.py").write_text(MALMO)
+    (game / "launchClient.sh").write_text("exit 0\n")
+    (game / "build" / "libs" / "game.jar").write_text("a game")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("DISPLAY", ":0")
     return tmp_path
@@ -116,6 +140,42 @@ def test_what_minerl_tells_becomes_counters_items_and_the_rest(stand_in) -> None
         assert (told.amounts, told.reached) == ({"mine_log": 1.0, "open_furnace": 1.0}, ("log",))
     finally:
         environment.close()
+
+
+def test_every_game_has_a_folder_of_its_own_and_one_world(stand_in, monkeypatch) -> None:
+    """All games wrote their worlds into the package, under names that can be the same, and left them."""
+    monkeypatch.setenv("TMPDIR", str(stand_in))
+    environment = start(stand_in)
+    try:
+        environment.receive()
+        for number in (1, 2):
+            environment.reset(7)
+            environment.receive()
+            (game,) = stand_in.glob("d4-game-*/minerl-*/game")
+            assert [path.name for path in (game / "saves").iterdir()] == [f"mcpworld{number}"]
+            assert (game / "build" / "libs" / "game.jar").read_text() == "a game"
+            assert (game / "launchClient.sh").exists()
+            assert (game.parent / "logs" / "mc_1.log").stat().st_size == 0
+    finally:
+        environment.close()
+    assert [path.name for path in (stand_in / "minerl/MCP-Reborn/saves").iterdir()] == ["of-others"]
+    assert not list(stand_in.glob("d4-game-*"))
+    assert (stand_in / "minerl/MCP-Reborn/build/libs/game.jar").exists()
+
+
+def test_a_display_that_hangs_is_given_up(tmp_path, monkeypatch) -> None:
+    """The limit was looked at only when it said something: a quarter of an hour, three times."""
+    (tmp_path / "Xvfb").write_text("#!/bin/sh\nexec sleep 30\n")
+    (tmp_path / "Xvfb").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(minerl_worker, "_DISPLAY_S", 0.3)
+    player = minerl_worker.Player.__new__(minerl_worker.Player)
+    began = time.monotonic()
+    with pytest.raises(SystemExit, match="Xvfb does not start"):
+        player._start_display()
+    assert time.monotonic() - began < 10
+    player._display.kill()
+    player._display.wait()
 
 
 def test_a_lost_game_is_no_observation(stand_in) -> None:
@@ -255,7 +315,7 @@ def test_a_display_of_its_own_ends_with_the_game(stand_in, monkeypatch) -> None:
 
 def test_the_worker_does_not_take_our_modules_for_others(stand_in) -> None:
     """Its folder has a `minerl.py` of ours, and a file that is run is searched beside first."""
-    (stand_in / "minerl.py").write_text(f"open({str(stand_in / 'imported')!r}, 'w').close()")
+    (stand_in / "minerl" / "__init__.py").write_text(f"open({str(stand_in / 'imported')!r}, 'w').close()")
     environment = start(stand_in)
     try:
         assert environment.receive() is None

@@ -43,7 +43,7 @@ class Clock:
     """Ticks of 50 ms on an absolute clock: lateness does not add up.
 
     Attributes:
-        due: when the tick that was waited for last was to begin.
+        due: when the tick that is on now was to begin.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Clock:
         late = max(0.0, self._now() - self.due)
         missed = int(late / PERIOD_S)
         self._tick += missed
+        self.due += missed * PERIOD_S
         return late, missed
 
     def left(self) -> float:
@@ -77,7 +78,7 @@ class Clock:
         return self.due + PERIOD_S - self._now()
 
     def since_tick(self) -> float:
-        """Seconds since the tick that was waited for last was to begin."""
+        """Seconds since the tick that is on was to begin."""
         return self._now() - self.due
 
 

@@ -15,7 +15,6 @@ KEYS = {
     **{f"hotbar.{slot}": str(slot) for slot in range(1, 10)},
 }  # fmt: skip
 BUTTONS = {"attack": 1, "use": 3}
-NOT_HERE = ("swapHands", "pickItem")
 _HELD = ("forward", "back", "left", "right", "jump", "sneak", "sprint")
 
 _WINDOW_PIXELS = 0.5  # that the pointer moves for a count: recordings were made in windows twice as large

@@ -53,12 +53,13 @@ def ask(*command: str) -> str:
     return "" if done.returncode else done.stdout + done.stderr
 
 
-def java() -> Found:
-    """Minecraft 1.16.5 and the tools of MineRL want Java 8, no newer one."""
+def java(builds: bool = True) -> Found:
+    """Minecraft 1.16.5 and the tools of MineRL want Java 8, no newer one: on PATH to run the game, and where
+    it is yet to be built in JAVA_HOME, too, if that is set.
+    """
     how = "apt-get install openjdk-8-jdk where there is one, or a JDK 8 of adoptium.net"
     how += ", first on PATH and in JAVA_HOME"
-    home = os.environ.get("JAVA_HOME")
-    # the one on PATH runs the game, that of JAVA_HOME builds it
+    home = os.environ.get("JAVA_HOME") if builds else None
     programs = {"on PATH": "java"} | ({"in JAVA_HOME": str(Path(home) / "bin" / "java")} if home else {})
     version = "-"
     for where, program in programs.items():
@@ -94,6 +95,12 @@ def mine_rl(python: str) -> list[Found]:
             "Java 8 and a connection to the internet, which fetches the game and builds it",
         )  # fmt: skip
     return [Found("MineRL v1.0", version), game]
+
+
+def minecraft(python: str) -> list[Found]:
+    """MineRL with its game, and the Java to run or to build it."""
+    found = mine_rl(python)
+    return [java(builds=any(each.missing for each in found)), *found]
 
 
 def display() -> Found:
@@ -167,8 +174,7 @@ def needs(python: str) -> dict[str, list[Callable[[], list[Found]]]]:
     luantis = [lambda: [luanti()], lambda: [package("Xlib", "python-xlib")], lambda: [xvfb()]]
     crafters = [lambda: [package("crafter", "crafter")]]
     return {
-        "minerl": [lambda: [java()], lambda: mine_rl(python), lambda: [display()], lambda: [memory()],
-                   lambda: [gpu()]],
+        "minerl": [lambda: minecraft(python), lambda: [display()], lambda: [memory()], lambda: [gpu()]],
         "luanti": luantis, "luanti_wild": luantis, "crafter": crafters, "crafter_peaceful": crafters,
     }  # fmt: skip
 
@@ -184,6 +190,7 @@ def require_minerl(python: str) -> None:
     Raises:
         UserError: the first thing that is missing, and how to get it.
     """
-    for found in (*mine_rl(python), java(), display()):
+    own_java, *game = minecraft(python)
+    for found in (*game, own_java, display()):
         if found.missing:
             raise UserError(f"{found.name}: {found.missing}")

@@ -52,8 +52,8 @@ class Seen:
 class Environment:
     """One process that plays one episode after the other.
 
-    `start` returns at once; every later answer is waited for with `receive`, whose `deadline` says until when
-    it is worth waiting. Nothing blocks beyond that.
+    It starts at once, and nothing waits for that; every answer is waited for with `receive`, whose `deadline`
+    says until when it is worth waiting. Nothing blocks beyond that.
 
     Args:
         engine: what to open.

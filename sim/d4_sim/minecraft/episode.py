@@ -57,7 +57,8 @@ class Episode:
         late_ms, action_ms, missed: as views say it (`View`): how late each view was, and each action, and how
             many ticks passed unseen.
         achievements: counts of a world that has more than its tasks; None of others.
-        ended: why it is over: "time", "game" (the player died, or the game says so), or empty.
+        ended: why it is over: "time", "game" (the player died, or the game says so), "lost" (as often as it
+            is repeated, its environment died), or empty.
     """
 
     def __init__(self, engine: Engine, number: int, seed: int, rungs: Sequence[Rung], limit: int) -> None:

@@ -153,11 +153,6 @@ class Engine:
     step_s: float = 60.0
 
 
-def engine_names() -> tuple[str, ...]:
-    """Names that `engine` knows."""
-    return tuple(_ENGINES)
-
-
 def engine(name: str) -> Engine:
     """The engine of this name. Raises UserError if there is none."""
     if name not in _ENGINES:

@@ -1,13 +1,11 @@
-"""Actions in the three forms that they have: a policy's row, MineRL's dictionary, and the text it sends.
+"""A policy's row as an action of keyboard and mouse, and back.
 
 The row is what a dataset holds and a policy puts out, float32 [A] in the order of the contract: keys as 0 or
-1, the camera in degrees, or as one of 121 classes. `d4_datasets.minecraft` knows the keys and the quantiser.
+1, the camera in degrees, or as one of 121 classes. `d4_datasets.minecraft` knows the keys, the quantiser, and
+MineRL's dictionary.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -16,15 +14,6 @@ from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_datasets.minecraft import ANGLES, CAMERA_TOPIC, COLUMN, KEYS_TOPIC, SIZE
 
-# The 24 keys of an action, in the order of MineRL's space, and the limits of its camera.
-ENV_KEYS = tuple(sorted(minecraft.to_env(np.zeros(SIZE))))
-CAMERA_SPACE = 180.0
-
-# In the order in which MineRL writes them.
-_WIRE = (
-    "forward", "left", "back", "right", "jump", "inventory", "drop", "swapHands", "sneak", "sprint", "attack",
-    "use", "pickItem", *(f"hotbar.{slot}" for slot in range(1, 10)), "ESC",
-)  # fmt: skip
 _TURN = [COLUMN[name] for name in ANGLES]
 
 
@@ -74,32 +63,3 @@ def to_row(contract: Contract, action: np.ndarray) -> np.ndarray:
     values = [minecraft.channel_values(channel, action[None]) for channel in contract.actions]
     row = np.concatenate(values, axis=1)[0]
     return np.clip(row, contract.action_low, contract.action_high).astype(np.float32)
-
-
-def require_in_space(action: Mapping[str, Any]) -> None:
-    """Check that a dictionary is contained in MineRL's action space.
-
-    Raises:
-        UserError: a key is missing or unknown, a button is not 0 or 1, or the camera is out of bounds.
-    """
-    if tuple(sorted(action)) != ENV_KEYS:
-        odd = sorted(set(action) ^ set(ENV_KEYS))
-        raise UserError(f"an action has the keys {', '.join(ENV_KEYS)}; missing or unknown: {', '.join(odd)}")
-    for key, value in action.items():
-        if key != "camera" and not (
-            isinstance(value, int | np.integer) and not isinstance(value, bool) and value in (0, 1)
-        ):
-            raise UserError(f"key {key} of an action must be the number 0 or 1, not {value!r}")
-    camera = np.asarray(action["camera"])
-    if camera.shape != (2,) or camera.dtype != np.float32 or not (np.abs(camera) <= CAMERA_SPACE).all():
-        raise UserError(
-            f"the camera of an action must be float32 [2], pitch and yaw within {CAMERA_SPACE:g} degrees, "
-            f"not {action['camera']!r}"
-        )
-
-
-def wire_text(action: Mapping[str, Any]) -> str:
-    """What MineRL sends to the game for a dictionary, a line a key."""
-    lines = [f"{key} {int(action[key])}" for key in _WIRE]
-    pitch, yaw = (float(angle) for angle in action["camera"])
-    return "\n".join([*lines, f"camera {pitch} {yaw}"])

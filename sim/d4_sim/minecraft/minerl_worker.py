@@ -10,13 +10,16 @@ whatever interpreter `--python` names. Options: {"env": name of a registered env
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib.util
 import json
 import os
+import select
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from typing import Any
@@ -37,6 +40,7 @@ KEYS = (
 FAMILIES = ("mine_block", "craft_item", "use_item")
 POV = (360, 640, 3)  # height, width, colours
 _DISPLAY_S = 20.0
+_LEFT_BEHIND = ("saves", "logs", "crash-reports", "screenshots", "run")  # by games in the folder of the game
 
 
 def to_env(action: Any) -> dict[str, Any]:
@@ -104,6 +108,34 @@ def hello(env: Any) -> dict[str, Any]:
     return {"realtime": False, "tells": tells, "most_ticks": None if most is None else int(most)}
 
 
+def own_folder() -> str:
+    """Have MineRL run its game in a folder of ours, under which it logs, too; returns that folder.
+
+    In its package all games would write their worlds into one folder, without locks and under names that can
+    be the same, and nobody would delete them. Ours is a temporary one, which the keeper removes.
+
+    Raises:
+        SystemExit: the game was not built.
+    """
+    from minerl.env.malmo import InstanceManager
+
+    theirs = os.path.abspath(InstanceManager.MINECRAFT_DIR)
+    if not os.path.isdir(theirs):
+        raise SystemExit(f"MineRL was installed without its game, which is not in {theirs}")
+    above = tempfile.mkdtemp(prefix="minerl-")  # MineRL means to delete the folder above the game's
+    ours = os.path.join(above, "game")
+    os.mkdir(ours)
+    for name in set(os.listdir(theirs)) - set(_LEFT_BEHIND):
+        source, here = os.path.join(theirs, name), os.path.join(ours, name)
+        if os.path.isdir(source):
+            os.symlink(source, here)
+        else:
+            shutil.copy2(source, here)  # options, which the game writes again
+    InstanceManager.MINECRAFT_DIR = ours
+    os.environ["MALMO_MINECRAFT_OUTPUT_LOGDIR"] = above
+    return ours
+
+
 class Player:
     """One MineRL environment."""
 
@@ -111,6 +143,7 @@ class Player:
         import gym
         import minerl  # noqa: F401 - registers its environments
 
+        self._folder = own_folder()
         try:
             self.env = gym.make(name)
         except Exception as error:
@@ -131,20 +164,34 @@ class Player:
         )
         os.close(its)
         number, deadline = b"", time.monotonic() + _DISPLAY_S
-        while not number.endswith(b"\n") and time.monotonic() < deadline:
+        while select.select([mine], [], [], max(0.0, deadline - time.monotonic()))[0]:
             part = os.read(mine, 16)
-            if not part:
-                break
             number += part
+            if not part or number.endswith(b"\n"):
+                break
         if not number.endswith(b"\n"):
             raise SystemExit("Xvfb does not start: see the log beside the results")
         os.environ["DISPLAY"] = ":" + number.decode().strip()
 
     def reset(self, seed: int) -> tuple[dict[str, Any], bytes]:
         """An episode in the world of this seed."""
+        old = self._worlds()
         # Forgotten by every reset, so it has to be said each time. Seeding the spaces, too, takes seconds.
         self.env.unwrapped.seed(seed, seed_spaces=False)
-        return say(self.env.reset(), False, {})
+        seen = self.env.reset()
+        self._forget(old)
+        return say(seen, False, {})
+
+    def _worlds(self) -> set[str]:
+        return set(glob.glob(os.path.join(self._folder, "saves", "*")))
+
+    def _forget(self, old: set[str]) -> None:
+        """Delete the worlds of earlier episodes and what was logged, which is every counter at every tick."""
+        if self._worlds() - old:
+            for world in old:
+                shutil.rmtree(world, ignore_errors=True)
+        for path in glob.glob(os.path.join(os.path.dirname(self._folder), "logs", "*.log")):
+            os.truncate(path, 0)
 
     def step(self, action: Any) -> tuple[dict[str, Any], bytes]:
         """The next tick; MineRL says in `info` that it lost the game and made its observation up."""
@@ -184,9 +231,9 @@ class Gone(Exception):
 
 
 def send(line: Any, *message: Any) -> None:
-    """Answer. Raises Gone."""
+    """Answer, however long nobody listens: games do not end because the benchmark waits. Raises Gone."""
     try:
-        line.send(*message)
+        line.send(*message, limit_s=None)
     except _CUT as error:
         raise Gone from error
 

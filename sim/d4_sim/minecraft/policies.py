@@ -108,25 +108,35 @@ def load_policy(
     from d4_core.models import weights_hash
 
     folder = _acting(Path(what))
-    phase = str(checkpoint.load_config(folder)["phase"])
+    config = checkpoint.load_config(folder)
+    phase = str(config["phase"])
     own = Contract.load(checkpoint.resolve(folder) / "contract.yaml")
     sessions = _scratch(folder, own, places) if phase in CLONES else _sessions(folder, places, device)
-    return Policy(own, f"the checkpoint {folder}", f"{phase} {weights_hash(folder)}", sessions)
+    part = f" at step {config.get('step')}" if config.get("status") == "training" else ""
+    return Policy(own, f"the checkpoint {folder}", f"{phase}{part} {weights_hash(folder)}", sessions)
 
 
 def _acting(path: Path) -> Path:
-    """The checkpoint folder of a path: itself, or the newest phase of a run that acts."""
+    """The checkpoint folder of a path: itself, or the last phase of a run that acts and is done."""
     from d4_core import checkpoint
 
+    under_way = ""
     for folder in (path, *(path / phase for phase in ACTING)):
-        if checkpoint.exists(folder):
-            phase = checkpoint.load_config(folder).get("phase")
-            if phase not in ACTING:
-                raise UserError(
-                    f"{folder} is a checkpoint of the phase {phase}, which does not act: give one of "
-                    f"{', '.join(ACTING)}"
-                )
+        if not checkpoint.exists(folder):
+            continue
+        config = checkpoint.load_config(folder)
+        if (phase := config.get("phase")) not in ACTING:
+            raise UserError(
+                f"{folder} is a checkpoint of the phase {phase}, which does not act: give one of "
+                f"{', '.join(ACTING)}"
+            )
+        if folder == path or config.get("status") != "training":
             return folder
+        under_way = (
+            under_way or f"{phase}, which is not trained to its end: go on with that, or give {folder}"
+        )
+    if under_way:
+        raise UserError(f"{path} has only {under_way}")
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run folder of d4-train, or one of its phases")
     raise UserError(

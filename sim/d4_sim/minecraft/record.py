@@ -288,7 +288,10 @@ def _episode(
     goes_on = True
     while not seen.over and tick < settings.episode_ticks and session.ticks < settings.ticks:
         if not environment.realtime and isinstance(player, Person):
-            time.sleep(max(0.0, began + tick * PERIOD_S - time.monotonic()))
+            early = began + tick * PERIOD_S - time.monotonic()
+            if early < -PERIOD_S:  # the game was slow: nobody can play what it missed at many times its pace
+                began -= early
+            time.sleep(max(0.0, early))
         action = player.act(seen)
         if action is None:
             goes_on = isinstance(player, Script)  # a script is done with the episode, a person with all

@@ -90,9 +90,20 @@ class Results:
         busy = f"another d4-minecraft benchmark plays into {self._file}: wait for it to end"
         with ExitStack() as stack:
             with held(self._folder):  # or another one's look at this lock would be taken for its holder
+                self._require_same_parts()
                 stack.enter_context(held(self._lock(self._file), busy))
                 self._settle()  # another part may have begun something else in between
             yield
+
+    def _require_same_parts(self) -> None:
+        """With other parts, too, episodes would be played twice; with the folder."""
+        own = self._file.stem.partition("of")[2]
+        for lock in self.out.glob(".episodes*.lock"):
+            if lock.stem.partition("of")[2] != own and is_held(lock):
+                raise UserError(
+                    f"another d4-minecraft benchmark plays {lock.stem[1:]} in {self.out}, which may be the "
+                    "same episodes: wait for it to end, or give all of them the same n of --part i/n"
+                )
 
     @staticmethod
     def _lock(file: Path) -> Path:

@@ -44,9 +44,11 @@ class Wire:
         return self._end.fileno()
 
     def send(
-        self, kind: int, said: dict[str, Any] | None = None, data: bytes = b"", limit_s: float = 60.0
+        self, kind: int, said: dict[str, Any] | None = None, data: bytes = b"", limit_s: float | None = 60.0
     ) -> None:
         """Send a message.
+
+        Args: limit_s: seconds until the other end must have taken it; None waits for ever.
 
         Raises:
             OSError: the other end is gone, or does not read (TimeoutError).

@@ -104,14 +104,14 @@ def _present(counts: Mapping[str, int] | None) -> dict[str, int] | None:
 
 
 def serve(line: Wire, host: _Host) -> None:
-    """Answer until the benchmark closes or is gone."""
+    """Answer until the benchmark closes or is gone; a game does not end because the benchmark waits."""
     line.send(wire.HELLO, {"realtime": host.realtime})
     while True:
         kind, said, data = line.receive()
         if kind == wire.RESET:
-            line.send(wire.VIEW, *host.reset(int(said["seed"])))
+            line.send(wire.VIEW, *host.reset(int(said["seed"])), limit_s=None)
         elif kind == wire.STEP:
-            line.send(wire.VIEW, *host.step(np.frombuffer(data, "<f8")))
+            line.send(wire.VIEW, *host.step(np.frombuffer(data, "<f8")), limit_s=None)
         else:
             return
 
