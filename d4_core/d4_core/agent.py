@@ -1,6 +1,7 @@
 """Agent tokens and heads (paper section 3.3): task embedding, policy, reward, continuation and value.
 
-Heads read h_t, the concatenated outputs of the agent tokens of block t, which has seen frame t and a_{t-1}.
+Heads read h_t, the concatenated outputs of the agent tokens of block t, which has seen frame t and a_{t-1};
+with `world_tokens`, those of its spatial tokens as well.
 Policy lead n predicts a_{t+n} (lead 0: the outgoing action); reward lead n predicts r_{t+n} (lead 0: the
 reward that arrived with frame t); the continuation head says whether frame t is not terminal.
 """
@@ -127,9 +128,9 @@ class Agent(nn.Module):
         return self.task[task]
 
     @staticmethod
-    def readout(agent_GD: Tensor) -> Tensor:
-        """Agent-token outputs (.., G, D) to h (.., G * D), alike in training, imagination and robot."""
-        return agent_GD.flatten(-2).float()
+    def readout(agent_RD: Tensor) -> Tensor:
+        """Outputs (.., R, D) to h (.., R * D), R = G + `world_tokens`: in training as on the robot."""
+        return agent_RD.flatten(-2).float()
 
     def predict_reward(self, h: Tensor) -> Tensor:
         """Expected reward (..) that arrived with the frame of h."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -57,12 +56,6 @@ class TrainArgs:
 
 def scaled(args: TrainArgs) -> Preset:
     """The preset of these arguments with overrides and step counts applied."""
-    from d4_core.config import override, preset
+    from d4_core import config
 
-    out = override(preset(args.preset), args.set)
-    for name in ("tokenizer_training", "dynamics_training", "agent_training", "imagination_training"):
-        part = getattr(out, name)
-        reuse = getattr(part, "reuse", 1)
-        steps = max(reuse, round(part.steps * args.scale / reuse) * reuse)
-        out = dataclasses.replace(out, **{name: dataclasses.replace(part, steps=steps)})
-    return out
+    return config.scaled(config.override(config.preset(args.preset), args.set), args.scale)

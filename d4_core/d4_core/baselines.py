@@ -11,7 +11,6 @@ Shape suffixes: B batch, F stacked frames, V numbers of proprioception, A action
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +29,7 @@ from d4_core.optim import OptimConfig
 from d4_core.phase import Batch, Losses, Metrics, Phase, freeze
 from d4_core.phases import relevant_episodes
 from d4_core.tokenizer import Vector
+from d4_datasets import whole
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 
@@ -485,9 +485,8 @@ class BaselineTrainer:
             labels = np.zeros(self.logs.action.shape, np.float32)
             labels[frames] = inverse.label(infer(inverse, self.logs, frames)).numpy()
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-            np.save(aside, labels)
-            os.replace(aside, path)
+            with whole.aside(path) as new:
+                np.save(new, labels)
         return np.load(path)
 
     def _size(self) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from d4_core.actions import ActionPart
 from d4_core.agent import AgentConfig
+from d4_core.arguments import PHASES
 from d4_core.dynamics import DynamicsConfig
 from d4_core.imagination import ImaginationConfig
 from d4_core.optim import OptimConfig
@@ -25,8 +26,6 @@ from d4_core.tokenizer import Camera, TokenizerConfig, Vector
 from d4_core.transformer import TransformerConfig
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
-
-PHASES = ("tokenizer", "dynamics", "agent", "imagination")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +127,18 @@ class Preset:
             reward_bins=self.reward_bins, reward_range=self.reward_range, value_bins=self.value_bins,
             value_range=self.value_range,
         )  # fmt: skip
+
+
+def scaled(preset: Preset, scale: float) -> Preset:
+    """The preset with the steps of every phase multiplied by `scale`: at least one, and whole batches where
+    each is used several times.
+    """
+    parts = {}
+    for name in (f"{phase}_training" for phase in PHASES):
+        part = getattr(preset, name)
+        reuse = getattr(part, "reuse", 1)
+        parts[name] = replace(part, steps=max(1, round(part.steps * scale / reuse)) * reuse)
+    return replace(preset, **parts)
 
 
 def action_parts(contract: Contract) -> tuple[ActionPart, ...]:
@@ -301,7 +312,7 @@ PRESETS: dict[str, Preset] = {
         dynamics_training=DynamicsTraining(length=32, long_length=128),
         agent_training=AgentTraining(length=32, long_length=96),
     ),
-    # 12+12 x 1024 and 30 x 1920 come to the paper's 400 M + 1.6 B; depth: a multiple of time_every
+    # 12+12 x 1024 and 32 x 1920 come to the paper's 400 M + 1.6 B; depth: a multiple of time_every
     "paper": Preset(
         patch=16, num_latents=512, latent_dim=16, num_tokens=256,
         tokenizer=_transformer(1024, 12, 16, 16, 32, recompute=True),

@@ -150,25 +150,26 @@ def facts(name: str, preset: Preset, contract: Contract, frames: int) -> dict[st
     its frame cache; or `reason`, why it does not fit the contract.
     """
     try:
-        cost = costs(preset, contract, reduced=computes_reduced(_device()))
+        cost = costs(preset, contract, reduced=computes_reduced(this_device()))
     except UserError as error:
         return {"preset": name, "reason": str(error)}
     tokenizer = preset.tokenizer_config(contract)
-    seconds = training_seconds(preset, contract, _device())
+    seconds = training_seconds(preset, contract, this_device())
     return {
         "preset": name,
         "parameters": sum(c.parameters for c in cost.values()),
         "train_bytes": max(c.train_bytes for c in cost.values()),
         "seconds": seconds,
         "total_seconds": sum(seconds.values()),
-        "device": _device().type,
+        "device": this_device().type,
         "seen": work(preset, contract)["dynamics"].frames / frames,
         "latents_bytes": 2 * frames * tokenizer.num_tokens * tokenizer.token_dim,
         "checkpoints_bytes": sum(_SAVED[part] * c.parameters for part, c in cost.items()),
     }
 
 
-def _device() -> torch.device:
+def this_device() -> torch.device:
+    """Where training would run on this machine."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

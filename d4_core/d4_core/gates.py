@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import operator
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,19 +19,29 @@ import torch
 from torch import Tensor
 
 from d4_core.agent import Agent
-from d4_core.data import Clips, Logs, draw, encode_episode, first_frames, transitions
+from d4_core.data import Logs, draw, encode_episode, first_frames, transitions
 from d4_core.dynamics import Dynamics
 from d4_core.imagination import Dream
+from d4_core.open_loop import (
+    CONTEXT,
+    EXACT_DB,
+    OpenLoop,
+    distance,
+    horizon_curves,
+    labelled_clips,
+    next_frame_error,
+    open_loop,
+    open_loop_clips,
+    transitions_of,
+    whole_clips,
+)
 from d4_core.phases import relevant_episodes
-from d4_core.shortcut import corrupt
 from d4_core.tokenizer import Tokenizer
+from d4_datasets import whole
 from d4_datasets.joined import Frames
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _OPERATORS["n/a"] = lambda *_: True
-HORIZONS = (1, 2, 4, 8, 16)
-CONTEXT = 4  # real frames before an open-loop rollout
-_EXACT_DB = 100.0  # PSNR of equal pictures, which would be infinite
 
 
 @dataclass(frozen=True)
@@ -73,9 +82,7 @@ def record(run: Path, phase: str, gates: list[Gate], merge: bool = False) -> Non
     names = {g.name for g in gates}
     kept = [row for row in known.get(phase, []) if row["name"] not in names] if merge else []
     known[phase] = kept + rows
-    aside = path.with_name(f".tmp-{os.getpid()}-gates.json")
-    aside.write_text(json.dumps(known, indent=1))
-    os.replace(aside, path)
+    whole.write(path, json.dumps(known, indent=1))
 
 
 # -- probe ---------------------------------------------------------------------------------------------------
@@ -130,11 +137,6 @@ def frames_of(logs: Logs, episodes: np.ndarray) -> np.ndarray:
     """Global frame indices of these episodes."""
     start, length = logs.episode_start, logs.episode_length
     return np.concatenate([np.arange(start[e], start[e] + length[e]) for e in episodes])
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    """Mean Euclidean distance of (.., k) quantities."""
-    return float((a - b).square().sum(-1).sqrt().mean())
 
 
 # -- tokenizer -----------------------------------------------------------------------------------------------
@@ -213,94 +215,6 @@ def _picture_gate(whose: str, errors: Sequence[tuple[float, float]]) -> Gate:
 # -- dynamics ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class OpenLoop:
-    """Open-loop rollouts on real clips: tokens (B, H, N, L) predicted, and the real clip they continue."""
-
-    predicted: Tensor
-    real: Tensor
-    frames: np.ndarray  # (B, CONTEXT + H)
-
-
-def open_loop(
-    dynamics: Dynamics,
-    logs: Logs,
-    latents: Frames,
-    frames: np.ndarray,
-    *,
-    seed: int,
-    steps: int,
-    mirror: bool = False,
-    unknown: bool = False,
-) -> OpenLoop:
-    """Predict frames[:, CONTEXT:] from frames[:, :CONTEXT] and the logged actions.
-
-    The actions can be mirrored, or withheld (`unknown`: for models that never saw any).
-    """
-    device = dynamics.slots.device
-    clips = transitions(logs, first_frames(logs), _clips(frames))
-    tokens = torch.from_numpy(latents[frames]).float().to(device)
-    actions, labelled = clips["prev_action"].to(device), clips["prev_labelled"].to(device) & (not unknown)
-    if mirror:
-        actions = torch.cat([actions[:, :CONTEXT], dynamics.space.mirror(actions[:, CONTEXT:])], 1)
-    dream = Dream(dynamics, None, len(frames), torch.Generator(device).manual_seed(seed))
-    for t in range(CONTEXT):
-        dream.observe(tokens[:, t], actions[:, t], labelled[:, t])
-    out = []
-    for t in range(CONTEXT, frames.shape[1]):
-        clean = dream.predict(actions[:, t], labelled[:, t], steps)
-        dream.observe(clean, actions[:, t], labelled[:, t])
-        out.append(clean)
-    return OpenLoop(torch.stack(out, 1), tokens, frames)
-
-
-def _clips(frames: np.ndarray) -> Clips:
-    return Clips(frames, np.ones(frames.shape, bool))
-
-
-def labelled_clips(logs: Logs, episodes: np.ndarray, length: int, count: int, seed: int = 0) -> np.ndarray:
-    """(count, length) frame indices of clips inside labelled episodes; (0, length) if none is long enough."""
-    return whole_clips(logs, episodes[logs.labelled[episodes]], length, count, seed)
-
-
-def whole_clips(logs: Logs, episodes: np.ndarray, length: int, count: int, seed: int = 0) -> np.ndarray:
-    """(count, length) frame indices of clips that lie inside episodes; (0, length) if none is long enough."""
-    usable = episodes[logs.episode_length[episodes] >= length]
-    if not len(usable):
-        return np.empty((0, length), np.int64)
-    index, _ = logs.indices(logs.sample_starts(np.random.default_rng(seed), count, length, usable), length)
-    return index
-
-
-def open_loop_clips(logs: Logs, held_out: np.ndarray, count: int) -> np.ndarray:
-    """Held-out clips for open-loop rollouts: labelled ones if there are any, as long as episodes allow."""
-    labelled = held_out[logs.labelled[held_out]]
-    pool = labelled if len(labelled) else held_out
-    horizon = min(max(HORIZONS), int(logs.episode_length[pool].max()) - CONTEXT)
-    return whole_clips(logs, pool, CONTEXT + max(horizon, 1), count)
-
-
-@torch.no_grad()
-def next_frame_error(
-    dynamics: Dynamics, logs: Logs, latents: Frames, frames: np.ndarray, shuffle: bool = False
-) -> float:
-    """Mean squared error of the last frame of clips, predicted from noise behind history at context level."""
-    device = dynamics.slots.device
-    clips = transitions(logs, first_frames(logs), _clips(frames))
-    clean = torch.from_numpy(latents[frames]).float().to(device)
-    grid, gen = dynamics.cfg.grid, torch.Generator().manual_seed(0)
-    index = torch.full(frames.shape, grid.context_index, device=device)
-    index[:, -1] = 0
-    noise = torch.randn(clean.shape, generator=gen).to(device)
-    actions = clips["prev_action"].to(device)
-    if shuffle:
-        actions = actions.roll(1, 0)
-    e = torch.full(frames.shape, grid.finest, device=device)
-    noisy = corrupt(clean, noise, grid.tau(index))
-    out = dynamics(noisy, index, e, actions, clips["prev_labelled"].to(device)).clean
-    return float((out[:, -1] - clean[:, -1]).square().mean())
-
-
 @torch.no_grad()
 def dynamics_gates(
     tokenizer: Tokenizer,
@@ -340,7 +254,7 @@ def _copy_gates(curves: dict[str, Any]) -> list[Gate]:
                 continue
             model, copy = curves[kind]["model"][i], curves[kind]["copy_last"][i]
             name = "position error / copy-last" if kind == "position" else "PSNR above copy-last (dB)"
-            if copy == (0.0 if kind == "position" else _EXACT_DB):
+            if copy == (0.0 if kind == "position" else EXACT_DB):
                 reason = "nothing moves in the held-out clips, and copying the last frame is exact"
                 gates.append(not_measured(f"{name}, {h} steps", reason))
                 continue
@@ -406,68 +320,6 @@ def mirror_gates(probes: dict[str, Probe], run: Callable[..., OpenLoop]) -> list
 
 def _copy_error(latents: Frames, frames: np.ndarray) -> float:
     return float(np.square(latents[frames[:, -1]].astype(np.float32) - latents[frames[:, -2]]).mean())
-
-
-@torch.no_grad()
-def horizon_curves(
-    tokenizer: Tokenizer, logs: Logs, probes: dict[str, Probe], run: OpenLoop
-) -> dict[str, Any]:
-    """Position error and PSNR against horizon: the model, copy-last, a random frame and the reconstruction.
-
-    PSNR is measured after the tokenizer, decoded prediction against decoded truth, so that it scores the
-    dynamics alone.
-    """
-    frames = run.frames
-    real, last = run.real[:, CONTEXT:], run.real[:, CONTEXT - 1 : CONTEXT]
-    horizons = [h for h in HORIZONS if h <= real.shape[1]]
-    random = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
-    versions = {"model": run.predicted, "copy_last": last.expand_as(real), "random": random}
-    curves: dict[str, Any] = {"horizons": horizons, "clips": len(frames)}
-    camera = tokenizer.cfg.cameras[0].name
-    context = run.real[:, :CONTEXT]
-    truth = _pixels(tokenizer, camera, context, real)
-    pictures = {name: _pixels(tokenizer, camera, context, z) for name, z in versions.items()}
-    for kind, measure in (("psnr", _psnr), ("ssim", ssim)):
-        curves[kind] = {
-            name: [measure(made[:, h - 1], truth[:, h - 1]) for h in horizons]
-            for name, made in pictures.items()
-        }
-    for name, probe in list(probes.items())[:1]:
-        position = torch.from_numpy(np.ascontiguousarray(logs.vectors[name][frames[:, CONTEXT:]]))
-        held = torch.from_numpy(np.ascontiguousarray(logs.vectors[name][frames[:, CONTEXT - 1]]))
-        curves["probe"] = name
-        curves["position"] = {
-            "model": [distance(probe(run.predicted[:, h - 1].cpu()), position[:, h - 1]) for h in horizons],
-            "copy_last": [distance(held, position[:, h - 1]) for h in horizons],
-            "random": [distance(probe(random[:, h - 1].cpu()), position[:, h - 1]) for h in horizons],
-            "reconstruction": [distance(probe(real[:, h - 1].cpu()), position[:, h - 1]) for h in horizons],
-        }
-    return curves
-
-
-def _pixels(tokenizer: Tokenizer, camera: str, context: Tensor, tokens: Tensor) -> Tensor:
-    """Decode tokens (B, H, N, L) behind their context: the decoder's time layers see what they trained on."""
-    z = tokenizer.unpack(torch.cat([context, tokens], 1))
-    return tokenizer.to_pixels(camera, tokenizer.decode(z)[camera])[:, context.shape[1] :].clamp(0, 1)
-
-
-def _psnr(a: Tensor, b: Tensor) -> float:
-    return float(-10 * torch.log10((a - b).square().mean())) if not torch.equal(a, b) else _EXACT_DB
-
-
-def ssim(a: Tensor, b: Tensor) -> float:
-    """Structural similarity of pictures (B, H, W, 3) in [0, 1], Gaussian windows of 11 pixels (Wang 2004)."""
-    x = torch.arange(11, device=a.device) - 5.0
-    bell = torch.exp(-x.square() / (2 * 1.5**2))
-    window = (bell[:, None] * bell / bell.sum() ** 2).expand(3, 1, 11, 11)
-    a, b = a.permute(0, 3, 1, 2), b.permute(0, 3, 1, 2)
-    blur = partial(torch.nn.functional.conv2d, weight=window, groups=3)
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
-    shared = blur(a * b) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    top = (2 * mean_a * mean_b + c1) * (2 * shared + c2)
-    return float((top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
 
 
 # -- agent ---------------------------------------------------------------------------------------------------
@@ -552,7 +404,7 @@ def _bc_nats(
     device = dynamics.slots.device
     if not len(frames):
         return torch.zeros(0, device=device), torch.zeros(0, agent.space.size, device=device)
-    batch = {k: v.to(device) for k, v in transitions(logs, first_frames(logs), _clips(frames)).items()}
+    batch = {k: v.to(device) for k, v in transitions_of(logs, frames).items()}
     tokens = torch.from_numpy(latents[frames]).float().to(device)
     h = _features(agent, dynamics, batch, tokens, task.to(device))
     nats = -agent.space.log_prob(agent.policy.first(h), batch["action"])

@@ -49,8 +49,9 @@ class ImaginationConfig:
 class Dream:
     """A batch of streams through the world model: one stepping engine of rollouts, robot, simulator, player.
 
-    `observe` commits a real frame, `imagine` dreams the next one and commits it; both return h. Shapes are
-    fixed, caches are preallocated and no history is recomputed, so the cost of a frame does not grow.
+    `predict` dreams the next frame and commits nothing; `observe` commits a frame, a real or a dreamed one,
+    and returns h. Shapes are fixed, caches are preallocated and no history is recomputed, so the cost of a
+    frame does not grow.
 
     Args:
         dynamics: the world model, in eval mode.

@@ -23,11 +23,12 @@ from safetensors import safe_open
 
 from d4_core import checkpoint, threads
 from d4_core.config import PHASES, PRESETS, Preset, preset
-from d4_core.estimate import training_seconds, work
+from d4_core.estimate import this_device, training_seconds, work
 from d4_core.loop import computes_reduced
 from d4_core.memory import available_bytes, costs
 from d4_core.models import preset_of
 from d4_datasets import places
+from d4_datasets.audit_text import time_text
 from d4_datasets.bags import Bag, find_bags
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
@@ -216,12 +217,7 @@ def dataset_facts(where: Place | Sequence[Place]) -> list[Fact]:
         Contract.from_dict(meta["contract"], place) for meta, place in zip(metas, found, strict=True)
     ]
     contract, meta = contracts[0], metas[0]
-    for place, other in zip(found, contracts, strict=True):
-        if other.hash != contract.hash:
-            raise UserError(
-                f"{place} was made with another contract ({other.name}, {other.hash[:12]}) than {found[0]} "
-                f"({contract.name}, {contract.hash[:12]}): datasets that are used together are of one robot"
-            )
+    places.require_one_robot(dict(zip(found, contracts, strict=True)))
     episodes = [episode for each in metas for episode in each["episodes"]]
     frames = sum(e["frames"] for e in episodes)
     labelled = [e for e in episodes if e["labelled"]]
@@ -362,7 +358,7 @@ def _bag_line(path: Path) -> Fact:
 def preset_facts(settings: Preset, contract: Contract) -> list[Fact]:
     """Parameters, FLOPs and training memory of every network, counted without allocating it."""
     facts, total = [], 0
-    for name, cost in costs(settings, contract, reduced=computes_reduced(_device())).items():
+    for name, cost in costs(settings, contract, reduced=computes_reduced(this_device())).items():
         total += cost.parameters
         facts.append(
             Fact(name, f"{_si(cost.parameters)}parameters, {_si(cost.flops)}FLOPs per frame, "
@@ -386,42 +382,26 @@ def _cost_facts(name: str, path: Path | None, datasets: Sequence[str]) -> list[F
 def time_facts(settings: Preset, contract: Contract, frames: int | None = None) -> list[Fact]:
     """How long each phase trains on this machine, and how often it sees each of `frames` frames."""
     facts, tasks = [], work(settings, contract)
-    seconds = training_seconds(settings, contract, _device())
+    seconds = training_seconds(settings, contract, this_device())
     for phase, task in tasks.items():
-        text = f"about {_time(seconds[phase])} for {task.steps} steps"
+        text = f"about {time_text(seconds[phase])} for {task.steps} steps"
         if frames and phase != "imagination":
             text += f", each frame {task.frames / frames:.3g} times"
         facts.append(Fact(f"{phase} time", text))
-    where = "GPU" if _device().type == "cuda" else "CPU if all its cores are free"
-    return [*facts, Fact("total time", f"about {_time(sum(seconds.values()))} on this machine's {where}")]
+    where = "GPU" if this_device().type == "cuda" else "CPU if all its cores are free"
+    return [*facts, Fact("total time", f"about {time_text(sum(seconds.values()))} on this machine's {where}")]
 
 
 def _preset_line(name: str, settings: Preset, contract: Contract, frames: int | None) -> Fact:
     try:
-        cost = costs(settings, contract, reduced=computes_reduced(_device()))
+        cost = costs(settings, contract, reduced=computes_reduced(this_device()))
     except UserError as error:
         return Fact(name, f"does not fit: {error}")
     count, size = sum(c.parameters for c in cost.values()), max(c.train_bytes for c in cost.values())
-    took = sum(training_seconds(settings, contract, _device()).values())
-    text = f"{_si(count)}parameters, {_bytes(size)} to train, about {_time(took)} here"
+    took = sum(training_seconds(settings, contract, this_device()).values())
+    text = f"{_si(count)}parameters, {_bytes(size)} to train, about {time_text(took)} here"
     seen = work(settings, contract)["dynamics"].frames
     return Fact(name, text + (f"; dynamics sees each frame {seen / frames:.3g} times" if frames else ""))
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _time(seconds: float) -> str:
-    """Two digits and a unit: 12 min, 3.4 days."""
-    for limit, unit in ((31_557_600, "years"), (86_400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * limit:
-            return f"{_two(seconds / limit)} {unit}"
-    return f"{_two(seconds)} s"
-
-
-def _two(value: float) -> str:
-    return f"{float(f'{value:.2g}'):g}"
 
 
 def _si(value: float) -> str:

@@ -29,6 +29,7 @@ import torch
 from d4_core import distributed
 from d4_core.data import Logs, chunk_frames, encode_episodes
 from d4_core.tokenizer import Tokenizer
+from d4_datasets import whole
 from d4_datasets.course import owners
 from d4_datasets.errors import UserError
 from d4_datasets.joined import Frames, Joined
@@ -158,9 +159,7 @@ class _Files:
             "mean": tokenizer.latent_mean.flatten().tolist(),
             "std": tokenizer.latent_std.flatten().tolist(),
         }
-        aside = self.folder / f".tmp-{self.note_path.name}"
-        aside.write_text(json.dumps(note))
-        os.replace(aside, self.note_path)
+        whole.write(self.note_path, json.dumps(note))
 
     def _is_right(self, tokenizer: Tokenizer, logs: Logs) -> bool:
         """Whether latents are those of the data, by a few episodes."""
@@ -178,8 +177,8 @@ class _Files:
     def tidy(self) -> None:
         """Remove latents of other tokenizers, and what was left half-written."""
         keep = {self.note_path.name, self.path(0).name, self.path(0).parent.name}
-        for entry in self.folder.iterdir():
-            if entry.name not in keep and entry.name.startswith(("latents-", ".tmp-")):
+        for entry in [*self.folder.glob("latents-*"), *self.folder.rglob(".tmp-*")]:
+            if entry.name not in keep:
                 _remove(entry)
 
     def open(self) -> Frames:
@@ -294,13 +293,10 @@ def _make_piece(files: _Files, tokenizer: Tokenizer, logs: Logs, piece: int) -> 
     order = episodes[np.argsort(length, kind="stable")]
     _fill(out, tokenizer, logs, order, int(length.max()), int(logs.episode_start[episodes[0]]))
     file = files.path(piece)
-    aside = file.with_name(f".tmp-{file.name}")
     try:
-        with aside.open("wb") as target:
-            np.save(target, out)
+        with whole.aside(file) as new:
+            np.save(new, out)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         if error.errno != errno.ENOSPC:
             raise
         raise _disk_full(file.parent, out.nbytes) from error
-    os.replace(aside, file)

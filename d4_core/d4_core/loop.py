@@ -29,6 +29,7 @@ from torch import Tensor
 from d4_core import checkpoint, distributed
 from d4_core.data import pinned
 from d4_core.optim import Ema, OptimConfig, Optimiser
+from d4_datasets import whole
 from d4_datasets.errors import UserError
 from d4_datasets.locks import held
 
@@ -464,9 +465,7 @@ def _drop_lines(path: Path, name: str, step: int) -> None:
             return
         entries = [(line, json.loads(line)) for line in _whole_lines(path)]
         kept = [line for line, entry in entries if entry["phase"] != name or entry["step"] <= step]
-        tmp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-        tmp.write_text("".join(kept))
-        os.replace(tmp, path)
+        whole.write(path, "".join(kept))
 
 
 def _lock_of(path: Path) -> Path:

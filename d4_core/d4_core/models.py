@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from d4_core.dynamics import Dynamics
 from d4_core.phase import freeze
 from d4_core.tokenizer import Tokenizer
 from d4_datasets.contract import Contract
+from d4_datasets.digest import sha256
 from d4_datasets.errors import UserError
 
 # what each phase's checkpoint holds: every one is complete for its own use
@@ -104,5 +104,4 @@ def load(folder: Path, contract: Contract | None = None, device: torch.device | 
 
 def weights_hash(folder: Path) -> str:
     """Short hash of a checkpoint's weights; names everything derived from them."""
-    with (checkpoint.resolve(folder) / "weights.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return sha256(checkpoint.resolve(folder) / checkpoint.WEIGHTS)[:12]

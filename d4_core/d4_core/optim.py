@@ -1,9 +1,8 @@
 """Optimiser, learning-rate schedule and weight average shared by every phase."""
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -59,17 +58,6 @@ class Ema:
         """Average in the parameters as they are after 0-based `step`."""
         weight = (1.0 - self._decay) / (1.0 - self._decay ** (step + 1))
         torch._foreach_lerp_(list(self.tensors.values()), list(self.tensors), weight)
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Context in which the parameters hold the average; on leaving they are restored bit for bit."""
-        raw = [p.detach().clone() for p in self.tensors]
-        self.copy_to_parameters()
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(list(self.tensors), raw)
 
     @torch.no_grad()
     def copy_to_parameters(self) -> None:

@@ -6,7 +6,6 @@ ImageNet, and the linear heads of LPIPS. Without them the tokenizer is trained o
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d4_core.tokenizer import Tokenizer
+from d4_datasets.digest import sha256
 from d4_datasets.errors import UserError
 
 # (index in torchvision's `features`, stride, padding, pooling before it: kernel size or 0)
@@ -62,7 +62,7 @@ class Perceptual(nn.Module):
             self._keep(f"head_{tap}", weight)
         self._keep("shift", torch.tensor(_SHIFT).view(3, 1, 1))
         self._keep("scale", torch.tensor(_SCALE).view(3, 1, 1))
-        self.sha256 = {"features": _sha256(features), "heads": _sha256(heads)}
+        self.sha256 = {"features": sha256(features), "heads": sha256(heads)}
 
     def _keep(self, name: str, value: Tensor) -> None:
         # not persistent: hundreds of megabytes of a public network do not belong into checkpoints
@@ -158,8 +158,3 @@ def _recognise(state: dict[str, Tensor], path: Path) -> str:
         f"{path} holds neither torchvision's vgg16 nor its alexnet: save one with "
         "torch.save(torchvision.models.vgg16(weights='IMAGENET1K_V1').state_dict(), path)"
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

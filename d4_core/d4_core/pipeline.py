@@ -16,7 +16,7 @@ import yaml
 
 from d4_core import checkpoint, distributed
 from d4_core.arguments import TrainArgs, scaled
-from d4_core.config import Preset, to_dict
+from d4_core.config import to_dict
 from d4_core.data import latent_statistics, pixel_statistics
 from d4_core.gates import (
     Gate,
@@ -35,7 +35,7 @@ from d4_core.models import CONTENTS, Models, build, load, weights_hash
 from d4_core.phase import Phase
 from d4_core.phases import AgentPhase, DynamicsPhase, ImaginationPhase, TokenizerPhase
 from d4_core.tokenizer import Tokenizer
-from d4_datasets import places
+from d4_datasets import places, whole
 from d4_datasets.course import Course
 from d4_datasets.errors import UserError
 from d4_datasets.joined import Frames
@@ -120,9 +120,7 @@ class Pipeline:
             "notes.json": json.dumps([note]),
         }
         for name, text in texts.items():
-            aside = run / f".tmp-{name}"
-            aside.write_text(text)
-            os.replace(aside, run / name)
+            whole.write(run / name, text)
 
     def folder(self, phase: str) -> Path:
         """Checkpoint folder of a phase."""
@@ -290,7 +288,7 @@ class Pipeline:
             networks, probes = (models.tokenizer, models.dynamics), self._probes(latents)
             gates, curves = dynamics_gates(*networks, self.logs, latents, probes, *split)
             (self.args.run / "media").mkdir(exist_ok=True)
-            (self.args.run / "media" / "open_loop.json").write_text(json.dumps(curves))
+            whole.write(self.args.run / "media" / "open_loop.json", json.dumps(curves))
         elif phase == "agent":
             assert models.agent is not None
             assert models.dynamics is not None
@@ -338,6 +336,3 @@ def pick_device(name: str) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-__all__ = ["Pipeline", "Preset", "data_identity", "pick_device"]

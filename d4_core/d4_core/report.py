@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,12 +26,13 @@ from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
+from d4_core.arguments import PHASES
 from d4_core.report_charts import curve_chart, horizon_chart, scatter_chart
 from d4_core.stats import bootstrap_mean, paired_difference
+from d4_datasets import whole
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 
-PHASES = ("tokenizer", "dynamics", "agent", "imagination")
 POLICIES = {
     "random": "random actions",
     "data": "what the logs did",
@@ -114,12 +114,8 @@ def write_report(run: Path) -> Path:
     template = environment.from_string((package / "report_template.html").read_text(encoding="utf-8"))
     style = Markup((package / "report_style.css").read_text(encoding="utf-8"))
     page = template.render(style=style, **_view(found))
-    path, aside = run / "report.html", run / f".tmp-report.html-{os.getpid()}"
-    try:
-        aside.write_text(page, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    path = run / "report.html"
+    whole.write(path, page)
     return path
 
 

@@ -6,9 +6,9 @@ Clips are taken by seed and never chosen by eye, and every caption says where th
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,13 +19,14 @@ import tyro
 from torch import Tensor
 
 from d4_core import checkpoint, threads
-from d4_core.data import Clips, encode_episodes, first_frames, transitions
-from d4_core.gates import CONTEXT
+from d4_core.data import encode_episodes
 from d4_core.imagination import Dream, Rollout, imagine
 from d4_core.models import CONTENTS, Models, load
+from d4_core.open_loop import CONTEXT, continued, transitions_of
 from d4_core.pipeline import pick_device
 from d4_core.report import write_report
 from d4_core.tokenizer import Tokenizer
+from d4_datasets import whole
 from d4_datasets.errors import UserError, run_cli
 from d4_datasets.pictures import GREEN, GREY, ORANGE, Color, Strip, contact_sheet, fit, mp4_bytes, png_bytes
 from d4_datasets.windows import Windows
@@ -115,13 +116,13 @@ def rollout(args: RolloutArgs) -> dict[str, str]:
         media.mkdir(exist_ok=True)
         step = checkpoint.load_config(folder).get("step")
         for name, data in files.items():
-            _write(media / name, data)
+            whole.write(media / name, data)
             captions[name] = (
                 f"{told} Checkpoint: {folder.name}, step {step}; seed {args.seed}, clips not selected."
             )
     known = media / "captions.json"
     merged = (json.loads(known.read_text()) if known.exists() else {}) | captions
-    _write(known, json.dumps(merged, indent=1).encode())
+    whole.write(known, json.dumps(merged, indent=1))
     return captions
 
 
@@ -135,15 +136,6 @@ def _folders(args: RolloutArgs) -> list[Path]:
         raise UserError(f"there is no checkpoint in {args.run}; train one first (d4-train)")
     # both would draw the same files; the later policy counts
     return [f for f in found if f.name != "agent" or args.run / "imagination" not in found]
-
-
-def _write(path: Path, data: bytes) -> None:
-    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        aside.write_bytes(data)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 # -- footage -------------------------------------------------------------------------------------------------
@@ -256,16 +248,16 @@ def show_open_loop(models: Models, logs: Windows, args: RolloutArgs) -> tuple[di
     tokens = encode_clips(models.tokenizer, logs, footage)
     camera, steps = models.tokenizer.cfg.cameras[0].name, _steps(models)
     known = bool(logs.labelled[footage.episodes].all())
-    versions = {
-        "real": tokens,
-        "dreamed": _open_loop(models, logs, footage, tokens, args.seed, mirror=False),
-        "copied": torch.cat(
-            [tokens[:, :CONTEXT], tokens[:, CONTEXT - 1 :][:, :1].expand_as(tokens[:, CONTEXT:])], 1
-        ),
-    }
+    assert models.dynamics is not None
+    go_on = partial(continued, models.dynamics, logs, footage.frames, tokens, seed=args.seed, steps=steps)
+    context, future = tokens.split([CONTEXT, args.horizon], 1)
+    versions = {"real": future, "dreamed": go_on(), "copied": context[:, -1:].expand_as(future)}
     if known:
-        versions["mirrored"] = _open_loop(models, logs, footage, tokens, args.seed, mirror=True)
-    made = {name: decode_clips(models.tokenizer, value, camera) for name, value in versions.items()}
+        versions["mirrored"] = go_on(mirror=True)
+    made = {
+        name: decode_clips(models.tokenizer, torch.cat([context, after], 1), camera)
+        for name, after in versions.items()
+    }
     real = np.asarray(logs.images[camera][footage.frames])
     last = {name: _psnr(made[name][:, -1], made["real"][:, -1]) for name in ("dreamed", "copied")}
     logged, mirrored = (
@@ -291,29 +283,6 @@ def show_open_loop(models: Models, logs: Windows, args: RolloutArgs) -> tuple[di
         f"{last['copied']:.1f} dB."
     )
     return {"open_loop.png": sheet, "open_loop.mp4": _video(cells)}, told
-
-
-@torch.no_grad()
-def _open_loop(
-    models: Models, logs: Windows, footage: Footage, tokens: Tensor, seed: int, *, mirror: bool
-) -> Tensor:
-    """Tokens (B, T, N, L): the real context, then frames dreamed from the logged (or mirrored) actions."""
-    device = tokens.device
-    batch = transitions(logs, first_frames(logs), Clips(footage.frames, np.ones(footage.frames.shape, bool)))
-    action, labelled = batch["prev_action"], batch["prev_labelled"].to(device)
-    if mirror:
-        middle = torch.from_numpy(logs.contract.action_low + logs.contract.action_high)
-        action = torch.cat([action[:, :CONTEXT], middle - action[:, CONTEXT:]], 1)
-    action = action.to(device)
-    assert models.dynamics is not None
-    dream = Dream(models.dynamics, None, len(tokens), torch.Generator(device).manual_seed(seed))
-    out = []
-    for t in range(tokens.shape[1]):
-        known = (action[:, t], labelled[:, t])
-        frame = tokens[:, t] if t < CONTEXT else dream.predict(*known, _steps(models))
-        dream.observe(frame, *known)
-        out.append(frame)
-    return torch.stack(out, 1)
 
 
 # -- agent ---------------------------------------------------------------------------------------------------
@@ -360,7 +329,7 @@ def _dream(
 ) -> tuple[Tensor, Rollout]:
     """The policy acting after the real context: tokens (B, CONTEXT + length, N, L), and the rollout."""
     device = context.device
-    batch = transitions(logs, first_frames(logs), Clips(footage.frames, np.ones(footage.frames.shape, bool)))
+    batch = transitions_of(logs, footage.frames)
     assert models.dynamics is not None
     dream = Dream(models.dynamics, models.agent, len(context), torch.Generator(device).manual_seed(seed))
     tasks = torch.full((len(context),), task, device=device)

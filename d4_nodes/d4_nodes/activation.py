@@ -90,7 +90,7 @@ def wait(link: Link, timeout_s: float = _PATIENCE_S) -> None:
         raise WireError(f"the inference server failed: {reply.failure}")
 
 
-def require(measured: Measured, contract: Contract, allow_slow: bool) -> str:
+def require(measured: Measured, allow_slow: bool) -> str:
     """One line that says what was measured.
 
     Raises:

@@ -286,7 +286,7 @@ def _decision(
     noise = image(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
     pictures = {camera.name: functools.partial(decode, noise) for camera in contract.images}
     measured = activation.measure(link, contract, pictures, args.transport_ms)
-    print(activation.require(measured, contract, args.allow_slow))
+    print(activation.require(measured, args.allow_slow))
     return measured
 
 

@@ -174,7 +174,7 @@ class Relay(Driver):
         if stood_still:
             self._doubt(stood_still)
         if self._is_complete(now):
-            self._relay(now)
+            self._relay()
         elif is_forbidden and self.state == "driving":
             self._pass_on(None, "")
             self._due = now + self.contract.period_ns
@@ -270,7 +270,7 @@ class Relay(Driver):
             return f"no command has come for {topic}"
         return f"the last command for {topic} came {(now - self._newest[topic][0]) / 1e6:.0f} ms ago"
 
-    def _relay(self, now: int) -> None:
+    def _relay(self) -> None:
         values = np.full(self.contract.action_dim, np.nan)
         for topic, columns in self._places.items():
             values[columns] = self._newest[topic][1]

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from d4_datasets import whole
+
 _GROWTH = 1.02
 _SMALLEST_NS = 1_000.0
 _BINS = 1 + math.ceil(math.log(1e12 / _SMALLEST_NS, _GROWTH))  # up to 1000 s
@@ -173,12 +175,7 @@ class Report:
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write a report's values as JSON, whole or not at all; NaN and infinity as null, which JSON knows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        aside.write_text(json.dumps(_finite(data), indent=1) + "\n")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    whole.write(path, json.dumps(_finite(data), indent=1) + "\n")
 
 
 def can_write(folder: Path) -> bool:

@@ -8,7 +8,6 @@ names what a person should look at.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from d4_datasets import audit_page, audit_text, places
+from d4_datasets import audit_page, audit_text, places, whole
 from d4_datasets.audit_pictures import sheet
 from d4_datasets.checks import lag, sound
 from d4_datasets.checks.base import Verdict, error
@@ -189,13 +188,7 @@ def _audit(args: Args, limit: int | None) -> Audit:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(f".tmp-{path.name}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    whole.write(path, text)
     print(f"written: {path}")
 
 

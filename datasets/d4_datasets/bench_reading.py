@@ -118,7 +118,8 @@ def _write_cache(root: Path, robot: Contract, episodes: int, length: int, pictur
     array(columns / "task_index.npy", np.int64)
     files = {str(path.relative_to(root)): frame_cache.fingerprint(path) for path in Source(root).files()}
     manifest = {"format": frame_cache.CACHE_FORMAT, "nonfinite": [], "sources": files}
-    frame_cache.write_json(cache / "manifest.json", manifest | {"arrays": frame_cache.sizes(cache)})
+    manifest["arrays"] = frame_cache.sizes(cache)
+    (cache / "manifest.json").write_text(json.dumps(manifest))
 
 
 # ---- windows

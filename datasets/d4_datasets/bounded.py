@@ -63,10 +63,6 @@ class BoundedCache:
         for key in list(self._held):
             self.release(key)
 
-    def used(self) -> int:
-        """Bytes of all entries."""
-        return sum(size for _, size, _ in self._entries()) if self.folder.is_dir() else 0
-
     # -- entries --
 
     def _make(self, path: Path, size: int, build: Callable[[Path], None]) -> int:

@@ -15,9 +15,9 @@ _TOP, _FOOT, _SIDE = 16, 16, 4  # room for text above and below, and at the side
 _NOTHING: Mapping[int, str] = {}
 
 
-def _svg(parts: Sequence[str], label: str, width: int = _WIDTH, height: int = _HEIGHT) -> Markup:
-    body = "".join(parts)
-    return Markup(f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>')
+def _svg(parts: Sequence[str], label: str, width: int = _WIDTH) -> Markup:
+    box, body = f"0 0 {width} {_HEIGHT}", "".join(parts)
+    return Markup(f'<svg viewBox="{box}" role="img" aria-label="{escape(label)}">{body}</svg>')
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
@@ -55,7 +55,7 @@ def bars(
     return _svg([*parts, *above], label)
 
 
-def curve(values: Sequence[float], label: str, low: float, high: float, form: str = "{:.3g}") -> Markup:
+def curve(values: Sequence[float], label: str, low: float, high: float) -> Markup:
     """A curve over equal steps between `low` and `high`, which are written at its side."""
     width, left = 2 * _WIDTH, 44
     span = max(high - low, 1e-12)
@@ -67,7 +67,7 @@ def curve(values: Sequence[float], label: str, low: float, high: float, form: st
     points = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
     parts = [_rect(left, base, width - left - _SIDE, 1, "--line")]
     parts.append(f'<polyline points="{points}" fill="none" stroke="var(--s1)" stroke-width="1.5"/>')
-    parts += [_text(left - 6, base, form.format(low), "end"), _text(left - 6, _TOP, form.format(high), "end")]
+    parts += [_text(left - 6, base, f"{low:.3g}", "end"), _text(left - 6, _TOP, f"{high:.3g}", "end")]
     return _svg(parts, label, width)
 
 

@@ -10,18 +10,19 @@ source file has changed. Deleting it is always safe.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from d4_datasets import whole
 from d4_datasets.contract import Contract
+from d4_datasets.digest import sha256
 from d4_datasets.errors import UserError
+from d4_datasets.locks import held
 from d4_datasets.source import Source
 from d4_datasets.unpack import Columns, progress, unpack_camera
 
@@ -43,12 +44,6 @@ def ensure(source: Source, cache: Path) -> dict[str, Any]:
 
 
 # ---- is the cache the one of this dataset?
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -90,15 +85,8 @@ def current_manifest(source: Source, cache: Path) -> dict[str, Any] | None:
             known[name]["mtime_ns"] = stat.st_mtime_ns
             touched = True
     if touched and os.access(cache, os.W_OK):
-        write_json(path, manifest)
+        whole.write(path, json.dumps(manifest))
     return manifest
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    aside.write_text(json.dumps(value))
-    os.replace(aside, path)
 
 
 # ---- building it
@@ -111,15 +99,14 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: the folder that it lies in cannot be written.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = (folder.parent / f".{folder.name}.lock").open("w")
-    except PermissionError:
-        raise UserError(
-            f"cannot write the frame cache to {folder}; name a writable folder for the cache"
-        ) from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(folder.parent / f".{folder.name}.lock"))
+        except PermissionError:
+            raise UserError(
+                f"cannot write the frame cache to {folder}; name a writable folder for the cache"
+            ) from None
         yield
 
 
@@ -169,7 +156,7 @@ def _build_locked(source: Source, cache: Path) -> dict[str, Any]:
             "sources": sources,
             "arrays": sizes(aside),
         }
-        write_json(aside / "manifest.json", manifest)
+        (aside / "manifest.json").write_text(json.dumps(manifest))
         shutil.rmtree(cache, ignore_errors=True)
         os.rename(aside, cache)
     finally:

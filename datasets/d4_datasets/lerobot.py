@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d4_datasets import latents
+from d4_datasets import latents, whole
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_datasets.latents import Origin
@@ -550,9 +550,7 @@ def _recover(root: Path) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    aside = path.with_name(f".tmp-{path.name}")
-    aside.write_text(json.dumps(value, indent=1))
-    os.replace(aside, path)
+    whole.write(path, json.dumps(value, indent=1))
 
 
 # ---- reading ----

@@ -6,7 +6,6 @@ array or bytes, which stand in an HTML page as well as on disk.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+
+from d4_datasets import whole
 
 Color = tuple[int, int, int]
 
@@ -89,15 +90,10 @@ def png_bytes(image: np.ndarray) -> bytes:
 
 def write_png(path: Path, image: np.ndarray) -> None:
     """Write an RGB image [H, W, 3] to `path`, whole or not at all."""
-    aside = path.with_name(f".tmp-{path.name}")
-    try:
-        aside.write_bytes(png_bytes(image))
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    whole.write(path, png_bytes(image))
 
 
-def mp4_bytes(frames: np.ndarray, fps: float, crf: int = 18, enlarge: int = 1) -> bytes:
+def mp4_bytes(frames: np.ndarray, fps: float, enlarge: int = 1) -> bytes:
     """Encode a clip [T, H, W, 3] as an MP4 that every browser plays (H.264, yuv420p, index in front).
 
     Every pixel becomes `enlarge` x `enlarge` of them, a frame at a time, so that a long clip stays small in
@@ -110,7 +106,7 @@ def mp4_bytes(frames: np.ndarray, fps: float, crf: int = 18, enlarge: int = 1) -
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         with av.open(str(path), "w", container_options={"movflags": "faststart"}) as container:
-            stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+            stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
             stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
             for frame in frames:
                 large = np.pad(frame.repeat(enlarge, 0).repeat(enlarge, 1), odd, mode="edge")

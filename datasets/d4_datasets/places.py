@@ -11,7 +11,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -85,6 +85,22 @@ def about(place: str) -> dict[str, Any]:
         raise UserError(
             f"{place}/meta/d4.json is damaged ({error}); write the dataset again with d4-ingest"
         ) from None
+
+
+def require_one_robot(contracts: Mapping[str, Contract]) -> None:
+    """Refuse datasets, by what they are called, that are to be used together and are not of one contract.
+
+    Raises:
+        UserError: which two differ.
+    """
+    (first, one), *others = contracts.items()
+    for place, other in others:
+        if other.hash != one.hash:
+            raise UserError(
+                f"{place} was made with another contract ({other.name}, {other.hash[:12]}) than {first} "
+                f"({one.name}, {one.hash[:12]}): datasets that are used together are of one robot; ingest "
+                "one of them again"
+            )
 
 
 def title(places: Place | Sequence[Place]) -> str:

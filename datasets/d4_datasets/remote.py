@@ -7,12 +7,12 @@ listed, so that servers without listings (plain HTTP) serve as well.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from d4_datasets import whole
 from d4_datasets.errors import UserError
 
 _T = TypeVar("_T")
@@ -119,22 +119,18 @@ class Remote:
         Raises:
             UserError: it is not there, cannot be read, or ends early.
         """
-        aside = target.with_name(f".tmp-{target.name}-{os.getpid()}")
         target.parent.mkdir(parents=True, exist_ok=True)
-
-        def get() -> None:
-            self._fs.get_file(self._path(name), str(aside))
-            expected = self._fs.size(self._path(name))
-            if expected is not None and aside.stat().st_size != expected:
-                raise OSError(f"{aside.stat().st_size} of {expected} bytes came")
-
         try:
-            self._try(name, get)
-            os.replace(aside, target)
+            with whole.aside(target) as new:
+                self._try(name, lambda: self._get(name, new))
         except FileNotFoundError:
             raise self._missing(name) from None
-        finally:
-            aside.unlink(missing_ok=True)
+
+    def _get(self, name: str, target: Path) -> None:
+        self._fs.get_file(self._path(name), str(target))
+        expected = self._fs.size(self._path(name))
+        if expected is not None and target.stat().st_size != expected:
+            raise OSError(f"{target.stat().st_size} of {expected} bytes came")
 
     def fetch_meta(self, folder: Path) -> None:
         """Copy info.json, d4.json and the episode tables."""

@@ -124,9 +124,9 @@ class Section:
         """A list of so many numbers."""
         return tuple(self._number(key, value) for value in self._list(key, self.take(key), length))
 
-    def texts(self, key: str, length: int | None = None, default: Any = MISSING) -> tuple[str, ...]:
+    def texts(self, key: str, length: int | None = None) -> tuple[str, ...]:
         """A list of texts, no two alike but for `units`."""
-        values = self._list(key, self.take(key, default), length)
+        values = self._list(key, self.take(key), length)
         for value in values:
             if not isinstance(value, str) or not value:
                 raise self.error(key, f"must be a list of texts, and {value!r} is none")

@@ -30,8 +30,9 @@ import numpy as np
 from d4_datasets import frame_cache, places
 from d4_datasets.bounded import BoundedCache
 from d4_datasets.contract import Contract
+from d4_datasets.digest import sha256
 from d4_datasets.errors import UserError
-from d4_datasets.frame_cache import locked, sha256, sizes, write_json
+from d4_datasets.frame_cache import locked, sizes
 from d4_datasets.joined import Frames, Joined
 from d4_datasets.latents import Origin
 from d4_datasets.pieces import Pieces, cut
@@ -208,7 +209,8 @@ class _Index:
                 episode += len(member.source.episode_length)
                 tick(member.source.num_frames)
         _write_episodes(folder / "episodes", [member.source for member in members])
-        write_json(folder / "sources.json", [name for member in members for name in member.source.sources])
+        sources = [name for member in members for name in member.source.sources]
+        (folder / "sources.json").write_text(json.dumps(sources))
         manifest = {
             "format": FORMAT,
             "members": [member.entry() for member in members],
@@ -218,17 +220,12 @@ class _Index:
             "nonfinite": columns.nonfinite(),
             "arrays": sizes(folder),
         }
-        write_json(folder / "manifest.json", manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
         return manifest
 
 
 def _require_alike(one: Source, other: Source) -> None:
-    if one.contract.hash != other.contract.hash:
-        raise UserError(
-            f"{other.shown} was made with another contract ({other.contract.name}, "
-            f"{other.contract.hash[:12]}) than {one.shown} ({one.contract.name}, {one.contract.hash[:12]}): "
-            "datasets that are used together are of one robot; ingest one of them again"
-        )
+    places.require_one_robot({one.shown: one.contract, other.shown: other.contract})
     if one.origin != other.origin:
         raise UserError(
             f"{one.shown} holds {one.origin or 'pictures'} and {other.shown} {other.origin or 'pictures'}: "

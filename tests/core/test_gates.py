@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from d4_core.actions import ActionPart, ActionSpace
 from d4_core.dynamics import Block
 from d4_core.gates import (
-    CONTEXT,
-    HORIZONS,
     Gate,
     agent_gates,
     dynamics_gates,
@@ -29,6 +27,7 @@ from d4_core.gates import (
     record,
     tokenizer_gates,
 )
+from d4_core.open_loop import CONTEXT, HORIZONS
 from d4_core.shortcut import Grid
 from d4_core.tokenizer import Camera, Tokenizer
 

@@ -275,8 +275,9 @@ def test_gate_02_imagined_actions_are_drawn_from_h_t_and_carried_by_block_t_plus
         assert torch.equal(seen[t], roll.h[:, t])
         assert torch.equal(log[2 * t][1], roll.action[:, t])
         assert torch.equal(log[2 * t + 1][1], roll.action[:, t])
-    assert torch.equal(roll.reward, agent.predict_reward(roll.h)[:, 1:])
-    assert torch.equal(roll.proceed, agent.predict_continue(roll.h)[:, 1:])
+    # rows of another batch are not always equal to the last bit
+    torch.testing.assert_close(roll.reward, agent.predict_reward(roll.h)[:, 1:])
+    torch.testing.assert_close(roll.proceed, agent.predict_continue(roll.h)[:, 1:])
     assert roll.tokens.shape == (2, 5, 3, 2)
 
 

@@ -103,6 +103,14 @@ def test_a_dataset(place, monkeypatch, capsys):
     assert "2 (6 to 10 frames" in call(monkeypatch, capsys, str(place / "data"))
 
 
+def test_datasets_of_two_robots_are_refused(place):
+    toy_run.write_dataset(place / "other", (6,), name="else")
+    with pytest.raises(
+        UserError, match=r"other was made with another contract \(else, .*data \(toy, .* of one"
+    ):
+        info.dataset_facts([place / "data", place / "other"])
+
+
 def test_a_damaged_dataset_is_one_sentence(tmp_path):
     (tmp_path / "meta").mkdir()
     for content in ("{", "{}"):
@@ -220,8 +228,3 @@ def test_a_preset_that_does_not_fit_the_cameras_is_said_among_all(tmp_path, monk
     out = call(monkeypatch, capsys, "--preset", "all", "--contract", str(tmp_path / "robot.yaml"))
     assert re.search(r"^nano +does not fit: camera 'cam' is 16x24", out, re.MULTILINE)
     assert re.search(r"^small .* about 4 s here$", out, re.MULTILINE)
-
-
-def test_times_read_well():
-    said = [info._time(s) for s in (0.5, 61, 130, 7300, 3.1e6, 1e9)]
-    assert said == ["0.5 s", "61 s", "2.2 min", "2 h", "36 days", "32 years"]

@@ -103,6 +103,17 @@ def test_latents_of_another_tokenizer_are_removed(tmp_path, make_logs, make_toke
     assert {p.name for p in tmp_path.iterdir()} == {"latents-def.npy", "latents-def.json", "notes.txt"}
 
 
+def test_what_a_killed_process_left_of_a_piece_is_removed(tmp_path, make_logs, make_tokenizer) -> None:
+    logs, tokenizer = make_logs((5, 7), images=pictures(12)), make_tokenizer()
+    logs.piece_bounds = np.array([0, 1, 2])
+    frames = np.arange(12)
+    whole = latent_cache(tokenizer, logs, tmp_path, "abc")[frames]
+    folder = tmp_path / "latents-abc"
+    (folder / "000001.npy").rename(folder / ".tmp-99999999-99999999-000001.npy")
+    assert np.array_equal(latent_cache(tokenizer, logs, tmp_path, "abc")[frames], whole)
+    assert sorted(p.name for p in folder.iterdir()) == ["000000.npy", "000001.npy"]
+
+
 def test_latents_of_other_data_are_made_again(tmp_path, make_logs, make_tokenizer, capfd) -> None:
     """The dataset has grown, or another one is trained on: rows would stand for other frames."""
     tokenizer = make_tokenizer()

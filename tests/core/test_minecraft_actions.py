@@ -1,16 +1,16 @@
-"""Real actions of Minecraft players through contract, quantiser and action space.
-
-Looked for in $D4_TEST_DATA, then in shared/data beside the repository; skipped where absent.
-"""
+"""Real actions of Minecraft players through contract, quantiser and action space."""
 
 from __future__ import annotations
 
-import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))
+from recordings import RECORDINGS, needs
 
 from d4_core.actions import ActionEncoder, ActionSpace
 from d4_core.config import PRESETS, action_parts
@@ -18,8 +18,7 @@ from d4_datasets import minecraft
 from d4_datasets.contract import Contract
 
 ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("D4_TEST_DATA") or ROOT.parent / "shared" / "data") / "vpt_actions"
-FILES = sorted(DATA.glob("*.one_hot_actions.pt"))
+FILES = sorted(RECORDINGS.glob("vpt_actions/*.one_hot_actions.pt"))
 CONTRACT = Contract.load(ROOT / "docs" / "examples" / "minecraft.yaml")
 COLUMNS = (
     "inventory", "ESC", *minecraft.HOTBAR, "forward", "back", "left", "right", "pitch", "yaw", "jump",
@@ -42,7 +41,7 @@ def test_the_example_fits_every_preset(name):
     assert PRESETS[name].dynamics_config(CONTRACT).actions == action_parts(CONTRACT)
 
 
-@pytest.mark.skipif(not FILES, reason=f"no actions in {DATA}")
+@needs("vpt_actions")
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name[:12])
 def test_real_actions_pass_through(path):
     actions = recorded(path)

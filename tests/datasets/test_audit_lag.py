@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,9 @@ import pytest
 import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+sys.path.append(str(Path(__file__).parents[1]))
+from recordings import RECORDINGS, needs
 
 from d4_datasets.audit import audit
 from d4_datasets.checks import lag as lags
@@ -21,9 +24,7 @@ from d4_datasets.scan import Scan
 from d4_datasets.windows import Windows
 
 ROOT = Path(__file__).parents[2]
-CAR = (
-    Path(os.environ.get("D4_TEST_DATA") or ROOT.parent / "shared" / "data") / "donkeycar/full_compressed_mcap"
-)
+CAR = "donkeycar/full_compressed_mcap"
 ROBOT = Contract.from_dict(planted.spec())
 
 
@@ -188,10 +189,12 @@ def test_two_cameras_that_show_different_moments_are_told() -> None:
     assert messages == ["camera right is behind camera left by about 2 frames (200 ms)"]
 
 
-@pytest.mark.skipif(not CAR.is_dir(), reason=f"no recording {CAR}")
+@needs(CAR)
 def test_a_lag_planted_in_a_real_drive_is_found(tmp_path: Path) -> None:
     """The driven car answers after four frames; shifting its labels shifts that by as many."""
-    ingest([CAR], Contract.load(ROOT / "docs" / "examples" / "donkeycar.yaml"), tmp_path / "data")
+    ingest(
+        [RECORDINGS / CAR], Contract.load(ROOT / "docs" / "examples" / "donkeycar.yaml"), tmp_path / "data"
+    )
     windows = Windows(tmp_path / "data")
     action, found = np.asarray(windows.action).copy(), {}
     for shift in (-3, 0, 3):

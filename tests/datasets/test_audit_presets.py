@@ -53,6 +53,11 @@ def test_presets_on_terminal_and_page(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "does not fit: 32 is no multiple of &lt;16&gt;" in text
 
 
+def test_times_read_well() -> None:
+    said = [audit_text.time_text(s) for s in (0.5, 61, 130, 7300, 3.1e6, 1e9)]
+    assert said == ["0.5 s", "61 s", "2.2 min", "2 h", "36 days", "32 years"]
+
+
 def test_a_failure_is_said_and_no_process_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked("import sys; sys.exit('error: no memory')") == ([], "no memory")
     monkeypatch.setattr(presets, "_MOST_S", 0.2)

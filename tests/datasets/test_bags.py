@@ -16,6 +16,9 @@ import yaml
 import zstandard
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 
+sys.path.append(str(Path(__file__).parents[1]))
+from recordings import RECORDINGS, needs
+
 from d4_datasets import bags, messages
 from d4_datasets.bags import BagWriter, find_bags, new, read_bag
 from d4_datasets.errors import UserError
@@ -338,10 +341,8 @@ def test_finding_bags(tmp_path):
 
 # ---- recordings of real robots
 
-_DATA = Path(os.environ.get("D4_TEST_DATA") or Path(__file__).parents[3] / "shared/data")
 
-
-@pytest.mark.skipif(not _DATA.is_dir(), reason="no recordings; set D4_TEST_DATA to a folder of bags")
+@needs()
 @pytest.mark.parametrize(
     ("name", "topic", "count"),
     [
@@ -359,9 +360,9 @@ _DATA = Path(os.environ.get("D4_TEST_DATA") or Path(__file__).parents[3] / "shar
     ],
 )
 def test_real_recordings(name, topic, count):
-    if not (_DATA / name).exists():
+    if not (RECORDINGS / name).exists():
         pytest.skip(f"{name} is not among the recordings")
-    pictures = [msg for _, _, msg in read_bag(_DATA / name, [topic])]
+    pictures = [msg for _, _, msg in read_bag(RECORDINGS / name, [topic])]
     assert len(pictures) >= count
     first = messages.decode(pictures[0]).astype(int)
     if name.startswith(("odd_bags", "donkeycar")):  # all are one drive: the same first frame, Bayer nearly so

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_bounded import used
 from test_shards import write
 
 from d4_datasets.course import Course, owners
@@ -117,7 +118,7 @@ def test_what_is_drawn_is_unpacked_and_no_more(data) -> None:
         starts = windows.sample_starts(rng, 4, 1, course(step))
         windows.images["cam"][starts]
         seen |= set(windows.episode_index[starts].tolist())
-        assert windows.pieces._cache.used() <= windows.limit
+        assert used(windows.pieces._cache) <= windows.limit
     assert len(seen) > 30
     windows.close()
 

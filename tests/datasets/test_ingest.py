@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
+sys.path.append(str(Path(__file__).parents[1]))
+from recordings import RECORDINGS, needs
+
 from d4_datasets import bags, ingest, messages
 from d4_datasets.bags import BagWriter, new, read_bag
 from d4_datasets.contract import Contract
@@ -552,27 +555,19 @@ def test_the_command_fails_in_one_sentence(tmp_path):
 
 # ---- recordings of real robots
 
-_DATA = Path(os.environ.get("D4_TEST_DATA") or Path(__file__).parents[3] / "shared/data")
-_CAR = _DATA / "donkeycar/full_compressed_mcap"
+CAR = RECORDINGS / "donkeycar/full_compressed_mcap"
 
 
-@pytest.mark.skipif(not _CAR.is_dir(), reason="no recordings; set D4_TEST_DATA to a folder of bags")
+@needs("donkeycar/full_compressed_mcap")
 def test_a_real_drive(tmp_path):
+    camera = {"name": "front", "topic": "/camera/image_raw/compressed", "type": COMPRESSED, "size": [60, 80]}
     align = {"strategy": "hold", "timeline": "header", "tolerance_ms": 150}
     contract = Contract.from_dict(
         {
             "name": "car",
             "rate_hz": 20,
             "latency_ms": 20,
-            "observations": [
-                {
-                    "name": "front",
-                    "topic": "/camera/image_raw/compressed",
-                    "type": COMPRESSED,
-                    "size": [60, 80],
-                    "align": align,
-                }
-            ],
+            "observations": [{**camera, "align": align}],
             "actions": [
                 {
                     "name": "drive",
@@ -587,13 +582,13 @@ def test_a_real_drive(tmp_path):
             ],
         }
     )
-    summary = ingest.ingest([_CAR], contract, tmp_path / "data")
+    summary = ingest.ingest([CAR], contract, tmp_path / "data")
     assert (summary.episodes, summary.frames, summary.labelled) == (1, 1000, 1000)
     dataset = Dataset(tmp_path / "data")
     assert dataset.d4["episodes"][0]["stale"] == 0
-    source = [msg for _, _, msg in read_bag(_CAR, ["/camera/image_raw/compressed"])]
+    source = [msg for _, _, msg in read_bag(CAR, ["/camera/image_raw/compressed"])]
     ours = np.stack(list(dataset.frames("front", 0)))
     real = [messages.resize(messages.decode(m), (60, 80)) for m in source[::97]]
     np.testing.assert_array_equal(ours[::97], real)
-    commands = [[msg.linear.x, msg.angular.z] for _, _, msg in read_bag(_CAR, ["/cmd_vel"])]
+    commands = [[msg.linear.x, msg.angular.z] for _, _, msg in read_bag(CAR, ["/cmd_vel"])]
     np.testing.assert_allclose(dataset.columns(0)["action"], commands, rtol=1e-6)

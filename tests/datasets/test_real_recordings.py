@@ -1,15 +1,15 @@
-"""Recordings of real robots and other people's recorders go through reading and ingest.
-
-They are looked for in $D4_TEST_DATA, then in shared/data beside the repository, and skipped where absent.
-"""
+"""Recordings of real robots and other people's recorders go through reading and ingest."""
 
 from __future__ import annotations
 
-import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+sys.path.append(str(Path(__file__).parents[1]))
+from recordings import RECORDINGS, needs
 
 from d4_datasets import messages
 from d4_datasets.audit import audit
@@ -20,16 +20,15 @@ from d4_datasets.ingest import ingest
 from d4_datasets.windows import Windows
 
 ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("D4_TEST_DATA") or ROOT.parent / "shared" / "data")
-CAR = DATA / "donkeycar"
+CAR = RECORDINGS / "donkeycar"
 ROBOT = ROOT / "docs" / "examples" / "donkeycar.yaml"
 
 try:
-    BAGS = find_bags(DATA)
+    BAGS = find_bags(RECORDINGS)
 except UserError:
     BAGS = []
-pytestmark = pytest.mark.skipif(not BAGS, reason=f"no bags in {DATA}; name a folder of them in D4_TEST_DATA")
-needs_car = pytest.mark.skipif(not CAR.is_dir(), reason=f"no recording {CAR}")
+pytestmark = needs()
+needs_car = needs("donkeycar")
 
 
 def camera_contract(topic: str, type_: str) -> Contract:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import synthetic
+from test_bounded import used
 from test_shards import write
 
 from d4_datasets import remote
@@ -82,7 +83,7 @@ def test_a_list_on_a_server_is_read_within_a_limit(server, made, tmp_path) -> No
     windows = Windows(f"{server.url}/all.txt", tmp_path, limit=120_000)
     np.testing.assert_array_equal(windows.images["cam"][:], np.concatenate([w.images["cam"] for w in alone]))
     np.testing.assert_array_equal(windows.action, np.concatenate([w.action for w in alone]))
-    assert windows.pieces._cache.used() <= 120_000
+    assert used(windows.pieces._cache) <= 120_000
     windows.close()
     asked = server.asked["d4.json"]
     Windows(f"{server.url}/all.txt", tmp_path, limit=120_000).close()

@@ -11,6 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 import synthetic
+from test_bounded import used
 
 from d4_datasets import places, remote, shards, unpack
 from d4_datasets.errors import UserError
@@ -153,8 +154,8 @@ def test_a_cache_of_its_own_and_a_limit(made, alone, tmp_path, limit) -> None:
     """The data take 78 kB a third, and never more than the limit lies there."""
     windows = Windows([str(root) for root in made], tmp_path / "cache", limit=limit)
     same(windows, alone)
-    used = windows.pieces._cache.used()
-    assert used >= windows.num_frames * FRAME if limit is None else used <= limit
+    size = used(windows.pieces._cache)
+    assert size >= windows.num_frames * FRAME if limit is None else size <= limit
     windows.close()
 
 
@@ -231,7 +232,7 @@ def test_datasets_behind_urls(memory, alone, tmp_path) -> None:
 def test_one_dataset_behind_a_url_within_a_limit(memory, alone, tmp_path) -> None:
     windows = Windows(Path(memory[1]), tmp_path, limit=90_000)
     same(windows, alone[1:2])
-    assert windows.pieces._cache.used() <= 90_000
+    assert used(windows.pieces._cache) <= 90_000
     windows.close()
 
 

@@ -134,7 +134,7 @@ def test_the_robots_process_needs_nothing_of_the_importer() -> None:
     ours = {name for name in robot_modules() if name.startswith("d4_datasets.")}
     names = (
         "align", "contract", "errors", "fields", "files", "latents", "messages", "section", "signals",
-        "stills",
+        "stills", "whole",
     )  # fmt: skip
     assert ours <= {f"d4_datasets.{name}" for name in names}
 

@@ -121,9 +121,9 @@ def test_a_folder_without_a_policy_is_one_sentence(tmp_path) -> None:
 def test_too_slow_is_refused_with_the_figure(contract) -> None:
     slow = activation.Measured(20.0, 35.5, 30.0)
     with pytest.raises(UserError, match=r"35\.5 ms \(p99\).*5\.5 ms too few"):
-        activation.require(slow, contract, allow_slow=False)
-    assert "allow_slow" in activation.require(slow, contract, allow_slow=True)
-    assert "too" not in activation.require(slow._replace(p99=29.0), contract, allow_slow=False)
+        activation.require(slow, allow_slow=False)
+    assert "allow_slow" in activation.require(slow, allow_slow=True)
+    assert "too" not in activation.require(slow._replace(p99=29.0), allow_slow=False)
 
 
 def test_a_depth_picture_is_measured_as_the_loop_sees_it(contract) -> None:

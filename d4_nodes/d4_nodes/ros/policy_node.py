@@ -119,7 +119,7 @@ class PolicyNode(CommandingNode[Loop]):
         finally:
             link.close()
         self._card = link.card
-        text = activation.require(measured, contract, self._get("allow_slow"))
+        text = activation.require(measured, self._get("allow_slow"))
         if measured.fits:
             self.get_logger().info(text)
         else:
