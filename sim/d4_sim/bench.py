@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -29,7 +28,16 @@ from d4_datasets.errors import UserError, run_cli
 from d4_sim.chains import PHASES, STARTS, Chains, scratch_steps
 from d4_sim.crafter import experiment
 from d4_sim.lanes import Runner
-from d4_sim.stages import Interrupted, Stage, command, is_named, keys
+from d4_sim.stages import (
+    Stage,
+    command,
+    ended,
+    is_named,
+    keys,
+    require_recording,
+    require_space,
+    size_of,
+)
 from d4_sim.study_results import read_json
 from d4_sim.suite.disturb import MEASURED, contents, fitting, slug
 from d4_sim.world import contract_text, make_world, world_class, world_names
@@ -368,12 +376,9 @@ def _check(args: Args, worlds: tuple[str, ...]) -> None:
     counts = (size.seeds, size.frames, size.eval_episodes, size.expert_episodes, size.scratch_steps)
     if min(counts) < 1 or size.planner_episodes < 0 or not 0 < size.scale < math.inf or size.minutes < 0:
         raise UserError("seeds, frames, episodes, steps and scale must be above 0, and minutes not below")
-    if not 0 < size.labelled <= 1:
-        raise UserError(f"--labelled {size.labelled:g} must be above 0, for cloning, and at most 1")
+    require_recording(size.labelled, args.jobs)
     if max(size.expert_episodes, size.planner_episodes) > size.eval_episodes:
         raise UserError("expert and planner drive some of the shared starts: give them no more episodes")
-    if args.jobs != "auto" and args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs} must be at least 1, or auto")
     override(preset(size.model), list(size.set))
     for world in worlds:
         make_world(world)
@@ -405,17 +410,11 @@ def _require_space(shape: Shape, missing: Sequence[str]) -> None:
     there already counts as free.
     """
     names = {name.partition("/")[0] for name in missing if not name.endswith("/reference")}
-    there = sum(p.stat().st_size for name in names for p in (shape.out / name).rglob("*") if p.is_file())
     areas = sorted((_area(name.rpartition("-")[0]) for name in names), reverse=True)
     unpacked = areas if shape.keep else areas[: shape.jobs + 1]
     frames = shape.size.frames * (sum(areas) * _KEPT_PER_FRAME + sum(unpacked) * _BYTES_PER_FRAME)
-    needed = frames + len(names) * _BYTES_OF_RUN - there
-    free = shutil.disk_usage(shape.out).free
-    if free < needed:
-        raise UserError(
-            f"about {needed / 1e9:.1f} GB are needed in {shape.out} and {free / 1e9:.1f} GB are free: "
-            "free some space, record fewer --frames or choose another --out"
-        )
+    there = size_of(*(shape.out / name for name in names))
+    require_space(shape.out, frames + len(names) * _BYTES_OF_RUN - there, "--frames")
 
 
 def _area(world: str) -> float:
@@ -455,12 +454,8 @@ def _main() -> int:
         return list_worlds(args)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if isinstance(args, experiment.Args):
-        return experiment.main(args)
-    try:
-        return bench(args)
-    except (Interrupted, KeyboardInterrupt) as stop:
-        print("stopped; what is done is kept and the same command continues", file=sys.stderr)
-        return 128 + int(stop.args[0]) if isinstance(stop, Interrupted) else 130
+        return ended(partial(experiment.experiment, args))
+    return ended(partial(bench, args))
 
 
 def main() -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-import shutil
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +20,20 @@ from rich.console import Console
 
 from d4_core import threads
 from d4_datasets.errors import UserError, run_cli
-from d4_sim.stages import Command, Interrupted, Stage, State, alone, clock, command, keys, run_command
+from d4_sim.stages import (
+    Command,
+    Stage,
+    State,
+    alone,
+    clock,
+    command,
+    ended,
+    keys,
+    require_recording,
+    require_space,
+    run_command,
+    size_of,
+)
 from d4_sim.study import Args as StudyArgs
 from d4_sim.study import Study
 from d4_sim.world import contract_text, world_class
@@ -155,7 +166,8 @@ class Demo:
             return self._run()
 
     def _run(self) -> int:
-        _require_space(self.args)
+        needed = self.args.episodes * _BYTES_PER_EPISODE + _BYTES_OF_RUN
+        require_space(self.args.out, needed - size_of(self.args.out), "--episodes")
         stale = self.state.clear_stale()
         if stale:
             self.say(f"other arguments than last time: {', '.join(stale)} will be done again")
@@ -242,23 +254,8 @@ def _check(args: Args) -> None:
         raise UserError("--episodes and --eval-episodes must be at least 1 and --seed at least 0")
     if not args.scale > 0:
         raise UserError(f"--scale {args.scale:g} must be above 0")
-    if not 0 < args.labelled <= 1:
-        raise UserError(f"--labelled {args.labelled:g} must be above 0, for cloning, and at most 1")
+    require_recording(args.labelled, args.jobs)
     world_class(_world(args))  # refuses a size that is none
-    if args.jobs != "auto" and args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs} must be at least 1, or auto")
-
-
-def _require_space(args: Args) -> None:
-    """Say that the disk is too small before the work; what is there already counts as free."""
-    there = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file())
-    needed = args.episodes * _BYTES_PER_EPISODE + _BYTES_OF_RUN - there
-    free = shutil.disk_usage(args.out).free
-    if free < needed:
-        raise UserError(
-            f"about {needed / 1e9:.1f} GB are needed in {args.out} and {free / 1e9:.1f} GB are free: "
-            "free some space, record fewer --episodes or choose another --out"
-        )
 
 
 def _study(args: Args) -> Study:
@@ -280,11 +277,7 @@ def main() -> None:
 def _main() -> int:
     args = tyro.cli(Args, prog="d4-demo")
     _check(args)
-    try:
-        return (_study(args) if args.study else Demo(args)).run()
-    except (Interrupted, KeyboardInterrupt) as stop:
-        print("stopped; what is done is kept and the same command continues", file=sys.stderr)
-        return 128 + int(stop.args[0]) if isinstance(stop, Interrupted) else 130
+    return ended((_study(args) if args.study else Demo(args)).run)
 
 
 if __name__ == "__main__":

@@ -391,7 +391,7 @@ class Evaluation:
     # -- output ----------------------------------------------------------------------------------------------
 
     def _film(self, name: str, batch: EpisodeBatch) -> None:
-        """Video of the best and the worst two episodes."""
+        """Video of the best and the worst episodes."""
         from d4_sim.film import film_again
 
         seeds = self.seeds[: len(batch.length)]

@@ -16,20 +16,11 @@ _SCALE = 3
 _TILES = 11  # pictures of an episode in a filmstrip
 
 
-def write_film(media: Path, name: str, batch: EpisodeBatch, count: int = 3, fps: float = 10) -> None:
-    """The best `count` episodes above the worst `count`, in the real simulator.
-
-    <media>/real_<name>.mp4 plays them, <media>/real_<name>.png shows them as filmstrips.
-    """
-    picked = extremes(batch, count)
-    assert batch.frames is not None
-    _write(media, name, batch, picked, batch.frames[picked], fps)
-
-
 def film_again(
     media: Path, name: str, world: str, seeds: np.ndarray, batch: EpisodeBatch, fps: float, count: int = 3
 ) -> None:
-    """`write_film` of episodes whose pictures were not kept: those that are shown are driven once more.
+    """`write_film` of the best and the worst `count` episodes, whose pictures were not kept: they are driven
+    once more.
 
     A hundred episodes of a thousand ticks have more than a gigabyte of pictures, six of them 70 MB.
     """
@@ -39,7 +30,7 @@ def film_again(
         batch.action.shape[1] - 1, keep_frames=True,
     )  # fmt: skip
     assert again.frames is not None
-    _write(media, name, batch, picked, again.frames, fps)
+    write_film(media, name, batch, picked, again.frames, fps)
 
 
 class _Replay:
@@ -62,10 +53,13 @@ def extremes(batch: EpisodeBatch, count: int) -> np.ndarray:
     return np.concatenate([order[::-1][:count], order[:count][::-1]])
 
 
-def _write(
+def write_film(
     media: Path, name: str, batch: EpisodeBatch, picked: np.ndarray, frames: np.ndarray, fps: float
 ) -> None:
-    """The film of the episodes `picked`, whose pictures are `frames` (2 count, T, H, W, 3)."""
+    """The episodes `picked` (`extremes`), whose pictures are `frames` (2 count, T, H, W, 3).
+
+    <media>/real_<name>.mp4 plays the best above the worst, <media>/real_<name>.png shows them as filmstrips.
+    """
     media.mkdir(parents=True, exist_ok=True)
     count = len(picked) // 2
     for row, length in zip(frames, batch.length[picked], strict=True):

@@ -48,7 +48,7 @@ _held: set[int] = set()  # locks of this process, which what it starts holds as 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the demo.
+    """One step of a demo, a study, a bench or a recipe.
 
     Attributes:
         name: key in stages.json.
@@ -295,6 +295,45 @@ def handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
+
+
+def ended(run: Callable[[], int]) -> int:
+    """Exit code of work in stages: Ctrl-C is an end like any other."""
+    try:
+        return run()
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print("stopped; what is done is kept and the same command continues", file=sys.stderr)
+        return 128 + int(stop.args[0]) if isinstance(stop, Interrupted) else 130
+
+
+def require_space(out: Path, needed: float, fewer: str) -> None:
+    """Say that the disk is too small before the work.
+
+    Args:
+        needed: bytes, without what is there already.
+        fewer: the option that makes it less.
+
+    Raises:
+        UserError: `out` has less space.
+    """
+    if (free := shutil.disk_usage(out).free) < needed:
+        raise UserError(
+            f"about {needed / 1e9:.1f} GB are needed in {out} and {free / 1e9:.1f} GB are free: "
+            f"free some space, record fewer {fewer} or choose another --out"
+        )
+
+
+def size_of(*places: Path) -> int:
+    """Bytes of all files below these folders."""
+    return sum(p.stat().st_size for place in places for p in place.rglob("*") if p.is_file())
+
+
+def require_recording(labelled: float, jobs: int | str) -> None:
+    """Refuse what a recording, or the lanes, would refuse later. Raises UserError."""
+    if not 0 < labelled <= 1:
+        raise UserError(f"--labelled {labelled:g} must be above 0, for cloning, and at most 1")
+    if isinstance(jobs, int) and jobs < 1:
+        raise UserError(f"--jobs {jobs} must be at least 1, or auto")
 
 
 def clock(seconds: float) -> str:

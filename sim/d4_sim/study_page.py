@@ -204,7 +204,7 @@ def first_ticks(row: Mapping[str, Any]) -> list[str]:
 
 
 def calibration(world: str, chains: Mapping[str, Any]) -> Iterator[str]:
-    """Section 4: what the heads say against what happened."""
+    """What the heads say against what happened."""
     keys = ("reward_correlation", "reward_bias", "kl_to_cloned")
     rows = [
         [s, NAMES[p], *(f"{row[k]:.3f}" if row.get(k) is not None else "-" for k in keys)]

@@ -49,7 +49,6 @@ PAIRS = (
     ("wm_bc_argmax", "vpt_longer_argmax"), ("imagination_argmax", "vpt_longer_argmax"),
 )  # fmt: skip
 LIKELIEST = ("bc_scratch_longer_argmax", "vpt_longer_argmax", "wm_bc_argmax", "imagination_argmax")
-CALIBRATION = ("reward_", "value_", "kl_")
 
 
 def collect(out: Path) -> dict[str, Any]:

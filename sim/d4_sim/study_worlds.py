@@ -59,7 +59,7 @@ def psnr_of(runs: Mapping[str, Any], key: str, horizon: int = HORIZON) -> float 
 
 
 def sparse_labels(results: Mapping[str, Any]) -> Iterator[str]:
-    """Section 2: how many commands are enough, and whether they carry over to another look."""
+    """How many commands are enough, and whether they carry over to another look."""
     runs = results["runs"]
     keys = {f"labels-{share:g}": f"{share:.0%} of the commands" for share in LABELS}
     yield from labelled(runs, "## Sparse commands (yard)\n", keys)
@@ -157,7 +157,7 @@ def recovery(runs: Mapping[str, Any], kind: str) -> float | None:
 
 
 def shortcut(results: Mapping[str, Any]) -> Iterator[str]:
-    """Section 3: sampling steps, and one change at a time."""
+    """Sampling steps, and one change at a time."""
     runs = results["runs"]
     names = {"shortcut-with": "with the shortcut loss", "shortcut-without": "without"}
     rates = [f"{c['frames_per_s']:.0f}" for key in names for c in by_steps(runs, key).values()]

@@ -141,7 +141,7 @@ def test_a_disk_that_is_too_small_is_one_sentence_before_the_work(tmp_path: Path
 
 def test_a_finished_bench_needs_no_space(tmp_path: Path, monkeypatch) -> None:
     """It was refused on a disk that had become full, and its page could not be written again."""
-    monkeypatch.setattr(bench.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**6))
     shape = Shape(out=tmp_path, size=replace(SIZE, frames=10_000))
     bench._require_space(shape, [])
     bench._require_space(shape, ["push/reference"])

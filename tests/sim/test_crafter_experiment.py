@@ -167,7 +167,7 @@ def test_unusable_settings_are_refused_before_anything_is_written(tmp_path: Path
 
 def test_a_full_disk_is_said_before_the_work(tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("crafter", reason="the package crafter is not installed")
-    monkeypatch.setattr(experiment.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
     with pytest.raises(UserError, match=r"about 8.6 GB are needed in .* and 1.0 GB are free"):
         experiment.experiment(replace(ARGS, out=tmp_path))
 
@@ -323,12 +323,12 @@ def test_from_a_recording_to_the_page_at_toy_size(tmp_path: Path) -> None:
         out=tmp_path / "out", world="crafter_peaceful", seeds=1, episodes=4, labelled=1.0, scale=0.0005,
         eval_episodes=2, jobs=1,
     )  # fmt: skip
-    assert experiment.main(args) == 0
+    assert experiment.experiment(args) == 0
     text = (args.out / "page.md").read_text()
     header = " | ".join(page.COLUMNS.values())
     assert f"| milestone | {header} |" in text
     assert "Not complete" not in text
     done = json.loads((args.out / "stages.json").read_text())
     assert all(entry["done"] for entry in done.values())
-    assert experiment.main(args) == 0  # nothing is left to do
+    assert experiment.experiment(args) == 0  # nothing is left to do
     assert json.loads((args.out / "stages.json").read_text()) == done

@@ -25,7 +25,8 @@ def test_films_and_strips_show_the_best_and_the_worst(tmp_path: Path) -> None:
         probes={}, length=np.full(n, steps), task=np.zeros(n, np.int64),
         success=np.zeros(n, bool), frames=frames,
     )  # fmt: skip
-    write_film(tmp_path, "clone", batch, count=2)
+    picked = extremes(batch, 2)
+    write_film(tmp_path, "clone", batch, picked, frames[picked], 10)
     sheet = cv2.imread(str(tmp_path / "real_clone.png"))
     levels = [20 + 25 * r for r in (7, 6, 1, 0)]  # from top to bottom
     column = sheet[:, -100]
@@ -34,7 +35,7 @@ def test_films_and_strips_show_the_best_and_the_worst(tmp_path: Path) -> None:
     captions = json.loads((tmp_path / "captions.json").read_text())
     assert set(captions) == {"real_clone.mp4", "real_clone.png"}
     assert "returns 7.0, 6.0, 1.0, 0.0" in captions["real_clone.mp4"]
-    write_film(tmp_path, "other", batch)
+    write_film(tmp_path, "other", batch, picked, frames[picked], 10)
     assert len(json.loads((tmp_path / "captions.json").read_text())) == 4
 
 
@@ -45,7 +46,9 @@ def test_episodes_driven_again_are_those_that_were_judged(tmp_path: Path, monkey
     batch = run_episodes("yard", seeds.tolist(), [0, 1, 0, 1, 0], policy, 8, keep_frames=True)
     shown = []
     monkeypatch.setattr("d4_sim.film.mp4_bytes", lambda film, fps, enlarge: shown.append(film) or b"")
-    write_film(tmp_path, "kept", batch, count=2)
+    assert batch.frames is not None
+    picked = extremes(batch, 2)
+    write_film(tmp_path, "kept", batch, picked, batch.frames[picked], 10)
     film_again(tmp_path, "again", "yard", seeds, batch, fps=10, count=2)
     np.testing.assert_array_equal(*shown)
     assert extremes(batch, 2).tolist() == [

@@ -15,11 +15,11 @@ from d4_sim.arm import LINKS, joints_of, tip_of
 from d4_sim.driver import KINDS, drive
 from d4_sim.mujoco_world import MujocoWorld, Physics
 from d4_sim.suite import arm_push
-from d4_sim.suite.planner import Planner, PlannerConfig, threads
+from d4_sim.suite.planner import MppiConfig, Planner, threads
 from d4_sim.suite.push import CONTACT, SUCCESS_RADIUS, Push, sample_layout
 from d4_sim.world import make_world
 
-SMALL = PlannerConfig(copies=12, horizon=6)
+SMALL = MppiConfig(copies=12, horizon=6)
 needs_fetch = pytest.mark.skipif(
     importlib.util.find_spec("gymnasium_robotics") is None,
     reason="the model of the Fetch is not here: pip install --no-deps gymnasium-robotics==1.4.2",

@@ -8,8 +8,6 @@ they were; whatever is there at the end is on one page (`d4_sim.crafter.page`).
 from __future__ import annotations
 
 import math
-import shutil
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,15 +19,15 @@ from d4_sim.chains import Chains
 from d4_sim.crafter.page import EQUAL_STEPS, GIVEN, STARTS, write_page
 from d4_sim.crafter.world import HORIZON
 from d4_sim.lanes import Runner
-from d4_sim.stages import Command, Interrupted, Stage, command, keys
+from d4_sim.minecraft.recipe import EVENTS
+from d4_sim.stages import Command, Stage, command, keys, require_recording, require_space, size_of
 from d4_sim.world import contract_text, make_world
 
 TRAINED = ("bc_scratch", "bc_early", "vpt", "wm_bc", "imagination")
 
 # What differs from the presets, and from `nano` in size, and why, is in docs/crafter.md.
 TASKS = (
-    "agent_training.relevant_return=0.01",
-    "imagination_training.relevant_return=0.01",
+    *EVENTS,
     "imagination_training.settings.discount=0.97",
     "imagination_training.settings.beta=0.3",
 )
@@ -148,7 +146,8 @@ def experiment(args: Args) -> int:
     own = own_keys(args)
 
     def prepare() -> None:
-        _require_space(args)
+        needed = args.episodes * _BYTES_PER_EPISODE + args.seeds * _BYTES_OF_RUN
+        require_space(args.out, needed - size_of(args.out), "--episodes")
         (args.out / f"{args.world}.yaml").write_text(contract_text(args.world), encoding="utf-8")
 
     def report() -> None:
@@ -161,34 +160,10 @@ def experiment(args: Args) -> int:
     ).run()  # fmt: skip
 
 
-def main(args: Args) -> int:
-    """`experiment` for a command line: Ctrl-C is an end like any other."""
-    try:
-        return experiment(args)
-    except (Interrupted, KeyboardInterrupt) as stop:
-        print("stopped; what is done is kept and the same command continues", file=sys.stderr)
-        return 128 + int(stop.args[0]) if isinstance(stop, Interrupted) else 130
-
-
 def _check(args: Args) -> None:
     """Refuse what a later stage would refuse."""
     counts = (args.seeds, args.episodes, args.eval_episodes, args.scratch_steps)
     if min(counts) < 1 or not 0 < args.scale < math.inf:
         raise UserError("seeds, episodes, steps and the scale must be above 0")
-    if not 0 < args.labelled <= 1:
-        raise UserError(f"--labelled {args.labelled:g} must be above 0, for cloning, and at most 1")
-    if args.jobs != "auto" and args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs} must be at least 1, or auto")
+    require_recording(args.labelled, args.jobs)
     make_world(args.world)
-
-
-def _require_space(args: Args) -> None:
-    """Say that the disk is too small before the work; what is there already counts as free."""
-    there = sum(p.stat().st_size for p in args.out.rglob("*") if p.is_file())
-    needed = args.episodes * _BYTES_PER_EPISODE + args.seeds * _BYTES_OF_RUN - there
-    free = shutil.disk_usage(args.out).free
-    if free < needed:
-        raise UserError(
-            f"about {needed / 1e9:.1f} GB are needed in {args.out} and {free / 1e9:.1f} GB are free: "
-            "free some space, record fewer --episodes or choose another --out"
-        )

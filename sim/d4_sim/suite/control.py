@@ -17,7 +17,7 @@ import numpy as np
 
 from d4_sim.mujoco_world import MujocoWorld, Physics
 from d4_sim.suite.files import DM_CONTROL, model_file
-from d4_sim.suite.planner import PlannerConfig
+from d4_sim.suite.planner import MppiConfig
 
 if TYPE_CHECKING:
     import mujoco
@@ -58,7 +58,7 @@ class ControlWorld(MujocoWorld):
     camera = "fixed"
     horizon = 100
     success_reward = 0.9
-    planning: ClassVar[PlannerConfig] = PlannerConfig()
+    planning: ClassVar[MppiConfig] = MppiConfig()
     # what the probe measures, by name; a property of the state that a picture shows
     shown: ClassVar[dict[str, Callable[[Physics], np.ndarray]]]
 
@@ -157,7 +157,7 @@ class CartpoleSwingup(ControlWorld):
         "pole_sin": lambda at: np.sin(at.qpos[..., 1]),
         "pole_cos": lambda at: np.cos(at.qpos[..., 1]),
     }
-    planning = PlannerConfig(horizon=25, memory=0.7)
+    planning = MppiConfig(horizon=25, memory=0.7)
 
     @classmethod
     def source(cls) -> str:
@@ -198,7 +198,7 @@ class ReacherEasy(ControlWorld):
         "tip_x": lambda at: finger(at)[..., 0],
         "tip_y": lambda at: finger(at)[..., 1],
     }
-    planning = PlannerConfig(horizon=10)
+    planning = MppiConfig(horizon=10)
     _LINK, _REACH = 0.12, 0.05 + 0.01  # m: of each link, and the radii of target and tip together
 
     def __init__(self) -> None:
@@ -254,7 +254,7 @@ class BallInCupCatch(ControlWorld):
         "ball_x": lambda at: at.qpos[..., 2],
         "ball_z": lambda at: at.qpos[..., 3] + 0.2,
     }
-    planning = PlannerConfig(horizon=20, memory=0.7, temperature=0.2)
+    planning = MppiConfig(horizon=20, memory=0.7, temperature=0.2)
 
     @classmethod
     def source(cls) -> str:
@@ -302,7 +302,7 @@ class FingerSpin(ControlWorld):
         "hinge_sin": lambda at: np.sin(at.qpos[..., 2]),
         "hinge_cos": lambda at: np.cos(at.qpos[..., 2]),
     }
-    planning = PlannerConfig(copies=96, horizon=12, memory=0.3, spread=(0.1, 2.0))
+    planning = MppiConfig(copies=96, horizon=12, memory=0.3, spread=(0.1, 2.0))
     _FAST = 15.0  # rad/s
 
     @classmethod
@@ -353,7 +353,7 @@ class Walker(ControlWorld):
             )
         },
     }
-    planning = PlannerConfig(copies=32, horizon=14)
+    planning = MppiConfig(copies=32, horizon=14)
 
     @classmethod
     def source(cls) -> str:
@@ -409,7 +409,7 @@ class CheetahRun(ControlWorld):
             for i, name in enumerate(("bthigh", "bshin", "bfoot", "fthigh", "fshin", "ffoot"), 3)
         },
     }
-    planning = PlannerConfig(horizon=12, memory=0.3)
+    planning = MppiConfig(horizon=12, memory=0.3)
     _FAST = 10.0  # m/s
 
     @classmethod

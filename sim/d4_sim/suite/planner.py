@@ -19,7 +19,7 @@ from d4_sim.mujoco_world import MujocoWorld, Physics
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannerConfig:
+class MppiConfig:
     """Settings of the planner; a tick costs copies x iterations x horizon x substeps of physics.
 
     Attributes:
@@ -42,7 +42,7 @@ class PlannerConfig:
 class Planner:
     """Plans for one world. `reset` at the start of an episode; the same noise gives the same plan."""
 
-    def __init__(self, world: MujocoWorld, cfg: PlannerConfig, rng: np.random.Generator) -> None:
+    def __init__(self, world: MujocoWorld, cfg: MppiConfig, rng: np.random.Generator) -> None:
         import mujoco
         from mujoco import rollout
 
