@@ -52,7 +52,7 @@ def open_logs(run: Path, dataset: Path) -> tuple[Windows, np.ndarray, np.ndarray
     return logs, train, held_out
 
 
-def trainer(run: Path, dataset: Path, logs: Windows, train: np.ndarray, steps: int) -> BaselineTrainer:
+def trainer(run: Path, logs: Windows, train: np.ndarray, steps: int) -> BaselineTrainer:
     """What trains or loads the baselines of a run.
 
     They have the run's own seed, and clone the episodes that its own clone did.
@@ -65,7 +65,7 @@ def trainer(run: Path, dataset: Path, logs: Windows, train: np.ndarray, steps: i
     if relevant is not None:
         scratch = replace(scratch, relevant_return=relevant)
     return BaselineTrainer(
-        run=run, contract=logs.contract, logs=logs, episodes=train, data=data_identity(dataset, logs),
+        run=run, contract=logs.contract, logs=logs, episodes=train, data=data_identity(logs),
         seed=int(noted.get("seed", 0)), scratch=scratch, inverse=InverseTraining(steps=steps),
     )  # fmt: skip
 
@@ -92,7 +92,7 @@ def _main() -> None:
     require_run(args.run)
     threads.configure()
     logs, train, held_out = open_logs(args.run, args.dataset)
-    makes = trainer(args.run, args.dataset, logs, train, args.steps)
+    makes = trainer(args.run, logs, train, args.steps)
     work = {"bc_scratch": makes.clone, "bc_early": lambda: makes.early(held_out), "vpt": makes.vpt}
     for policy in args.policies:
         work[policy]()

@@ -148,7 +148,7 @@ class Pipeline:
     def _train(self, phase: str) -> None:
         work = self._prepare(phase)
         optim = getattr(self.preset.optim, phase)
-        data = data_identity(self.args.dataset, self.logs)
+        data = data_identity(self.logs)
         config: dict[str, Any] = {"phase": phase, "preset": self.preset.up_to(phase), "data": data}
         if phase == "tokenizer" and self.course.at_once is not None:
             config["pieces_at_once"] = self.course.at_once  # another cache would show other frames at a step
@@ -315,8 +315,8 @@ class Pipeline:
             torch.distributed.destroy_process_group()
 
 
-def data_identity(dataset: object, logs: Windows) -> str:
-    """Names the data in a checkpoint's card and ties the checkpoint to it, wherever the `dataset` lies."""
+def data_identity(logs: Windows) -> str:
+    """Names the data in a checkpoint's card and ties the checkpoint to it, wherever the dataset lies."""
     episodes, labelled = len(logs.episode_start), int(logs.action_mask.sum())
     return f"{logs.digest[:12]}: {logs.num_frames} frames, {episodes} episodes, {labelled} labelled frames"
 

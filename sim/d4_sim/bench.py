@@ -23,6 +23,7 @@ import tyro
 
 from d4_core import threads
 from d4_core.config import action_parts, override, preset
+from d4_datasets import whole
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
 from d4_sim.chains import PHASES, STARTS, Chains, scratch_steps
@@ -395,7 +396,8 @@ def _note_versions(out: Path) -> None:
 
     path, here = out / VERSIONS, {"MuJoCo": version("mujoco"), "d4": origin()["commit"] or version("d4")}
     known = read_json(path) or {}
-    path.write_text(json.dumps({k: list(dict.fromkeys([*known.get(k, []), v])) for k, v in here.items()}))
+    kept = {name: list(dict.fromkeys([*known.get(name, []), now])) for name, now in here.items()}
+    whole.write(path, json.dumps(kept) + "\n")
     for name, now in here.items():
         if (begun := known.get(name, [now])[0]) != now:
             print(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d4_core.stats import Interval, crossed_mean, nested_mean, student, widest
+from d4_datasets import whole
 from d4_sim.chains import STARTS
 from d4_sim.evaluate import first_start
 from d4_sim.stages import Done, clock, read_done
@@ -288,7 +288,5 @@ def write_page(out: Path, worlds: tuple[str, ...], size: Size, keys: Mapping[str
         return None
     (out / "page").mkdir(exist_ok=True)
     for path, content in ((out / "page.md", text), (out / "page" / "results.json", json.dumps(results))):
-        aside = path.with_name(f".tmp-{path.name}")
-        aside.write_text(content)
-        os.replace(aside, path)
+        whole.write(path, content)
     return out / "page.md"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import os
 import signal
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from d4_datasets import whole
 from d4_datasets.errors import UserError, run_cli
 from d4_datasets.workers import follow_parent
 from d4_sim.world import Observation, World, make_world, world_class
@@ -282,16 +282,12 @@ def quality(seed: int, episodes: int, world: str = "yard") -> dict[str, dict[str
 
 
 def save(out: Path, data: dict[str, np.ndarray]) -> None:
-    """Writes an uncompressed .npz aside and renames it."""
+    """Writes an uncompressed .npz, whole or not at all."""
     if out.suffix != ".npz":
         raise UserError(f"--out {out} must end in .npz.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".tmp-{os.getpid()}-{out.name}")
-    try:
-        np.savez(aside, **data)  # type: ignore[arg-type]  # the stub takes every name for allow_pickle
-        os.replace(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole.aside(out) as new:
+        np.savez(new, **data)  # type: ignore[arg-type]  # the stub takes every name for allow_pickle
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 
 from d4_core import threads
-from d4_datasets import locks
+from d4_datasets import locks, whole
 from d4_datasets.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class Evaluation:
         from d4_core.pipeline import data_identity
 
         if name == "data" and not self.events:
-            return data_identity(self.args.dataset, self.logs)
+            return data_identity(self.logs)
         folder = self.args.run / FOLDERS.get(name, "")
         return weights_hash(folder) if name in FOLDERS and checkpoint.exists(folder) else None
 
@@ -326,7 +326,7 @@ class Evaluation:
                 print(f"  {name} is there, of {steps} steps: --scale counts with --scratch-steps", flush=True)
         else:
             steps = max(1, round((SCRATCH_STEPS if given is None else given) * args.scale))
-        return trainer(self.args.run, self.args.dataset, self.logs, self.train, steps)
+        return trainer(self.args.run, self.logs, self.train, steps)
 
     # -- gates -----------------------------------------------------------------------------------------------
 
@@ -399,20 +399,19 @@ class Evaluation:
         film_again(self.args.run / "media", name, self.world, seeds, batch, self.logs.contract.rate_hz)
 
     def write(self) -> None:
-        """The file, aside and renamed, with what others have added to it meanwhile. What is there on other
+        """The file, with what others have added to it meanwhile. What is there on other
         starts makes room.
         """
         path = self.path
         with locks.held(path.with_name(f".{path.name}.lock")):
             self.result = self._open()
             self.result["policies"] |= self._own
-            aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-            aside.write_text(json.dumps(self.result))
             there = json.loads(path.read_text()) if path.exists() else self.result
-            if (other := beside(path, there)) != (own := beside(path, self.result)):
-                os.replace(path, other)
-                print(f"results on other starts are kept in {other}", flush=True)
-            os.replace(aside, path)
+            with whole.aside(path) as new:
+                new.write_text(json.dumps(self.result))
+                if (other := beside(path, there)) != (own := beside(path, self.result)):
+                    os.replace(path, other)
+                    print(f"results on other starts are kept in {other}", flush=True)
             own.unlink(missing_ok=True)
 
 

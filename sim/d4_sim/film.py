@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
+from d4_datasets import whole
 from d4_datasets.locks import held
 from d4_datasets.pictures import Strip, contact_sheet, mp4_bytes, write_png
 from d4_sim.vector import EpisodeBatch, run_episodes
@@ -82,6 +82,4 @@ def _caption(media: Path, texts: dict[str, str]) -> None:
     path = media / "captions.json"
     with held(media / ".lock"):  # drives of several stages film at the same time
         known = json.loads(path.read_text()) if path.exists() else {}
-        aside = media / ".tmp-captions.json"
-        aside.write_text(json.dumps(known | texts, indent=1))
-        os.replace(aside, path)
+        whole.write(path, json.dumps(known | texts, indent=1))

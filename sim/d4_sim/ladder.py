@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import sys
 import tempfile
 import time
@@ -52,6 +51,7 @@ from d4_core.phases import (
 )
 from d4_core.stats import paired_difference
 from d4_core.transformer import TransformerConfig
+from d4_datasets import whole
 from d4_datasets.errors import UserError, run_cli
 from d4_sim.square import CONTRACT, HORIZON, Square, StateLogs, record
 
@@ -452,12 +452,10 @@ def climb(args: Args) -> list[Result]:
 
 
 def write(results: list[Result], out: Path) -> None:
-    """All numbers as JSON, aside and renamed."""
+    """All numbers as JSON."""
     rows = [dataclasses.asdict(r) | {"closed": r.closed, "passed": r.passed} for r in results]
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".tmp-{os.getpid()}-{out.name}")
-    aside.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(aside, out)
+    whole.write(out, json.dumps(rows, indent=1) + "\n")
 
 
 def _main() -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import tyro
 
 from d4_core import threads
+from d4_datasets import whole
 from d4_datasets.errors import UserError, run_cli
 
 PHASES = ("tokenizer", "dynamics", "agent", "imagination")
@@ -116,9 +117,7 @@ def open_loop(args: OpenLoop) -> None:
         result["by_steps"][steps] = curves | {"frames_per_s": predicted / seconds}
         print(f"K = {steps}: {_line(curves)}, {predicted / seconds:.0f} frames/s", flush=True)
     path = args.run / f"{args.file}.json"
-    aside = path.with_name(f".tmp-{path.name}")
-    aside.write_text(json.dumps(result, indent=1))
-    os.replace(aside, path)
+    whole.write(path, json.dumps(result, indent=1))
 
 
 def _line(curves: dict[str, Any]) -> str:

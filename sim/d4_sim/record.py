@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from d4_datasets import whole
 from d4_datasets.bags import BagWriter, compressed_image, float64_array, header, new
 from d4_datasets.contract import Action, Contract, Observation
 from d4_datasets.errors import UserError, run_cli
@@ -270,9 +270,7 @@ def _same_settings(args: Args) -> None:
                 "repeat those or choose another --out."
             )
         return
-    aside = path.with_name(f".tmp-{path.name}")
-    aside.write_text(json.dumps(wanted, indent=1) + "\n")
-    os.replace(aside, path)
+    whole.write(path, json.dumps(wanted, indent=1) + "\n")
 
 
 class _Advance(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import tyro
 
 from d4_core import threads
+from d4_datasets import whole
 from d4_datasets.errors import UserError, run_cli
 from d4_sim.driver import worker_pool
 from d4_sim.evaluate import first_start
@@ -81,9 +81,7 @@ def reference(args: Args) -> None:
         mean, wins = float(np.mean(row["return"])), float(np.mean(row["success"]))
         per = row["seconds"] / count
         print(f"  {kind:8} return {mean:7.2f}  success {wins:.2f}  {per:.2f} s an episode", flush=True)
-    aside = args.out / ".tmp-eval.json"
-    aside.write_text(json.dumps(result))
-    os.replace(aside, args.out / "eval.json")
+    whole.write(args.out / "eval.json", json.dumps(result))
 
 
 def _batches(args: Args, kind: str, seeds: np.ndarray, tasks: np.ndarray) -> list[Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from d4_datasets import whole
 from d4_datasets.errors import UserError
 from d4_datasets.locks import held
 from d4_sim.children import following
@@ -184,9 +184,7 @@ class State:
         return sum(left)
 
     def _write(self) -> None:
-        aside = self._path.with_name(f".tmp-{_STATE}")
-        aside.write_text(json.dumps(self._entries, indent=1) + "\n")
-        os.replace(aside, self._path)
+        whole.write(self._path, json.dumps(self._entries, indent=1) + "\n")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import tyro
 
 from d4_core.stats import bootstrap_mean, crossed_mean, crossed_rate, student, widest
+from d4_datasets import whole
 from d4_datasets.errors import UserError, run_cli
 from d4_sim.stages import clock
 from d4_sim.study import (
@@ -433,9 +433,7 @@ def _main() -> None:
     folder = args.page.with_suffix("")
     text = "\n".join([text, *figures(args.out, folder, folder.name)])
     for path, content in ((args.page, text), (folder / "results.json", short(results))):
-        aside = path.with_name(f".tmp-{path.name}")
-        aside.write_text(content)
-        os.replace(aside, path)
+        whole.write(path, content)
     print(f"{args.page} and {folder / 'results.json'}")
 
 

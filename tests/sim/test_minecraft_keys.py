@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -13,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-sys.path.append(str(Path(__file__).parents[1] / "datasets"))
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "datasets")]
 import minecraft_files
 from minerl_forms import ENV_KEYS, is_in_space, wire_text
+from recordings import RECORDINGS, needs
 
 from d4_datasets import minecraft
 from d4_datasets.contract import Contract
@@ -25,7 +25,7 @@ from d4_sim.minecraft import keys, minerl_worker
 ROOT = Path(__file__).parents[2]
 EXAMPLE = Contract.load(ROOT / "docs" / "examples" / "minecraft.yaml")
 CONTRACT = Contract.from_dict(minecraft_files.in_degrees(EXAMPLE.to_dict()))
-DATA = Path(os.environ.get("D4_TEST_DATA") or ROOT.parent / "shared" / "data") / "vpt_actions"
+DATA = RECORDINGS / "vpt_actions"
 FILES = sorted(DATA.glob("*.one_hot_actions.pt"))
 
 # What the package says, as read out of it; test_minerl_itself compares with a package that is there.
@@ -109,7 +109,7 @@ def test_the_quantiser_over_its_whole_range() -> None:
     assert np.abs(minecraft.to_degrees(minecraft.to_bins(inside)) - inside).max() < 2.36
 
 
-@pytest.mark.skipif(not FILES, reason=f"no actions in {DATA}")
+@needs("vpt_actions")
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name[:12])
 def test_real_actions_through_every_form(path) -> None:
     """A minute of a real player: contract row, dictionary and text agree, whatever the camera's kind."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from d4_core.stats import (
     widest,
     within,
 )
+from d4_datasets import whole
 from d4_sim.chains import scaled
 from d4_sim.crafter.milestones import LADDER, MILESTONES, crafter_score
 from d4_sim.crafter.world import CHAIN, HORIZON
@@ -386,7 +386,5 @@ def write_page(out: Path, args: Args, keys: Mapping[str, str]) -> Path | None:
     parts += [*single_tasks(tasks), *clones(tasks), *pseudo_labels(tasks), *gates(tasks)]
     parts += [*costs(results), *compute(tasks)]
     for path, content in ((out / "page.md", "\n".join(parts)), (out / "results.json", json.dumps(results))):
-        aside = path.with_name(f".tmp-{path.name}")
-        aside.write_text(content)
-        os.replace(aside, path)
+        whole.write(path, content)
     return out / "page.md"

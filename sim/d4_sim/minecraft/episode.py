@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from d4_datasets import messages, minecraft
+from d4_datasets import messages, minecraft, whole
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
 from d4_sim.minecraft.environment import Lost, Seen
@@ -169,7 +168,7 @@ def sight(engine: Engine, contract: Contract, seen: Seen) -> tuple[np.ndarray, d
 
 
 def write_events(path: Path, engine: Engine, episode: Episode) -> None:
-    """Write the events of an episode, for `d4-minecraft ladder --replay`: aside, then renamed."""
+    """Write the events of an episode, for `d4-minecraft ladder --replay`."""
     head = {
         "format": EVENTS_FORMAT, "version": EVENTS_VERSION, "engine": engine.name,
         "rate_hz": engine.rate_hz, "ticks": episode.ticks, "seed": episode.seed,
@@ -179,6 +178,4 @@ def write_events(path: Path, engine: Engine, episode: Episode) -> None:
         *({"tick": e.tick, "done": dict(e.amounts), "reached": e.reached} for e in episode.events),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    os.replace(aside, path)
+    whole.write(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from d4_core.config import PHASES, Preset, override, preset
+from d4_core.config import PHASES, Preset, override, preset, scaled
 from d4_core.estimate import on_ranks, training_seconds, work
 from d4_core.memory import costs, require_memory
 from d4_datasets import contractor
@@ -110,11 +110,7 @@ def _count_lines(path: Path) -> int:
 
 def training(recipe: Recipe) -> Preset:
     """The preset with its settings, and the steps that `--scale` makes of it."""
-    out = override(preset(recipe.preset), [*EVENTS, *recipe.set])
-    for name in (f"{phase}_training" for phase in PHASES):
-        part = getattr(out, name)
-        out = replace(out, **{name: replace(part, steps=max(1, round(part.steps * recipe.scale)))})
-    return out
+    return scaled(override(preset(recipe.preset), [*EVENTS, *recipe.set]), recipe.scale)
 
 
 def told(recipe: Recipe, here: Stock, measure: bool) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from d4_core import checkpoint
 from d4_core.stats import few_mean, wilson, within
+from d4_datasets import whole
 from d4_datasets.errors import UserError
 from d4_datasets.locks import held, is_held
 from d4_sim.minecraft.game import Engine, Rung
@@ -64,14 +65,14 @@ class Results:
                     "repeat its options"
                 )
         else:
-            _write(path, json.dumps(self.about, indent=1) + "\n")
+            whole.write(path, json.dumps(self.about, indent=1) + "\n")
         if own not in playing:
             self._mend()
 
     def _mend(self) -> None:
         """Drop a torn last line."""
         if self._file.exists() and (text := self._file.read_bytes()) and not text.endswith(b"\n"):
-            _write(self._file, text[: text.rfind(b"\n") + 1].decode())
+            whole.write(self._file, text[: text.rfind(b"\n") + 1].decode())
 
     def add(self, result: Mapping[str, Any]) -> None:
         """Keep a finished episode, on disk when this returns."""
@@ -153,12 +154,6 @@ def _load(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: choose another --out") from None
     return dict(found)
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    aside.write_text(text)
-    os.replace(aside, path)
 
 
 # ---- numbers ----
@@ -370,6 +365,6 @@ def write_table(out: Path, engine: Engine, about: Mapping[str, Any]) -> str:
     }  # fmt: skip
     if shares := achievements(episodes):
         numbers["achievements"] = shares
-    _write(out / _TABLE, text)
-    _write(out / _NUMBERS, json.dumps(numbers, indent=1) + "\n")
+    whole.write(out / _TABLE, text)
+    whole.write(out / _NUMBERS, json.dumps(numbers, indent=1) + "\n")
     return text
