@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from d4_core import checkpoint
 from d4_core.actions import ActionPart, ActionSpace
-from d4_core.config import action_parts
+from d4_core.config import action_parts, input_vectors
 from d4_core.data import Logs
 from d4_core.loop import train
 from d4_core.models import weights_hash
@@ -162,6 +162,19 @@ class InverseDynamics(nn.Module):
                 out[..., a : a + part.size] = low + (unit + 1) / 2 * (high - low)
             a += part.size
         return out
+
+
+def scratch_policy(contract: Contract, cfg: ScratchTraining) -> ScratchPolicy:
+    """An untrained policy for a robot."""
+    parts, size, vectors = _spaces(contract)
+    return ScratchPolicy(parts, cfg.bins, max(1, len(contract.task_names)), size, cfg.frames, vectors)
+
+
+def _spaces(contract: Contract) -> tuple[tuple[ActionPart, ...], tuple[int, int], tuple[Vector, ...]]:
+    """Actions, size of the first camera's pictures, and proprioception."""
+    size = contract.images[0].size
+    assert size is not None
+    return action_parts(contract), size, input_vectors(contract)
 
 
 def _head(features: int, space: ActionSpace) -> nn.Module:
@@ -449,27 +462,22 @@ class BaselineTrainer:
 
     def load(self, name: str) -> ScratchPolicy:
         """A policy that is there, as it is."""
-        policy = self._policy()
+        policy = scratch_policy(self.contract, self.scratch)
         checkpoint.load_modules(self.run / name, {"policy": policy}, self.contract)
         return freeze(policy)
 
     def _clone(self, logs: Logs, name: str, identity: dict[str, Any]) -> ScratchPolicy:
-        policy = self._policy()
+        torch.manual_seed(self.seed)
+        policy = scratch_policy(self.contract, self.scratch)
         phase = ScratchPhase(self.scratch, policy, logs, self.episodes, name)
         self._train(phase, asdict(self.scratch) | identity)
         return freeze(policy)
 
-    def _policy(self) -> ScratchPolicy:
-        cfg, num_tasks = self.scratch, max(1, len(self.contract.task_names))
-        torch.manual_seed(self.seed)
-        shape = (action_parts(self.contract), cfg.bins, num_tasks, self._size(), cfg.frames, self._vectors())
-        return ScratchPolicy(*shape)
-
     def _train_inverse(self) -> InverseDynamics:
         cfg = self.inverse
         torch.manual_seed(self.seed)
-        shape = (action_parts(self.contract), cfg.bins, self._size(), cfg.lags, self._vectors())
-        inverse = InverseDynamics(*shape)
+        parts, size, vectors = _spaces(self.contract)
+        inverse = InverseDynamics(parts, cfg.bins, size, cfg.lags, vectors)
         self._train(InversePhase(cfg, inverse, self.logs, self.episodes), asdict(cfg))
         return freeze(inverse)
 
@@ -488,11 +496,3 @@ class BaselineTrainer:
             with whole.aside(path) as new:
                 np.save(new, labels)
         return np.load(path)
-
-    def _size(self) -> tuple[int, int]:
-        size = self.contract.images[0].size
-        assert size is not None
-        return size
-
-    def _vectors(self) -> tuple[Vector, ...]:
-        return tuple(Vector(name=v.name, size=len(v.select)) for v in self.contract.vectors("input"))

@@ -102,10 +102,10 @@ class Preset:
                     "px patches: change `size` in the contract"
                 )
             cameras.append(Camera(name=obs.name, height=height, width=width))
-        vectors = tuple(Vector(name=v.name, size=len(v.select)) for v in contract.vectors("input"))
         return TokenizerConfig(
-            cameras=tuple(cameras), vectors=vectors, patch=self.patch, num_latents=self.num_latents,
-            latent_dim=self.latent_dim, num_tokens=self.num_tokens, mask_max=self.mask_max,
+            cameras=tuple(cameras), vectors=input_vectors(contract), patch=self.patch,
+            num_latents=self.num_latents, latent_dim=self.latent_dim, num_tokens=self.num_tokens,
+            mask_max=self.mask_max,
             motion_weight=self.motion_weight, transformer=self.tokenizer,
         )  # fmt: skip
 
@@ -139,6 +139,11 @@ def scaled(preset: Preset, scale: float) -> Preset:
         reuse = getattr(part, "reuse", 1)
         parts[name] = replace(part, steps=max(1, round(part.steps * scale / reuse)) * reuse)
     return replace(preset, **parts)
+
+
+def input_vectors(contract: Contract) -> tuple[Vector, ...]:
+    """Proprioception that networks see."""
+    return tuple(Vector(name=v.name, size=len(v.select)) for v in contract.vectors("input"))
 
 
 def action_parts(contract: Contract) -> tuple[ActionPart, ...]:

@@ -273,6 +273,9 @@ class RandomSession:
         """Start n new episodes."""
         self._n, self._rng = n, np.random.default_rng(self.seed)
 
+    def ask(self, tasks: np.ndarray) -> None:
+        """Whatever is asked for, it does anything."""
+
     def act(self, images: np.ndarray, vectors: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray:
         """float32 (n, A)."""
         drawn = self._rng.uniform(self.low, self.high + self.whole, (self._n, len(self.low)))

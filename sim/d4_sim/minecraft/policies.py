@@ -100,10 +100,14 @@ def load_policy(
     Raises:
         UserError: there is no checkpoint that acts, or no contract for the random policy.
     """
+    from d4_core.session import RandomSession, whole
+
     if what == RANDOM:
         if contract is None:
             raise UserError("a random policy needs --contract, one of docs/examples for instance")
-        return Policy(contract, "the contract", RANDOM, [_Random(contract) for _ in range(places)])
+        low, high, entries = contract.action_low, contract.action_high, whole(contract)
+        sessions: Sequence[_Session] = [RandomSession(low, high, whole=entries) for _ in range(places)]
+        return Policy(contract, "the contract", RANDOM, sessions)
     from d4_core import checkpoint
     from d4_core.models import weights_hash
 
@@ -159,41 +163,14 @@ def _sessions(folder: Path, places: int, device: Any) -> Sequence[_Session]:
 def _scratch(folder: Path, contract: Contract, places: int) -> Sequence[_Session]:
     """Sessions of a policy that was cloned without a world model."""
     from d4_core import checkpoint
-    from d4_core.baselines import ScratchPolicy, ScratchTraining
-    from d4_core.config import action_parts
+    from d4_core.baselines import ScratchTraining, scratch_policy
     from d4_core.phase import freeze
     from d4_core.session import ScratchSession
-    from d4_core.tokenizer import Vector
 
     noted = checkpoint.load_config(folder)["config"].get("training", {})
     known = {field.name for field in fields(ScratchTraining)}
     cfg = ScratchTraining(**{name: value for name, value in noted.items() if name in known})
-    size = contract.images[0].size
-    assert size is not None
-    vectors = tuple(Vector(name=v.name, size=len(v.select)) for v in contract.vectors("input"))
-    tasks = max(1, len(contract.task_names))
-    policy = ScratchPolicy(action_parts(contract), cfg.bins, tasks, size, cfg.frames, vectors)
+    policy = scratch_policy(contract, cfg)
     checkpoint.load_modules(folder, {"policy": policy}, contract)
     freeze(policy)
     return [ScratchSession(policy) for _ in range(places)]
-
-
-class _Random:
-    """Keys half of the time, classes and angles evenly."""
-
-    def __init__(self, contract: Contract) -> None:
-        self.seed, self._channels = 0, contract.actions
-        self._low, self._high = contract.action_low, contract.action_high
-        self._whole = np.array([c.kind != "continuous" for c in contract.actions for _ in c.select])
-        self._rng = np.random.default_rng()
-
-    def reset(self, n: int, tasks: np.ndarray) -> None:
-        self._rng = np.random.default_rng(self.seed)
-
-    def ask(self, tasks: np.ndarray) -> None:
-        pass
-
-    def act(self, images: np.ndarray, vectors: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray:
-        even = self._rng.uniform(self._low, self._high)
-        whole = self._rng.integers(self._low.astype(np.int64), self._high.astype(np.int64), endpoint=True)
-        return np.where(self._whole, whole, even).astype(np.float32)[None]
