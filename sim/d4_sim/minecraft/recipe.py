@@ -423,7 +423,7 @@ def require_usable(recipe: Recipe, here: Stock, dry_run: bool = False) -> None:
             f"--gpus {recipe.gpus}: this machine has {torch.cuda.device_count()} that torch can use"
         )
     if not dry_run:  # rather now than after days of fetching
-        require_room(recipe)
+        require_memory_for(recipe)
         require_index(recipe, here)
 
 
@@ -438,7 +438,7 @@ def require_index(recipe: Recipe, here: Stock) -> None:
             raise UserError(f"--index {source} is neither a file nor an address")
 
 
-def require_room(recipe: Recipe) -> None:
+def require_memory_for(recipe: Recipe) -> None:
     """Check that training fits the memory of this machine. Raises UserError for a phase that does not."""
     contract, settings = Contract.load(recipe.contract), training(recipe)
     device = torch.device("cuda" if recipe.gpus else "cpu")
@@ -450,7 +450,7 @@ def refusals(recipe: Recipe, here: Stock) -> Iterator[str]:
     """What the command would stop at on this machine if it were run."""
     checks = [partial(require_index, recipe, here), partial(require_space, recipe, here)]
     if recipe.gpus <= torch.cuda.device_count():
-        checks.append(partial(require_room, recipe))
+        checks.append(partial(require_memory_for, recipe))
     else:
         yield f"it has {torch.cuda.device_count()} GPUs that torch can use"
     for check in checks:
