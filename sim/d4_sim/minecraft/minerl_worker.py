@@ -143,7 +143,7 @@ class Player:
         import gym
         import minerl  # noqa: F401 - registers its environments
 
-        self._folder = own_folder()
+        self._folder = ""  # of the game, once it is needed
         try:
             self.env = gym.make(name)
         except Exception as error:
@@ -175,6 +175,7 @@ class Player:
 
     def reset(self, seed: int) -> tuple[dict[str, Any], bytes]:
         """An episode in the world of this seed."""
+        self._folder = self._folder or own_folder()
         old = self._worlds()
         # Forgotten by every reset, so it has to be said each time. Seeding the spaces, too, takes seconds.
         self.env.unwrapped.seed(seed, seed_spaces=False)
