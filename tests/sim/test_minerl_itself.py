@@ -76,6 +76,45 @@ def test_actions_are_contained_and_sent_as_ours() -> None:
         assert said["text"] == wire_text(env)
 
 
+LAUNCH = """
+import importlib.util, json, os, sys, threading, time
+script, theirs = sys.argv[1:3]
+spec = importlib.util.spec_from_file_location("minerl_worker_", script)
+worker = importlib.util.module_from_spec(spec)
+sys.argv = [script]
+spec.loader.exec_module(worker)
+from minerl.env.malmo import InstanceManager, MinecraftInstance
+InstanceManager.MINECRAFT_DIR = theirs
+ours = worker.own_folder()
+instance = MinecraftInstance(9000 + os.getpid() % 900)
+threading.Thread(target=instance.launch, daemon=True).start()
+deadline = time.monotonic() + 30
+while not os.path.exists(os.path.join(ours, "saves", "mcpworld")) and time.monotonic() < deadline:
+    time.sleep(0.05)
+cwd = instance.minecraft_process.cwd()
+instance.minecraft_process.kill()
+print(json.dumps([ours, cwd, os.listdir(os.path.join(ours, "saves"))]), flush=True)
+os._exit(0)
+"""
+
+
+def test_its_launcher_runs_the_game_in_our_folder(tmp_path) -> None:
+    """With a script in place of the game: what that leaves behind is not in the package."""
+    theirs = tmp_path / "MCP-Reborn"
+    (theirs / "saves" / "old").mkdir(parents=True)
+    script = theirs / "launchClient.sh"
+    script.write_text('#!/bin/bash\ncd "$(dirname "$0")"\nmkdir -p saves/mcpworld\nexec sleep 60\n')
+    script.chmod(0o755)
+    done = subprocess.run(
+        [PYTHON, "-W", "ignore", "-c", LAUNCH, str(SCRIPT), str(theirs)],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    ours, where, worlds = json.loads(done.stdout.splitlines()[-1])
+    assert ours == where != str(theirs)
+    assert worlds == ["mcpworld"]
+    assert [path.name for path in (theirs / "saves").iterdir()] == ["old"]
+
+
 def test_check_knows_the_package() -> None:
     found = mine_rl(PYTHON)
     assert found[0].name == "MineRL v1.0"
