@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[1]))
 from recordings import RECORDINGS, needs
 
 from d4_core.actions import ActionEncoder, ActionSpace

@@ -8,16 +8,13 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 import zstandard
-from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
-
-sys.path.append(str(Path(__file__).parents[1]))
 from recordings import RECORDINGS, needs
+from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 
 from d4_datasets import bags, messages
 from d4_datasets.bags import BagWriter, find_bags, new, read_bag

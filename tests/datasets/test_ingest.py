@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-
-sys.path.append(str(Path(__file__).parents[1]))
 from recordings import RECORDINGS, needs
 
 from d4_datasets import bags, ingest, messages

@@ -1,7 +1,6 @@
 """rclpy's own messages: commands of every type and pictures of every encoding, through serialisation."""
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 
 pytest.importorskip("rclpy")
 pytestmark = pytest.mark.ros
-sys.path.insert(0, str(Path(__file__).parents[1] / "nodes"))
 
 import cv2  # noqa: E402
 from hypothesis import given, settings  # noqa: E402

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import toy_run
 import yaml
 
 from d4_core import checkpoint, clone
@@ -20,9 +21,6 @@ from d4_sim.driver import LOG_MIX
 from d4_sim.evaluate import EvalArgs, Evaluation, first_start
 from d4_sim.study_results import on_starts
 from d4_sim.world import Observation
-
-sys.path.append(str(Path(__file__).parents[1] / "core"))
-import toy_run
 
 LEARNED = ("bc_scratch", "vpt", "wm_bc", "planner", "imagination")
 EPISODES = 3

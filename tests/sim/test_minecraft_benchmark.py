@@ -13,12 +13,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fake_game
 import numpy as np
 import pytest
-
-sys.path.append(str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).parents[1] / "core"))
-import fake_game
 import toy_run
 
 from d4_datasets.contract import Contract

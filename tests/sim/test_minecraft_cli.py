@@ -8,13 +8,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pytest
-
-sys.path.append(str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).parents[1] / "datasets"))
 import fake_game
 import minecraft_files
+import numpy as np
+import pytest
 
 from d4_datasets.errors import UserError
 from d4_sim.minecraft import check, cli, game, wire

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import minecraft_files
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "datasets")]
-import minecraft_files
 from minerl_forms import ENV_KEYS, is_in_space, wire_text
 from recordings import RECORDINGS, needs
 

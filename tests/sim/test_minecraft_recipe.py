@@ -6,10 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "datasets"))
 import minecraft_files
+import pytest
 
 from d4_core.config import PHASES
 from d4_core.estimate import on_ranks

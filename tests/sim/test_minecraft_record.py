@@ -12,15 +12,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import fake_game
+import minecraft_files
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-sys.path.append(str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).parents[1] / "datasets"))
-import fake_game
-import minecraft_files
 
 from d4_datasets import contractor, minecraft, stepwise
 from d4_datasets.errors import UserError
