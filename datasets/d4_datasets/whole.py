@@ -27,7 +27,8 @@ def aside(path: Path) -> Iterator[Path]:
     """Where to write a file for now: beside `path`, with its ending. After the block it becomes `path`; where
     that raises, it is removed.
 
-    Writers of one file do not meet: each has a name of its own for it, and what the last one wrote stays.
+    Writers of one file do not meet: each process and thread has a name of its own for it, and what the last
+    one wrote stays.
     """
     new = path.with_name(f".tmp-{os.getpid()}-{threading.get_native_id()}-{path.name}")
     try:

@@ -24,7 +24,6 @@ import tyro
 from d4_core import threads
 from d4_core.config import action_parts, override, preset
 from d4_datasets import whole
-from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError, run_cli
 from d4_sim.chains import PHASES, STARTS, Chains, scratch_steps
 from d4_sim.crafter import experiment
@@ -41,7 +40,7 @@ from d4_sim.stages import (
 )
 from d4_sim.study_results import read_json
 from d4_sim.suite.disturb import MEASURED, contents, fitting, slug
-from d4_sim.world import contract_text, make_world, world_class, world_names
+from d4_sim.world import contract_of, contract_text, make_world, world_class, world_names
 
 POLICIES = ("data", "bc_scratch", "bc_early", "vpt", "wm_bc", "imagination")
 DISTURBED = ("vpt", "wm_bc", "imagination")  # driven under disturbances, too
@@ -122,7 +121,7 @@ class Size:
         """
         from d4_core.estimate import work
 
-        contract = Contract.load(world_class("yard").contract_path())  # worlds differ by less than a percent
+        contract = contract_of("yard")  # worlds differ by less than a percent
         own, nano = (
             sum(phase.flops for phase in work(override(preset(model), list(settings)), contract).values())
             for model, settings in ((self.model, self.set), ("nano", ()))
@@ -264,7 +263,7 @@ class Plan(Chains):
         typical_s = _REFERENCE_S * (size.eval_episodes + size.expert_episodes)
         self.add(
             f"{world}/reference", [], typical_s, work,
-            makes=(out,), weight=self.shape.recorders, recipe=contract_text(world),
+            makes=(out,), weight=self.shape.recorders, recipe=contract_of(world).hash,
         )  # fmt: skip
 
     def chain(self, world: str, horizon: int, seed: int) -> None:
@@ -312,7 +311,7 @@ class Plan(Chains):
 
 def can_plan(world: str) -> bool:
     """Whether a planner in the world model can drive there: it searches among continuous commands only."""
-    contract = Contract.load(world_class(world).contract_path())
+    contract = contract_of(world)
     return all(part.kind == "continuous" for part in action_parts(contract))
 
 
@@ -348,10 +347,12 @@ def bench(args: Args) -> int:
     planned = plan(shape, worlds)
 
     def prepare() -> None:
-        _require_space(shape, [name for name in runner.missing if is_named(name, args.only)])
+        missing = [name for name in runner.missing if is_named(name, args.only)]
+        _require_space(shape, missing)
         for world in worlds:
             (args.out / f"{world}.yaml").write_text(contract_text(world), encoding="utf-8")
-        _note_versions(args.out)
+        if missing:
+            _note_versions(args.out)
 
     def report() -> None:
         path = write_page(args.out, worlds, size, own_keys(args))

@@ -98,14 +98,15 @@ def normalised(chains: Mapping[str, Any], task: int | None = None) -> dict[str, 
 
 
 def scores(chains: Mapping[str, Any], policy: str, task: int | None = None) -> dict[str, np.ndarray]:
-    """{seed: scores} of a policy's episodes, each between the ends of its own task. Tasks take turns: of
-    starts that do not come to whole rounds the last ones are left out, so that every task counts the same.
-    Empty where a task has no ends, or none that are apart.
+    """{seed: scores} of a policy's episodes, each between the ends of its own task. On the shared starts
+    tasks take turns: those that do not come to whole rounds are left out, so that every task counts the same;
+    the logs have their own mix. Empty where a task has no ends, or none that are apart.
 
     Ends are means over their episodes; that they were measured, too, widens no interval.
     """
     out = {}
     ends = [list(rows_of(chains, end).values()) for end in ENDS]
+    count = len({each for row in ends[0] for each in row["task"]})
     for seed, row in rows_of(chains, policy).items():
         returns, of = np.asarray(row["return"], float), np.asarray(row["task"])
         for each in np.unique(of) if task is None else [task]:
@@ -113,8 +114,9 @@ def scores(chains: Mapping[str, Any], policy: str, task: int | None = None) -> d
             if not high > low:
                 return {}
             returns[of == each] = (returns[of == each] - low) / (high - low)
-        whole = len(of) - len(of) % len(np.unique(of))
-        out[seed] = returns[:whole] if task is None else returns[of == task]
+        turns = np.arange(len(of)) % count
+        rest = len(of) % count if np.array_equal(of, turns) else 0
+        out[seed] = returns[: len(of) - rest] if task is None else returns[of == task]
     return out
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from d4_sim.stages import Command, Stage, command
-from d4_sim.world import contract_text
+from d4_sim.world import contract_of
 
 # seconds on one core at the default size
 PHASES = {"tokenizer": 240.0, "dynamics": 700.0, "agent": 560.0, "imagination": 210.0}
@@ -143,5 +143,5 @@ class Chains:
             typical_s = 0.02 * sum(n for *_, n in recordings)
         return self.add(
             f"{place.name}/data", [], typical_s, *record, ingest, makes=(bags, dataset), weight=jobs,
-            recipe="".join(contract_text(world) for world, *_ in recordings),
+            recipe=" ".join(contract_of(world).hash for world, *_ in recordings),
         )  # fmt: skip

@@ -145,15 +145,21 @@ def resized(contract: Contract, size: int) -> Contract:
     return replace(contract, name=f"{contract.name}_{size}", observations=streams)
 
 
+def contract_of(name: str) -> Contract:
+    """The contract of a world, for pictures of the size that it is named with."""
+    from d4_datasets.contract import Contract
+
+    world: Any = world_class(name)
+    contract, size = Contract.load(world.contract_path()), getattr(world, "image_size", None)
+    return contract if size is None else resized(contract, size)
+
+
 def contract_text(name: str) -> str:
     """The robot.yaml of a world: its file, or what that becomes in pictures of another size."""
     from d4_datasets.contract import Contract
 
-    world: Any = world_class(name)
-    path = world.contract_path()
-    size, contract = getattr(world, "image_size", None), Contract.load(path)
-    fitting = contract if size is None else resized(contract, size)
-    return path.read_text(encoding="utf-8") if fitting is contract else fitting.to_yaml()
+    path, contract = world_class(name).contract_path(), contract_of(name)
+    return path.read_text(encoding="utf-8") if contract == Contract.load(path) else contract.to_yaml()
 
 
 def make_world(name: str) -> World:

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from d4_datasets.errors import UserError
-from d4_sim import bench, measure, reference, stages
+from d4_sim import bench, chains, measure, reference, stages
 from d4_sim.bench import PRESETS, SUITES, Args, Shape, Size, own_keys, plan
 from d4_sim.chains import PHASES
 from d4_sim.lanes import Runner
 from d4_sim.stages import Stage, keys
-from d4_sim.world import contract_text, world_names
+from d4_sim.world import contract_of, world_names
 
 OUT = Path("out")
 SIZE = replace(PRESETS["toy"], seeds=2)
@@ -434,9 +434,9 @@ def test_size_and_arguments_agree() -> None:
 def test_another_contract_of_a_world_makes_its_stages_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """A night went on, half in one world and half in another, after its latency had been edited."""
     before = keys(plan(Shape(out=OUT, size=SIZE), ("push", "arm")))
-    own = "d4_sim.bench.contract_text", "d4_sim.chains.contract_text"
-    for name in own:
-        monkeypatch.setattr(name, lambda world: "latency_ms: 80" if world == "push" else contract_text(world))
+    slow = replace(contract_of("push"), latency_ms=80.0)
+    for module in (bench, chains):
+        monkeypatch.setattr(module, "contract_of", lambda name: slow if name == "push" else contract_of(name))
     after = keys(plan(Shape(out=OUT, size=SIZE), ("push", "arm")))
     changed = {name.split("-")[0].split("/")[0] for name in before if before[name] != after[name]}
     assert changed == {"push"}

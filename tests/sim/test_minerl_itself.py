@@ -107,7 +107,8 @@ def test_its_launcher_runs_the_game_in_our_folder(tmp_path) -> None:
     script.chmod(0o755)
     done = subprocess.run(
         [PYTHON, "-W", "ignore", "-c", LAUNCH, str(SCRIPT), str(theirs)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     ours, where, worlds = json.loads(done.stdout.splitlines()[-1])
     assert ours == where != str(theirs)

@@ -21,6 +21,7 @@ from d4_sim.minecraft.game import Engine
 from d4_sim.minecraft.wire import Wire, WireError
 
 _GRACE_S = 3.0  # for an orderly end
+_REST_S = 5.0  # for the rest of an answer that has begun
 _KEEPER_S = 15.0  # for the keeper to kill what is left
 _LARGEST_SIDE = 4096
 
@@ -126,8 +127,11 @@ class Environment:
             UserError: it says that the user can put something right.
         """
         assert self._wire is not None
+        left = self.deadline - time.monotonic()
+        # of an answer that has begun: it may be the benchmark itself that was stopped meanwhile
+        left = max(left, _REST_S if self._wire.has_begun else 0.001)
         try:
-            kind, said, data = self._wire.receive(max(0.001, self.deadline - time.monotonic()))
+            kind, said, data = self._wire.receive(left)
         except TimeoutError:
             raise Lost(f"no answer within {self._patience_s:g} s") from None
         except (EOFError, OSError):

@@ -26,7 +26,9 @@ from typing import Any
 
 # The folder of this file holds modules of d4, which MineRL's must not be mistaken for.
 sys.path[:] = [
-    path for path in sys.path if os.path.abspath(path or ".") != os.path.dirname(os.path.abspath(__file__))
+    os.path.abspath(path or ".")
+    for path in sys.path
+    if os.path.abspath(path or ".") != os.path.dirname(os.path.abspath(__file__))
 ]
 
 import numpy as np  # noqa: E402
@@ -109,7 +111,7 @@ def hello(env: Any) -> dict[str, Any]:
 
 
 def own_folder() -> str:
-    """Have MineRL run its game in a folder of ours, under which it logs, too; returns that folder.
+    """Have MineRL run its game in a folder of ours, and log beside it; returns that folder.
 
     In its package all games would write their worlds into one folder, without locks and under names that can
     be the same, and nobody would delete them. Ours is a temporary one, which the keeper removes.
@@ -132,7 +134,10 @@ def own_folder() -> str:
         else:
             shutil.copy2(source, here)  # options, which the game writes again
     InstanceManager.MINECRAFT_DIR = ours
-    os.environ["MALMO_MINECRAFT_OUTPUT_LOGDIR"] = above
+    if "PYTHONPATH" in os.environ:  # or what MineRL starts would look for it elsewhere
+        paths = os.environ["PYTHONPATH"].split(os.pathsep)
+        os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths)
+    os.chdir(above)  # where MineRL logs
     return ours
 
 
@@ -187,12 +192,15 @@ class Player:
         return set(glob.glob(os.path.join(self._folder, "saves", "*")))
 
     def _forget(self, old: set[str]) -> None:
-        """Delete the worlds of earlier episodes and what was logged, which is every counter at every tick."""
+        """Delete the worlds of earlier episodes, and free what was logged: every counter at every tick. Files
+        that are open keep their length, and no blocks.
+        """
         if self._worlds() - old:
             for world in old:
                 shutil.rmtree(world, ignore_errors=True)
-        for path in glob.glob(os.path.join(os.path.dirname(self._folder), "logs", "*.log")):
-            os.truncate(path, 0)
+        for folder in (os.path.dirname(self._folder), self._folder):
+            for path in glob.glob(os.path.join(folder, "logs", "*.log")):
+                os.truncate(path, 0)
 
     def step(self, action: Any) -> tuple[dict[str, Any], bytes]:
         """The next tick; MineRL says in `info` that it lost the game and made its observation up."""

@@ -99,6 +99,11 @@ class Wire:
             pass
         return True
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a part of a message is here."""
+        return bool(self._held)
+
     def _is_whole(self) -> bool:
         if len(self._held) < _HEADER.size:
             return False
