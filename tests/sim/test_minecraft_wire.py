@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d4_sim.minecraft import minerl_worker, wire, worker
+from d4_sim.minecraft.environment import Environment, Lost
 from d4_sim.minecraft.wire import Wire, WireError
 
 
@@ -101,3 +103,20 @@ def test_a_game_waits_for_a_benchmark_that_waits() -> None:
         line = _Line()
         serve(line, _Host())
         assert line.limits == [None, None]
+
+
+def test_the_rest_of_an_answer_is_waited_for_after_a_benchmark_stood_still() -> None:
+    """Half a view lay there when it went on, the time was over, and the game was lost."""
+    mine, its = socket.socketpair()
+    with mine, its:
+        whole = message({"shape": [1, 1, 3]}, bytes(3))
+        environment = Environment.__new__(Environment)
+        environment._wire, environment.deadline, environment._patience_s = Wire(mine), 0.0, 1.0
+        its.sendall(whole[:20])
+        assert not environment.has_answered()
+        later = threading.Timer(0.2, its.sendall, [whole[20:]])
+        later.start()
+        assert environment.receive().image.shape == (1, 1, 3)
+        later.join()
+        with pytest.raises(Lost, match="no answer within 1 s"):
+            environment.receive()

@@ -25,11 +25,8 @@ import traceback
 from typing import Any
 
 # The folder of this file holds modules of d4, which MineRL's must not be mistaken for.
-sys.path[:] = [
-    os.path.abspath(path or ".")
-    for path in sys.path
-    if os.path.abspath(path or ".") != os.path.dirname(os.path.abspath(__file__))
-]
+_HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [path for path in map(os.path.abspath, sys.path) if path != _HERE]
 
 import numpy as np  # noqa: E402
 
