@@ -25,7 +25,7 @@ from d4_core import threads
 from d4_core.config import action_parts, override, preset
 from d4_datasets import whole
 from d4_datasets.errors import UserError, run_cli
-from d4_sim.chains import PHASES, STARTS, Chains, scratch_steps
+from d4_sim.chains import DISTURBED, PHASES, STARTS, VERSIONS, Chains, scratch_steps
 from d4_sim.crafter import experiment
 from d4_sim.lanes import Runner
 from d4_sim.stages import (
@@ -43,7 +43,6 @@ from d4_sim.suite.disturb import MEASURED, contents, fitting, slug
 from d4_sim.world import contract_of, contract_text, make_world, world_class, world_names
 
 POLICIES = ("data", "bc_scratch", "bc_early", "vpt", "wm_bc", "imagination")
-DISTURBED = ("vpt", "wm_bc", "imagination")  # driven under disturbances, too
 EQUAL_STEPS = 10_000  # of both networks of the VPT style take so many chains of `nano` in operations:
 _EQUAL_CHAINS = 1.14
 
@@ -51,8 +50,6 @@ _REFERENCE_S = 2.1  # an episode at random or of the expert, most of which is pl
 _BYTES_PER_FRAME = 19_000  # bags and unpacked frames, of 64x64 pixels
 _KEPT_PER_FRAME = 2_000  # videos and tables of the dataset
 _BYTES_OF_RUN = 250_000_000  # checkpoints, films and the report
-
-VERSIONS = "versions.json"  # of what worlds follow from, in the folder of a bench
 
 # a measured latency lies in the repository, not in what pip may have made of it
 _MEASURED = ("latency=measured",) if MEASURED.is_file() else ()

@@ -12,7 +12,7 @@ import numpy as np
 
 from d4_core.stats import Interval, crossed_mean, nested_mean, student, widest
 from d4_datasets import whole
-from d4_sim.chains import STARTS
+from d4_sim.chains import DISTURBED, STARTS, VERSIONS
 from d4_sim.evaluate import first_start
 from d4_sim.stages import Done, clock, read_done
 from d4_sim.study_figures import film
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 FIRST = first_start(STARTS)
 FILMED = ("imagination", "wm_bc")
-DISTURBED = (*FILMED, "vpt")
 ENDS = ("random", "expert")  # driven once per world
 UNEQUAL = ("bc_scratch", "bc_early", "vpt")  # claims against them are not judged if they had less compute
 _COMPUTE = {
@@ -70,7 +69,7 @@ def collect(out: Path, worlds: tuple[str, ...], size: Size, done: Done) -> dict[
             }
             for s, run in runs.items() if "policies" in run
         }  # fmt: skip
-    versions = read_json(out / "versions.json") or {}
+    versions = read_json(out / VERSIONS) or {}
     return {"chains": chains, "runs": {}, "stages": done.seconds, "versions": versions}
 
 

@@ -14,6 +14,8 @@ from d4_sim.world import contract_of
 PHASES = {"tokenizer": 240.0, "dynamics": 700.0, "agent": 560.0, "imagination": 210.0}
 _START_S = 8.0  # of every command, however little it does
 _SCRATCH_S = 0.065  # a step of a network without a world model
+VERSIONS = "versions.json"  # of what the worlds of a bench follow from, in its folder
+DISTURBED = ("vpt", "wm_bc", "imagination")  # policies of a bench that drive under disturbances, too
 STARTS = 22  # seed of a bench's starts, on which nothing was decided; its sizes were on those of 21
 
 
