@@ -50,7 +50,8 @@ class Comparison:
         return (
             f"{text}; {others} differ, by {self.largest:.3g} at most, first in episode {self.first[0]} at "
             f"tick {self.first[1]}. A tick that the run reports as missed cannot agree, nor those after one "
-            "whose frame the server never saw"
+            "whose frame the server never saw, nor one whose command was recorded more than 5 ms late, for "
+            "which the dataset holds the one before"
         )
 
 

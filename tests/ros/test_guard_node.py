@@ -310,7 +310,7 @@ def test_two_that_command_one_robot_are_refused_unless_allowed(driving, tmp_path
         world.target = "second"
         assert world.configure()
         assert not world.activate()
-        assert "/guard commands /cmd_vel, /arm already" in other.said()
+        world.until(lambda: "/guard commands /cmd_vel, /arm already" in other.said())  # logged by a thread
         world.until_state("driving")
         assert world.set("allow_rivals", True)[0]
         assert world.activate()
@@ -412,9 +412,8 @@ def test_what_the_system_refuses_is_a_warning(make):
     world.until(lambda: world.diagnostics.get("guard: real time", (0, ""))[0] == 1, 5)
     text = world.diagnostics["guard: real time"][1]
     assert text.startswith("cannot run on cores 4000 alone")
-    said = process.said()
-    assert f"[guard]: {text}" in said
-    assert "[INFO]" not in said
+    world.until(lambda: f"[guard]: {text}" in process.said())
+    assert "[INFO]" not in process.said()
     assert world.deactivate()
     report = json.loads(process.reports()[0].read_text())
     assert report["metadata"]["realtime_refused"] == [text]

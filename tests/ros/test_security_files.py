@@ -82,6 +82,12 @@ def test_what_the_operator_calls_exists() -> None:
     assert permitted("operator")["request"] <= set[str]().union(*replied)
 
 
+def test_the_operator_may_call_what_ros2_lifecycle_calls() -> None:
+    """`ros2 lifecycle set` asks for the transitions first, which was refused."""
+    calls = ("change_state", "get_state", "get_available_transitions")
+    assert {f"/{node}/{call}" for node in NODES for call in calls} <= permitted("operator")["request"]
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.xml")), ids=lambda path: path.name)
 def test_the_files_follow_the_schema_of_sros2(path) -> None:
     policy = pytest.importorskip("sros2.policy")

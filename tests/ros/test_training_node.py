@@ -186,7 +186,7 @@ def test_after_a_cancel_the_same_goal_goes_on(node, client, dataset, tmp_path):
     client.until(lambda: client.feedback and client.feedback[-1].step >= 20)
     second = client.send(dataset=str(dataset), out=str(tmp_path / "other"), overrides=LONG)
     assert not second.accepted
-    assert "a goal was rejected: another goal is being trained" in node.said()
+    client.until(lambda: "a goal was rejected: another goal is being trained" in node.said())
     wait_for(handle.cancel_goal_async())
     answer = wait_for(handle.get_result_async())
     assert answer.status == GoalStatus.STATUS_CANCELED
