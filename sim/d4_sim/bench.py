@@ -113,8 +113,8 @@ class Size:
 
     @property
     def is_equal(self) -> bool:
-        """Whether what is cloned without a world model has the compute of a chain, in operations on pictures
-        of 64 x 64; on larger ones it has more than that, since nothing but pictures is its work.
+        """Whether what is cloned without a world model has the training operations of a chain, on pictures of
+        64 x 64; on larger ones it has more than that, since nothing but pictures is its work.
         """
         from d4_core.estimate import work
 

@@ -37,7 +37,7 @@ FILMED = ("imagination", "wm_bc")
 ENDS = ("random", "expert")  # driven once per world
 UNEQUAL = ("bc_scratch", "bc_early", "vpt")  # claims against them are not judged if they had less compute
 _COMPUTE = {
-    True: "with which each of them takes the compute of a whole chain, counted at 64 x 64 pixels",
+    True: "with which each of them takes the training operations of a whole chain, counted at 64 x 64 pixels",
     False: "which is not the compute of a chain, so that claims against it are not judged: with more it may "
     "catch up with the clone on the world model (docs/results/learning.md)",
 }
@@ -263,9 +263,9 @@ def _about(results: Mapping[str, Any], worlds: tuple[str, ...], size: Size, stag
         f"steps and the one from scratch for {2 * steps}, {_COMPUTE[size.is_equal]}; the early one stops, "
         f"at {2 * steps // 8} at the latest, when held-out commands are known best. "
         f"{clock(sum(results['stages'].values()))} of work in all. The expert is a "
-        "script, or a planner on the true simulator, and no optimum. Claims are judged by the t interval "
-        "over seeds: one that resamples a few seeds is too narrow. That there are many of them corrects "
-        "none.\n"
+        "script, or a planner on the true simulator, and no optimum. Claims are judged by the wider "
+        "of two intervals, over seeds and episodes and the t interval over seeds, since one that resamples a "
+        "few seeds is too narrow. That there are many of them corrects none.\n"
     ]
     for name, versions in results["versions"].items():
         several = "**Several versions**: worlds may have changed. " if len(versions) > 1 else ""

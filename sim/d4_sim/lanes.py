@@ -16,6 +16,7 @@ from d4_sim import children, stages
 from d4_sim.stages import Interrupted, Stage, State, clock, handled_by, is_named
 
 _LEAVE_S = 300.0  # for what is told to save and leave, after which it is killed
+_LATE_S = 40.0  # the same, where the time is up
 
 
 class Lane:
@@ -145,7 +146,7 @@ class Runner:
                 self._reap()
             for lane in self.lanes:
                 lane.stop()
-            until = time.monotonic() + _LEAVE_S
+            until = time.monotonic() + (_LEAVE_S if received else _LATE_S)
             for lane in self.lanes:
                 lane.wait(until - time.monotonic())
                 self.state.note(lane.stage, time.monotonic() - lane.began, done=False)

@@ -28,4 +28,4 @@ def verdict(claim: str, holds: bool | None, figure: str) -> str:
 
 def judged(low: float, high: float, least: float = 0.0) -> bool | None:
     """Whether what lies between `low` and `high` exceeds `least`; None where it may or may not."""
-    return True if low > least else None if high > least else False
+    return True if low > least else False if high < least else None

@@ -230,7 +230,7 @@ def test_slowness_is_no_fault(tmp_path) -> None:
     [
         ("refuse", "there is no display for this game: set DISPLAY"),
         ("no_start", r"Fake game does not start: RuntimeError: libGL is missing \(3 times\); see .*log"),
-        ("kill", r"Fake game does not start: its process .* \(3 times\)"),
+        ("kill", r"Fake game does not start: its process was killed by signal 9 .* \(3 times\)"),
     ],
 )
 def test_an_environment_that_does_not_start_ends_the_benchmark(tmp_path, trouble, sentence) -> None:
@@ -367,8 +367,9 @@ def test_what_cannot_be_done_there_is_not_asked_for(tmp_path) -> None:
         assert not {rung.task for rung in game.engine(name).ladder} & set(game.engine(name).impossible)
 
 
-def test_a_line_that_is_no_episode_is_one_sentence(tmp_path) -> None:
-    (tmp_path / "episodes.jsonl").write_text('{"episode": 20}\n')
+@pytest.mark.parametrize("line", ['{"episode": 20}', '{"episode": 20, "reached": {}}'])
+def test_a_line_that_is_no_episode_is_one_sentence(tmp_path, line) -> None:
+    (tmp_path / "episodes.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match="line 1 is damaged"):
         read_episodes(tmp_path)
 
@@ -376,7 +377,7 @@ def test_a_line_that_is_no_episode_is_one_sentence(tmp_path) -> None:
 def test_parts_share_a_folder(tmp_path) -> None:
     for part in (0, 1):
         results = Results(tmp_path, about(), (part, 2))
-        results.add({"episode": part, "reached": {"log": 1200}})
+        results.add({"episode": part, "reached": {"log": 1200}, "ticks": 1300})
     assert [e["episode"] for e in read_episodes(tmp_path)] == [0, 1]
     (tmp_path / "episodes-1of2.jsonl").write_text("nonsense\n")
     with pytest.raises(UserError, match="line 1 is damaged"):
@@ -403,6 +404,9 @@ def test_the_table_has_published_columns_for_minecraft_only(tmp_path) -> None:
     assert "Dreamer" not in other
     assert "another game than Minecraft" in other
     assert other.startswith("# Fake game: 4 episodes of random")
+    assert "Not complete" not in other
+    partial = table(fake_game.ENGINE, about(), episodes, asked=12)
+    assert "**Not complete**: 8 of 12 episodes are missing." in partial
     found = {row.milestone: row for row in rows(fake_game.ENGINE, episodes)}
     assert (found["log"].reached, found["diamond"].reached, found["diamond"].time) == (4, 0, None)
     with pytest.raises(UserError, match="no finished episode"):

@@ -252,6 +252,18 @@ def test_a_gain_that_is_not_there_is_not_claimed(out: Path) -> None:
     assert "- **does not hold**: imagination closes a third of the gap" in text
 
 
+def test_equal_returns_show_nothing(out: Path) -> None:
+    """Where nobody ever earns anything, a claim was said not to hold, as if the opposite had been shown."""
+    for seed in range(3):
+        path = out / f"yard-{seed}" / "run" / "eval.json"
+        policies = json.loads(path.read_text())["policies"]
+        nothing = row(0.0, seed) | {"return": [0.0] * 60}
+        put(path, {"policies": policies | {"imagination": nothing, "wm_bc": nothing}})
+    text, _ = study_page.write(out, "")
+    claim = "after imagination training is better than cloned on the world model in return"
+    assert f"- **not shown**: {claim}" in text
+
+
 def test_what_is_surely_worse_is_another_word_than_what_cannot_be_told(out: Path) -> None:
     """An interval around 0 was said not to hold, as if the opposite had been shown."""
     for seed in range(3):

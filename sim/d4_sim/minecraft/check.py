@@ -120,8 +120,9 @@ def gpu() -> Found:
     names = ask("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").strip().splitlines()
     if not names:
         return Found(
-            "GPU", "none: policies and the game run on the CPU, far below 20 ticks a second; with an NVIDIA "
-            "card, install its driver (Debian: apt-get install nvidia-driver) until nvidia-smi names it",
+            "GPU", "none: the game draws on the CPU, and policies of `base` and larger decide there far "
+            "slower than 20 times a second; with an NVIDIA card, install its driver (Debian: apt-get install "
+            "nvidia-driver) until nvidia-smi names it",
         )  # fmt: skip
     if not torch.cuda.is_available():
         return Found(

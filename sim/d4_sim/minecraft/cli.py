@@ -138,9 +138,9 @@ class Benchmark:
                     benchmark.Benchmark(plan, policy, results, _say).play(todo, self.jobs)
         except BaseException:
             if results.episodes():  # a table of what is finished, whatever became of the rest
-                write_table(out, game, about)
+                write_table(out, game, about, self.episodes)
             raise
-        print(write_table(out, game, about))
+        print(write_table(out, game, about, self.episodes))
         if failed := sum(map(never_began, results.episodes())):
             print(f"{_many(failed, 'episode')} did not begin; the same command tries that again")
         print(f"results: {out / 'table.md'}, {out / 'results.json'} and {out / 'events'}")

@@ -18,6 +18,7 @@ import numpy as np
 from d4_datasets.errors import UserError
 from d4_sim.minecraft import keeper, wire
 from d4_sim.minecraft.game import Engine
+from d4_sim.minecraft.keeper import BY_SIGNAL
 from d4_sim.minecraft.wire import Wire, WireError
 
 _GRACE_S = 3.0  # for an orderly end
@@ -155,9 +156,10 @@ class Environment:
             code = self._keeper.wait(_GRACE_S)
         except subprocess.TimeoutExpired:
             return "it closed the connection"
-        return (
-            f"its process was killed by signal {-code}" if code < 0 else f"its process ended with code {code}"
-        )
+        if code < 0 or code > BY_SIGNAL:
+            number = -code if code < 0 else code - BY_SIGNAL
+            return f"its process was killed by signal {number} (9 often means that memory ran out)"
+        return f"its process ended with code {code}"
 
     def close(self, grace_s: float = _GRACE_S) -> None:
         """End the process, in order if it listens, and everything that it started; twice is no mistake."""

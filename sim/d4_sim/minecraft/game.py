@@ -57,7 +57,8 @@ class View:
             taken without it; None if `pov` shows it or there is none.
         slot: the chosen slot of the hotbar, 0 to 8; None if it does not tell.
         over: the episode has ended by itself (the player died, or the game says so).
-        late_ms: of a game in real time, by how much this view was taken after its tick.
+        late_ms: of a game in real time, by how much this view was taken after the tick that was waited for,
+            ticks that passed unseen meanwhile included.
         more: anything else worth recording, JSON (`yaw`, `pitch`, `xpos`, ...). A game in real time says
             `action_ms`, how long after its tick the last action was handed to its display, and `missed`,
             the ticks that had passed unseen before this one.

@@ -25,6 +25,7 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _LONGEST_S = 10.0
+BY_SIGNAL = 128  # and the number of a signal is the exit code if the command was ended by it, as in a shell
 
 
 def _prctl(option: int, value: int) -> None:
@@ -96,7 +97,9 @@ def _keep(child: subprocess.Popen, handed_on: int, life: int) -> int:
     select.select([life, ended], [], [])
     code = child.poll()
     _kill_all()
-    return 0 if code is None else code
+    if code is None:
+        return 0
+    return code if code >= 0 else BY_SIGNAL - code
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ def read_episodes(out: Path) -> list[dict[str, Any]]:
                 continue  # torn, or being written
             try:
                 result = json.loads(line)
-                dict(result["reached"])  # TypeError, ValueError or KeyError if it is no result of an episode
+                # TypeError, ValueError or KeyError if it is no result of an episode
+                dict(result["reached"]), int(result["ticks"])
                 known = found.setdefault(int(result["episode"]), result)
                 if never_began(known) and not never_began(result):
                     found[int(result["episode"])] = result
@@ -193,8 +194,13 @@ def rows(engine: Engine, episodes: Sequence[Mapping[str, Any]]) -> list[Row]:
 # ---- the table ----
 
 
-def table(engine: Engine, about: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]]) -> str:
+def table(
+    engine: Engine, about: Mapping[str, Any], episodes: Sequence[Mapping[str, Any]], asked: int = 0
+) -> str:
     """The results as Markdown, beside the published ones where game and protocol are the same.
+
+    Args:
+        asked: episodes that were asked for, if these may be fewer.
 
     Raises:
         UserError: there is no finished episode.
@@ -206,6 +212,7 @@ def table(engine: Engine, about: Mapping[str, Any], episodes: Sequence[Mapping[s
     others = PUBLISHED if is_comparable(engine, about) else ()
     lines = [
         f"# {engine.title}: {_many(len(episodes))} of {about['policy']}\n",
+        *([_PARTIAL.format(missing=asked - len(episodes), asked=asked)] if asked > len(episodes) else ()),
         _protocol(engine, about, episodes),
         "Success in per cent of the episodes [95 %]:\n",
         _markdown(
@@ -273,6 +280,10 @@ def is_comparable(engine: Engine, about: Mapping[str, Any]) -> bool:
     )
 
 
+_PARTIAL = (
+    "**Not complete**: {missing} of {asked} episodes are missing. Long ones are more likely to be among "
+    "them, so that shares and times may be off; the same command plays them.\n"
+)
 _OTHER_PROTOCOL = (
     f"Published figures are of {PUBLISHED_MINUTES} minutes with the ladder of {len(LADDER)} prompts in "
     f"{PUBLISHED_ENV}: these compare with none of them.\n"
@@ -347,16 +358,20 @@ def _markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in padded) + "\n"
 
 
-def write_table(out: Path, engine: Engine, about: Mapping[str, Any]) -> str:
+def write_table(out: Path, engine: Engine, about: Mapping[str, Any], asked: int = 0) -> str:
     """Write table.md and results.json of a folder; returns the table.
+
+    Args:
+        asked: episodes that were asked for, if the folder may hold fewer.
 
     Raises:
         UserError: there is no finished episode.
     """
     episodes = read_episodes(out)
-    text = table(engine, about, episodes)
+    text = table(engine, about, episodes, asked)
     numbers = {
-        "engine": engine.name, "title": engine.title, "episodes": len(episodes), "about": dict(about),
+        "engine": engine.name, "title": engine.title, "episodes": len(episodes),
+        "asked": max(asked, len(episodes)), "about": dict(about),
         "origin": checkpoint.origin(), "latency": _latency(episodes),
         "milestones": {
             r.milestone: {"reached": r.reached, "success": r.success, "time": r.time}

@@ -8,6 +8,7 @@ differs: a command lasts 50 or 100 ms and takes hold after 20 ms, and episodes l
 from __future__ import annotations
 
 import abc
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,13 @@ class ControlWorld(MujocoWorld):
         """The compiled model."""
         import mujoco
 
-        return mujoco.MjModel.from_xml_path(str(model_file(DM_CONTROL, cls.source())))
+        path = str(model_file(DM_CONTROL, cls.source()))
+        # or MuJoCo writes that the cheetah uses an old word into a file in the folder one is in
+        mujoco.set_mju_user_warning(logging.getLogger(__name__).debug)
+        try:
+            return mujoco.MjModel.from_xml_path(path)
+        finally:
+            mujoco.set_mju_user_warning(None)
 
     @abc.abstractmethod
     def reward_of(self, at: Physics) -> np.ndarray:
