@@ -77,7 +77,7 @@ def not_measured(name: str, reason: str) -> Gate:
 def record(run: Path, phase: str, gates: list[Gate], merge: bool = False) -> None:
     """Write a phase's gates to <run>/gates.json, keeping other phases' and, with `merge`, its own others."""
     path = run / "gates.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = whole.read_json(path, dict)
     rows = [{**asdict(g), "ok": g.ok} for g in gates]
     names = {g.name for g in gates}
     kept = [row for row in known.get(phase, []) if row["name"] not in names] if merge else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -27,7 +26,7 @@ from d4_core.estimate import this_device, training_seconds, work
 from d4_core.loop import computes_reduced
 from d4_core.memory import available_bytes, costs
 from d4_core.models import preset_of
-from d4_datasets import places
+from d4_datasets import places, whole
 from d4_datasets.audit_text import time_text
 from d4_datasets.bags import Bag, find_bags
 from d4_datasets.contract import Contract
@@ -303,8 +302,7 @@ def _stored_parameters(folder: Path) -> dict[str, int]:
 
 def run_facts(run: Path) -> list[Fact]:
     """The phases of a run and what their gates said."""
-    path = run / "gates.json"
-    gates = json.loads(path.read_text()) if path.exists() else {}
+    gates = whole.read_json(run / "gates.json", dict)
     facts = [Fact("run", str(run))]
     for phase in PHASES:
         if not checkpoint.exists(run / phase):

@@ -148,6 +148,6 @@ def require_memory(
         slower = "" if getattr(preset, again).recompute else f", or {again}.recompute=true, which costs time,"
         raise UserError(
             f"{phase} of this preset needs about {needed / 2**30:.1f} GiB but {free / 2**30:.1f} GiB are "
-            f"free on {device.type}: choose a smaller preset, or smaller batches or shorter clips{slower} "
-            "with --set"
+            f"free on {device.type}: choose a preset that needs less (not every smaller one does), or "
+            f"smaller batches or shorter clips{slower} with --set"
         )

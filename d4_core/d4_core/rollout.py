@@ -121,7 +121,7 @@ def rollout(args: RolloutArgs) -> dict[str, str]:
                 f"{told} Checkpoint: {folder.name}, step {step}; seed {args.seed}, clips not selected."
             )
     known = media / "captions.json"
-    merged = (json.loads(known.read_text()) if known.exists() else {}) | captions
+    merged = whole.read_json(known, dict) | captions
     whole.write(known, json.dumps(merged, indent=1))
     return captions
 

@@ -38,9 +38,8 @@ from d4_sim.stages import (
     require_space,
     size_of,
 )
-from d4_sim.study_results import read_json
 from d4_sim.suite.disturb import MEASURED, contents, fitting, slug
-from d4_sim.world import contract_of, contract_text, make_world, world_class, world_names
+from d4_sim.world import contract_of, make_world, world_class, world_names, write_contract
 
 POLICIES = ("data", "bc_scratch", "bc_early", "vpt", "wm_bc", "imagination")
 EQUAL_STEPS = 10_000  # of both networks of the VPT style take so many chains of `nano` in operations:
@@ -204,16 +203,18 @@ class Args:
         """The worlds of all suites, each once. Raises UserError for an unknown name."""
         out: list[str] = []
         for name in self.suite:
-            out += SUITES[name].worlds if name in SUITES else (_world(name.replace("-", "_")),)
+            out += SUITES[name].worlds if name in SUITES else (_world(name),)
         return tuple(dict.fromkeys(out))
 
 
 def _world(name: str) -> str:
     """The name of a world, which may say how large its pictures are, as in push_128."""
-    if not {name, re.sub(r"_\d+$", "", name)} & set(world_names()):
+    world = name.replace("-", "_")
+    if not {world, re.sub(r"_\d+$", "", world)} & set(world_names()):
         known = f"a suite ({', '.join(SUITES)}) nor a world ({', '.join(world_names())})"
-        raise UserError(f"'{name}' is neither {known}.")
-    return name
+        rest = ": what is done to a world goes into --disturb" if "+" in name else ""
+        raise UserError(f"'{name}' is neither {known}{rest}")
+    return world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,7 +348,7 @@ def bench(args: Args) -> int:
         missing = [name for name in runner.missing if is_named(name, args.only)]
         _require_space(shape, missing)
         for world in worlds:
-            (args.out / f"{world}.yaml").write_text(contract_text(world), encoding="utf-8")
+            write_contract(args.out / f"{world}.yaml", world)
         if missing:
             _note_versions(args.out)
 
@@ -393,7 +394,7 @@ def _note_versions(out: Path) -> None:
     from d4_core.checkpoint import origin
 
     path, here = out / VERSIONS, {"MuJoCo": version("mujoco"), "d4": origin()["commit"] or version("d4")}
-    known = read_json(path) or {}
+    known = whole.read_json(path, dict)
     kept = {name: list(dict.fromkeys([*known.get(name, []), now])) for name, now in here.items()}
     whole.write(path, json.dumps(kept) + "\n")
     for name, now in here.items():

@@ -22,7 +22,6 @@ from d4_sim.study_results import (
     differences,
     has_own_episodes,
     on_starts,
-    read_json,
     rows_of,
     run_results,
 )
@@ -69,7 +68,7 @@ def collect(out: Path, worlds: tuple[str, ...], size: Size, done: Done) -> dict[
             }
             for s, run in runs.items() if "policies" in run
         }  # fmt: skip
-    versions = read_json(out / VERSIONS) or {}
+    versions = whole.read_json(out / VERSIONS, dict)
     return {"chains": chains, "runs": {}, "stages": done.seconds, "versions": versions}
 
 
@@ -170,7 +169,7 @@ def tasks(world: str, chains: Mapping[str, Any], names: list[str], seeds: int) -
     for policy in shown:
         cells = [NAMES[policy]]
         for i, found in by_task.items():
-            by_seed = [f"{own.mean():.2f}" for own in scores(chains, policy, i).values()]
+            by_seed = [f"{own.mean():.2f}" for own in scores(chains, policy, i).values() if len(own)]
             seeded = f" ({', '.join(by_seed)})" if len(by_seed) > 1 and policy not in ENDS else ""
             cells.append(_score(found, policy, chains, seeds) + seeded)
         rows.append(cells)
@@ -241,7 +240,7 @@ def page(out: Path, worlds: tuple[str, ...], size: Size, done: Done) -> tuple[st
         if not chains:
             continue
         parts += policies(f"## {world}", chains, () if size.is_equal else UNEQUAL, size.seeds)
-        reference = read_json(out / "reference" / world / "eval.json") or {}
+        reference = whole.read_json(out / "reference" / world / "eval.json", dict)
         parts += doubts(chains)
         parts += tasks(world, chains, reference.get("task_names", []), size.seeds)
         parts += robustness(world, chains, size.seeds)
@@ -256,7 +255,8 @@ def _about(results: Mapping[str, Any], worlds: tuple[str, ...], size: Size, stag
     steps = max(1, round(size.scratch_steps * size.scale))
     lines = [
         f"{size.seeds} chain{'s' * (size.seeds > 1)} per world, {size.frames} recorded frames each, commands "
-        f"kept in {size.labelled:.0%} of the bags; networks `{size.model}`, training x {size.scale:g}; "
+        f"kept in {size.labelled:.0%} of the bags, in one at least; networks `{size.model}`, training x "
+        f"{size.scale:g}; "
         f"{size.eval_episodes} shared starts per policy and chain, of which the expert drives "
         f"{size.expert_episodes} (once per world) and the planner in the world model "
         f"{size.planner_episodes}. Without a world model, both networks of the VPT style train for {steps} "

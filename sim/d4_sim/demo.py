@@ -36,7 +36,7 @@ from d4_sim.stages import (
 )
 from d4_sim.study import Args as StudyArgs
 from d4_sim.study import Study
-from d4_sim.world import contract_text, world_class
+from d4_sim.world import world_class, write_contract
 
 WORLD = "yard"
 BASELINES = ("random", "data", "bc_scratch", "wm_bc")
@@ -171,7 +171,7 @@ class Demo:
         stale = self.state.clear_stale()
         if stale:
             self.say(f"other arguments than last time: {', '.join(stale)} will be done again")
-        (self.args.out / "robot.yaml").write_text(contract_text(_world(self.args)), encoding="utf-8")
+        write_contract(self.args.out / "robot.yaml", _world(self.args))
         for number, stage in enumerate(self.stages, 1):
             code = self._stage(number, stage)
             if code:

@@ -160,7 +160,7 @@ class Evaluation:
             "seeds": [int(self.seeds[0]), int(self.seeds[-1])],
         }
         for place in (path, beside(path, shared)):
-            result: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {}
+            result: dict[str, Any] = whole.read_json(place, dict)
             if {k: result.get(k) for k in shared} == shared:
                 break
         else:
@@ -406,7 +406,7 @@ class Evaluation:
         with locks.held(path.with_name(f".{path.name}.lock")):
             self.result = self._open()
             self.result["policies"] |= self._own
-            there = json.loads(path.read_text()) if path.exists() else self.result
+            there = whole.read_json(path, dict) or self.result
             with whole.aside(path) as new:
                 new.write_text(json.dumps(self.result))
                 if (other := beside(path, there)) != (own := beside(path, self.result)):

@@ -81,5 +81,5 @@ def write_film(
 def _caption(media: Path, texts: dict[str, str]) -> None:
     path = media / "captions.json"
     with held(media / ".lock"):  # drives of several stages film at the same time
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = whole.read_json(path, dict)
         whole.write(path, json.dumps(known | texts, indent=1))

@@ -146,7 +146,7 @@ class Runner:
                 self._reap()
             for lane in self.lanes:
                 lane.stop()
-            until = time.monotonic() + (_LEAVE_S if received else _LATE_S)
+            until = time.monotonic() + (_LEAVE_S if received else min(_LEAVE_S, _LATE_S))
             for lane in self.lanes:
                 lane.wait(until - time.monotonic())
                 self.state.note(lane.stage, time.monotonic() - lane.began, done=False)

@@ -23,7 +23,7 @@ from d4_datasets.fields import write
 from d4_datasets.locks import held
 from d4_sim.driver import Episode, drive, end_pool, episode_seed, worker_pool
 from d4_sim.mujoco_world import MujocoWorld
-from d4_sim.world import contract_text, make_world, world_class
+from d4_sim.world import make_world, write_contract
 
 EPISODES_PER_BAG = 25
 DROPPED_FRAMES = 0.01
@@ -214,6 +214,7 @@ def record(args: Args) -> None:
 
 def _record(args: Args) -> None:
     _same_settings(args)
+    write_contract(args.out / "robot.yaml", args.world)
     sessions = plan_sessions(args)
     todo = [s for s in sessions if not s.path.exists()]
     if len(todo) < len(sessions):
@@ -228,9 +229,7 @@ def _record(args: Args) -> None:
     if todo:
         print(f"{frames} frames in {seconds:.0f} s ({frames / seconds:.0f} frames/s)")
     print(f"{args.out}: {len(sessions)} bags, {args.episodes} episodes, {labelled} bags with commands")
-    contract = args.out / "robot.yaml"
-    contract.write_text(contract_text(args.world), encoding="utf-8")
-    print(f"next: d4-ingest {args.out} --contract {contract} --out <dataset>")
+    print(f"next: d4-ingest {args.out} --contract {args.out / 'robot.yaml'} --out <dataset>")
 
 
 def _run(todo: list[Session], jobs: int) -> Iterator[int]:
@@ -248,7 +247,7 @@ def _run(todo: list[Session], jobs: int) -> Iterator[int]:
 
 
 def _check(args: Args) -> None:
-    world_class(args.world)
+    make_world(args.world)
     if args.episodes < 1 or args.jobs < 1 or args.seed < 0:
         raise UserError("--episodes and --jobs must be at least 1 and --seed at least 0.")
     if not 0.0 <= args.labelled <= 1.0:

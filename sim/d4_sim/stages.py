@@ -117,7 +117,9 @@ class State:
         if self._path.exists():
             try:
                 self._entries = json.loads(self._path.read_text())
-            except ValueError:
+                if not all("key" in entry for entry in self._entries.values()):
+                    raise ValueError
+            except (ValueError, AttributeError, TypeError):
                 raise UserError(f"{self._path} is damaged: restore it, or give another --out") from None
 
     def stale(self, only: tuple[str, ...] = ()) -> list[Stage]:
@@ -205,8 +207,7 @@ class Done:
 
 def read_done(out: Path, keys: Mapping[str, str]) -> Done:
     """The state of a folder, for pages; `keys` are those of its stages as they are planned."""
-    path = out / _STATE
-    entries = json.loads(path.read_text()) if path.exists() else {}
+    entries = whole.read_json(out / _STATE, dict)
     found = {name: entries[name] for name in keys if name in entries}
     current = {name: entry for name, entry in found.items() if entry["key"] == keys[name]}
     seconds = {name: entry["seconds"] for name, entry in current.items() if entry["done"]}

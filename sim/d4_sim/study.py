@@ -17,7 +17,7 @@ from typing import Any
 from d4_sim.chains import PHASES, Chains
 from d4_sim.lanes import Runner
 from d4_sim.stages import Command, Stage, command, keys
-from d4_sim.world import contract_text
+from d4_sim.world import write_contract
 
 SEEDS = (0, 1, 2)  # full chains, and imagination seeds within the first of them
 WORLDS = ("yard", "arm")
@@ -290,4 +290,4 @@ class Study(Runner):
 
     def _contracts(self) -> None:
         for world in (named(world, self.args) for world in WORLDS):
-            (self.args.out / f"{world}.yaml").write_text(contract_text(world), encoding="utf-8")
+            write_contract(self.args.out / f"{world}.yaml", world)

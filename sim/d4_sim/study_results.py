@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from d4_core.stats import (
     resampled,
     student,
 )
+from d4_datasets.whole import read_json
 from d4_sim.evaluate import ASIDE
 from d4_sim.study import (
     CASCADE,
@@ -72,11 +72,11 @@ def collect(out: Path) -> dict[str, Any]:
     variants += [f"starts-{world}-{seed}" for world in WORLDS for seed in SEEDS]
     variants += [f"compute-{world}-{seed}" for world in WORLDS for seed in SEEDS] + ["compute-clone"]
     chains = {w: {str(s): run_results(out / f"{w}-{s}" / "run") for s in SEEDS} for w in WORLDS}
-    done = read_json(out / "stages.json") or {}
+    done = read_json(out / "stages.json", dict)
     return {
         "chains": {w: {s: run for s, run in seeds.items() if run} for w, seeds in chains.items()},
         "runs": {name: run for name in variants if (run := run_results(out / name / "run"))},
-        "ladder": read_json(out / "ladder.json"),
+        "ladder": read_json(out / "ladder.json", list) or None,
         "stages": {name: entry["seconds"] for name, entry in done.items() if entry["done"]},
     }
 
@@ -133,13 +133,13 @@ def run_results(run: Path, starts: tuple[int, int, str] | None = None) -> dict[s
     on others are to be left out.
     """
     path = run / "eval.json"
-    evaluation = on_starts(path, *starts) if starts else read_json(path) or {}
-    configs = {path.parent.name: json.loads(path.read_text()) for path in sorted(run.glob("*/config.json"))}
+    evaluation = on_starts(path, *starts) if starts else read_json(path, dict)
+    configs = {path.parent.name: read_json(path, dict) for path in sorted(run.glob("*/config.json"))}
     kept = ("wall_s", "cpu_s", "kl")
     found = {
         "policies": evaluation.get("policies"),
-        "open_loop": read_json(run / "open_loop.json"),
-        OWN_LOOK: read_json(run / f"{OWN_LOOK}.json"), "gates": read_json(run / "gates.json"),
+        "open_loop": read_json(run / "open_loop.json", dict),
+        OWN_LOOK: read_json(run / f"{OWN_LOOK}.json", dict), "gates": read_json(run / "gates.json", dict),
         "training": {
             phase: {k: v for k, v in config["metrics"].items() if k in kept} | config.get("origin", {})
             for phase, config in configs.items()
@@ -154,17 +154,12 @@ def on_starts(path: Path, first: int, count: int, world: str) -> dict[str, Any]:
     """
     starts = [first, first + count - 1]
     places = (path, *path.parent.glob(f"{glob.escape(path.stem)}{ASIDE}*{path.suffix}"))
-    found = [each for place in places if (each := read_json(place))]
+    found = [each for place in places if (each := read_json(place, dict))]
     fitting = [
         each for each in found
         if each.get("seeds", starts) == starts and each.get("world", world).split("+")[0] == world
     ]  # fmt: skip
     return max(fitting, key=lambda each: len(each["policies"]), default={})
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; None where there is none."""
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def rows_of(chains: Mapping[str, Any], policy: str) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
+from d4_datasets import whole
 from d4_datasets.errors import UserError
 
 if TYPE_CHECKING:
@@ -160,6 +161,24 @@ def contract_text(name: str) -> str:
 
     path, contract = world_class(name).contract_path(), contract_of(name)
     return path.read_text(encoding="utf-8") if contract == Contract.load(path) else contract.to_yaml()
+
+
+def write_contract(path: Path, name: str) -> None:
+    """Write the robot.yaml of a world.
+
+    Raises:
+        UserError: something else lies there, which nobody asked to replace.
+    """
+    from d4_datasets.contract import Contract
+
+    if path.exists():
+        try:
+            there = _base_and_size(Contract.load(path).name)[0]
+        except UserError:
+            there = ""
+        if there not in _WORLDS:
+            raise UserError(f"{path} is there already and not the contract of a world: choose another --out")
+    whole.write(path, contract_text(name))
 
 
 def make_world(name: str) -> World:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from d4_datasets import whole
+from d4_datasets.errors import UserError
 
 
 def names(folder: Path) -> list[str]:
@@ -87,3 +88,15 @@ def test_writers_of_one_file_leave_one_of_theirs_whole(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, "abcd"))
     assert names(tmp_path) == ["file.txt"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "5", "", "[" * 100_000])
+def test_what_is_no_object_is_one_sentence(tmp_path: Path, text: str) -> None:
+    """Results that were damaged on disk were a traceback that named no file."""
+    path = tmp_path / "eval.json"
+    assert whole.read_json(path, dict) == {}
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"eval.json is damaged: restore it, or delete it and run again"):
+        whole.read_json(path, dict)
+    path.write_text('{"a": 1}')
+    assert whole.read_json(path, dict) == {"a": 1}

@@ -45,9 +45,10 @@ class Fake:
         if not self.trouble or self.tick != self.at:
             return False
         if self.once:
-            if Path(self.once).exists():
+            try:
+                Path(self.once).touch(exist_ok=False)  # of several at a time, one
+            except FileExistsError:
                 return False
-            Path(self.once).touch()
         return True
 
     def reset(self, seed: int) -> View:

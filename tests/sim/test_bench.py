@@ -46,6 +46,8 @@ def test_names_of_the_control_suite_may_have_hyphens_and_unknown_ones_are_one_se
     assert Args(suite=("push-128", "push")).worlds == ("push_128", "push")
     with pytest.raises(UserError, match="pictures of 77 pixels"):
         own_keys(Args(suite=("push_77",)))
+    with pytest.raises(UserError, match=r"'push\+noise=-1' is neither .*: what is done to a world"):
+        _ = Args(suite=("push+noise=-1",)).worlds
     with pytest.raises(UserError, match=r"'walk' is neither a suite \(mujoco-small, .*\) nor a world \(yard"):
         _ = Args(suite=("walk",)).worlds
 

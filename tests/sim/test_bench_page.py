@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from d4_datasets.errors import UserError
 from d4_sim import bench, bench_page, stages
 from d4_sim.bench import PRESETS, Shape, Size, plan
 from d4_sim.stages import keys
@@ -255,3 +257,22 @@ def test_world_models_that_failed_gates_are_named_beside_the_claims(out: Path) -
     assert (
         "**World models that failed gates** are behind 1 of these 2 chains (seed 1: probe of puck)." in text
     )
+
+
+def test_a_planner_that_met_one_of_two_tasks_is_no_warning(out: Path) -> None:
+    """Its score in the other one was the mean of nothing, which NumPy said at every page."""
+    path = out / "push-0" / "run" / "eval.json"
+    found = json.loads(path.read_text())
+    for seed in range(2):
+        found["policies"]["planner"] = row(25.0, seed, 2) | {"task": [0], "return": [25.0], "success": [0]}
+        put(out / f"push-{seed}" / "run" / "eval.json", found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = Path(write(out) or "").read_text()
+    assert "one agent, chosen by task" in text
+
+
+def test_results_that_were_damaged_on_disk_are_one_sentence(out: Path) -> None:
+    (out / "push-0" / "run" / "gates.json").write_text("{")
+    with pytest.raises(UserError, match=r"push-0/run/gates\.json is damaged"):
+        write(out)

@@ -374,6 +374,13 @@ def test_a_line_that_is_no_episode_is_one_sentence(tmp_path, line) -> None:
         read_episodes(tmp_path)
 
 
+def test_a_table_of_somebody_else_is_left_alone(tmp_path) -> None:
+    (tmp_path / "table.md").write_text("mine")
+    with pytest.raises(UserError, match=r"table\.md is there, of no benchmark: choose another --out"):
+        Results(tmp_path, about())
+    assert (tmp_path / "table.md").read_text() == "mine"
+
+
 def test_parts_share_a_folder(tmp_path) -> None:
     for part in (0, 1):
         results = Results(tmp_path, about(), (part, 2))

@@ -176,6 +176,21 @@ def test_damaged_events_are_one_sentence(tmp_path, command, head, lines, number)
     assert f"line {number} is damaged" in refused(command("ladder", "--replay", path))
 
 
+def test_events_of_several_episodes_are_said(tmp_path, command) -> None:
+    """The second episode was called a damaged line."""
+    path = tmp_path / "000000.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in (HEAD, HEAD)))
+    odd = refused(command("ladder", "--replay", path))
+    assert "line 2 begins another episode: give a file of one" in odd
+
+
+def test_lines_that_could_not_be_read_are_counted(tmp_path, command) -> None:
+    path = recording(tmp_path)
+    assert "could not be read" not in command("ladder", "--replay", path).stdout
+    path.write_text(path.read_text() + "garbage\n{\n")
+    assert "2 lines could not be read" in command("ladder", "--replay", path).stdout
+
+
 def test_events_that_are_no_text_are_one_sentence(tmp_path, command) -> None:
     """A byte that is no UTF-8, far behind the first lines, was a traceback."""
     path = tmp_path / "000000.jsonl"

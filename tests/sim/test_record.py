@@ -248,7 +248,15 @@ def test_other_settings_are_refused(recording: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"world": "moon"}, {"episodes": 0}, {"labelled": 1.5}, {"jobs": 0}, {"seed": -1}]
+    "wrong",
+    [
+        {"world": "moon"},
+        {"world": "yard+noise=nan"},
+        {"episodes": 0},
+        {"labelled": 1.5},
+        {"jobs": 0},
+        {"seed": -1},
+    ],
 )
 def test_unusable_settings_are_refused_before_anything_is_written(tmp_path: Path, wrong: dict) -> None:
     with pytest.raises(UserError):
@@ -310,3 +318,13 @@ def test_command_line_with_two_processes(tmp_path: Path) -> None:
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: ")
     assert wrong.stderr.count("\n") == 1
+
+
+def test_files_that_d4_did_not_make_are_left_alone(tmp_path: Path) -> None:
+    """The contract of somebody's robot was replaced by that of the yard without a word."""
+    contract = tmp_path / "robot.yaml"
+    contract.write_text("name: precious\n")
+    with pytest.raises(UserError, match=r"robot\.yaml is there already and not the contract of a world"):
+        record(Args(out=tmp_path, episodes=1))
+    assert contract.read_text() == "name: precious\n"
+    assert not list(tmp_path.glob("yard-*"))

@@ -39,7 +39,7 @@ def recordings(windows: Windows) -> Iterator[Verdict]:
         )
         yield warn("recordings", text, "see `sources` in meta/d4.json for all of them")
     elif sources:
-        yield ok("recordings", f"{len(sources)} recordings, ingested without warnings")
+        yield ok("recordings", f"{len(sources)} recordings, none of them ingested with a warning of its own")
 
 
 def pieces(rows: Sequence[Any]) -> Iterator[Verdict]:

@@ -21,7 +21,7 @@ from d4_sim.crafter.world import HORIZON
 from d4_sim.lanes import Runner
 from d4_sim.minecraft.recipe import EVENTS
 from d4_sim.stages import Command, Stage, command, keys, require_recording, require_space, size_of
-from d4_sim.world import contract_text, make_world
+from d4_sim.world import make_world, write_contract
 
 TRAINED = ("bc_scratch", "bc_early", "vpt", "wm_bc", "imagination")
 
@@ -148,7 +148,7 @@ def experiment(args: Args) -> int:
     def prepare() -> None:
         needed = args.episodes * _BYTES_PER_EPISODE + args.seeds * _BYTES_OF_RUN
         require_space(args.out, needed - size_of(args.out), "--episodes")
-        (args.out / f"{args.world}.yaml").write_text(contract_text(args.world), encoding="utf-8")
+        write_contract(args.out / f"{args.world}.yaml", args.world)
 
     def report() -> None:
         path = write_page(args.out, args, own)

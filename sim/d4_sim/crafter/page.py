@@ -27,7 +27,7 @@ from d4_sim.crafter.world import CHAIN, HORIZON
 from d4_sim.evaluate import first_start
 from d4_sim.stages import Done, clock, read_done
 from d4_sim.study_page import costs
-from d4_sim.study_results import on_starts, read_json, rows_of, run_results
+from d4_sim.study_results import on_starts, rows_of, run_results
 from d4_sim.tables import spread, table
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def collect(out: Path, args: Args, done: Done) -> dict[str, Any]:
     starts = (first_start(STARTS), args.eval_episodes, world)
     ladder = {s: on_starts(run / "milestones.json", *starts) for s, run in runs.items()}
     tasks = {s: run_results(run, starts) for s, run in runs.items()}
-    pieces = (read_json(out / "data" / "dataset" / "meta" / "d4.json") or {}).get("episodes", [])
+    pieces = whole.read_json(out / "data" / "dataset" / "meta" / "d4.json", dict).get("episodes", [])
     return {
         "labelled": [sum(bool(piece["labelled"]) for piece in pieces), len(pieces)],
         "ladder": {s: found for s, found in ladder.items() if found},

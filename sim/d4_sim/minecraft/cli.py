@@ -172,6 +172,8 @@ class Ladder:
         for tick, told in recorded.told:
             for name in told.reached:
                 reached.setdefault(name, tick)
+        if recorded.damaged:
+            print(f"{_many(recorded.damaged, 'line')} could not be read: what happened there is not counted")
         times = ", ".join(f"{name} {tick / minute:.2f}" for name, tick in reached.items()) or "none"
         print(f"milestones (minutes): {times}")
         if recorded.had:
@@ -213,6 +215,8 @@ class Record:
         from d4_sim.minecraft.record import Settings, make_player, play
 
         _at_least(self, episodes=1, zoom=1, seed=0)
+        if not 0 <= self.most_late <= 1:
+            raise UserError(f"--most-late {self.most_late:g} is a share: give a number from 0 to 1")
         game = engine(self.engine)
         settings = Settings(
             out=self.out, ticks=_ticks(game, self.minutes), episode_ticks=_ticks(game, self.episode_minutes),

@@ -26,6 +26,7 @@ class Recorded:
         ticks: of the whole recording.
         told: (tick, what happened) of every tick in which something did.
         had: milestones that were reached before it began.
+        damaged: lines that could not be read, each a tick of which nothing is known.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Recorded:
     ticks: int
     told: tuple[tuple[int, Told], ...]
     had: tuple[str, ...] = ()
+    damaged: int = 0
 
 
 def read_recorded(path: Path, game: str | None = None) -> Recorded:
@@ -81,6 +83,8 @@ def _events(path: Path, head: Mapping[str, Any]) -> Recorded:
         for number, line in enumerate(file, 2):
             try:
                 event = json.loads(line)
+                if isinstance(event, dict) and event.get("format") == EVENTS_FORMAT:
+                    raise UserError(f"{path}: line {number} begins another episode: give a file of one")
                 tick, happened = _tick(event["tick"]), _happened(game, event)
                 if not last < tick <= ticks:
                     raise ValueError(tick)
@@ -123,8 +127,9 @@ def _tick(value: Any) -> int:
 def _lines(path: Path, game: Engine) -> Recorded:
     if game.kind != "game":
         raise UserError(f"{path} names {game.title}, which is not played by keyboard and mouse")
-    watch, told, ticks, tells = Watch(game.milestones), [], 0, False
+    watch, told, ticks, damaged, tells = Watch(game.milestones), [], 0, 0, False
     for ticks, line in enumerate(contractor.read_lines(path)):
+        damaged += line is None
         stats, items = contractor.counters(line)
         tells |= stats is not None or items is not None
         happened = watch.step(stats, items)
@@ -132,7 +137,7 @@ def _lines(path: Path, game: Engine) -> Recorded:
             told.append((ticks, happened))
     if not tells:
         raise UserError(f"{path} has neither counters nor an inventory in its lines: it tells no events")
-    return Recorded(str(path), game.name, RATE_HZ, ticks, tuple(told), watch.had or ())
+    return Recorded(str(path), game.name, RATE_HZ, ticks, tuple(told), watch.had or (), damaged)
 
 
 @dataclass(frozen=True)

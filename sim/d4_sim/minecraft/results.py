@@ -65,6 +65,8 @@ class Results:
                     "repeat its options"
                 )
         else:
+            if not path.exists() and (self.out / _TABLE).exists():
+                raise UserError(f"{self.out / _TABLE} is there, of no benchmark: choose another --out")
             whole.write(path, json.dumps(self.about, indent=1) + "\n")
         if own not in playing:
             self._mend()
