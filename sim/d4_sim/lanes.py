@@ -116,6 +116,7 @@ class Runner:
         with stages.alone(self.out):
             self.state = State(self.out, self.stages, self._keys, force=True)  # as it is now that it is ours
             self._require_redo()
+            self._require_made()
             self._prepare()
             self.state.clear_stale(self.only)
             if self.missing:
@@ -134,6 +135,12 @@ class Runner:
                 f"{self.out} holds what was made with other arguments or settings: {', '.join(stale)}. Give "
                 "another --out, or --redo, which clears that away and does it again"
             )
+
+    def _require_made(self) -> None:
+        """What took hours must not be gone without a word, and a page be written without it."""
+        kept = [stage for stage in self.stages if stage.keeps and self.state.is_done(stage.name)]
+        if gone := [str(path) for stage in kept for path in stage.makes if not path.exists()]:
+            raise UserError(f"{gone[0]} is gone, though it was finished: restore it, or give another --out")
 
     def _run(self) -> int:
         received: list[int] = []

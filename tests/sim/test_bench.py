@@ -387,6 +387,19 @@ time.sleep(60)"""
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+def test_a_run_that_is_gone_is_said(tmp_path, monkeypatch) -> None:
+    """Its page said that there was nothing yet, and the command that all was well."""
+    run = tmp_path / "run"
+    fake(tmp_path, monkeypatch, f"import os; os.makedirs({str(run)!r}, exist_ok=True)")
+    todo = [replace(works(1)[0], makes=(run,), keeps=True)]
+    assert Runner(tmp_path, todo, keys(todo), jobs=1).run() == 0
+    run.rmdir()
+    with pytest.raises(
+        UserError, match=r"run is gone, though it was finished: restore it, or give another --"
+    ):
+        Runner(tmp_path, todo, keys(todo), jobs=1).run()
+
+
 @pytest.mark.parametrize("trouble", ["another run", "other settings"])
 def test_a_run_that_is_refused_writes_nothing(tmp_path, monkeypatch, trouble) -> None:
     """The page of the results that it refused to touch was overwritten."""

@@ -376,7 +376,7 @@ def test_a_line_that_is_no_episode_is_one_sentence(tmp_path, line) -> None:
 
 def test_a_table_of_somebody_else_is_left_alone(tmp_path) -> None:
     (tmp_path / "table.md").write_text("mine")
-    with pytest.raises(UserError, match=r"table\.md is there, of no benchmark: choose another --out"):
+    with pytest.raises(UserError, match=r"holds results, and no benchmark\.json that says of what"):
         Results(tmp_path, about())
     assert (tmp_path / "table.md").read_text() == "mine"
 

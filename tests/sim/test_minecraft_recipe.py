@@ -247,6 +247,14 @@ def test_what_the_recipe_refuses(tmp_path, capsys, monkeypatch) -> None:
     assert "has no recordings" in refused(capsys, monkeypatch, *asked)
 
 
+def test_recordings_that_nobody_wants_can_be_left_out(tmp_path) -> None:
+    """d4-ingest said to name them with --skip, which the recipe did not have."""
+    here = recipe.stock(tmp_path)
+    assert not any("--skip" in words for words in recipe.plan(plain(tmp_path), here)[0].commands)
+    stages = {s.name: s for s in recipe.plan(plain(tmp_path, skip=tmp_path / "bad.txt"), here)}
+    assert stages["ingest"].commands[0][-2:] == ("--skip", str(tmp_path / "bad.txt"))
+
+
 def test_what_comes_next_is_the_game_of_the_recordings(tmp_path) -> None:
     """Policies from recordings of Luanti were to be played in Minecraft."""
     assert recipe.played_in(tmp_path / "none") == "minerl"

@@ -40,6 +40,8 @@ with open(folder / "log.txt", "a") as log:
     log.write(" ".join([os.environ["FAKE_SELF"], what]).strip() + chr(10))
 if (folder / f"fail_{what}").exists():
     sys.exit(2)
+if "--run" in words:
+    pathlib.Path(words[words.index("--run") + 1]).mkdir(parents=True, exist_ok=True)
 if (folder / f"wait_{what}").exists():
     def leave(number, frame):
         print("saved", flush=True)

@@ -278,6 +278,8 @@ class Train:
     """Decides training."""
     set: tuple[str, ...] = ()
     """Preset fields to override, as in d4-train, for example dynamics_training.batch=8."""
+    skip: Path | None = None
+    """A file that names recordings to leave out, one a line, as d4-ingest takes it."""
     force: bool = False
     """Go on although a gate failed."""
     dry_run: bool = False
@@ -320,7 +322,7 @@ class Train:
             index=self.index, recordings=self.recordings, out=self.out,
             contract=self.contract or example("minecraft.yaml"),
             preset=self.preset, hours=self.hours, gpus=gpus, jobs=self.jobs, scale=self.scale, seed=self.seed,
-            force=self.force, set=self.set,
+            force=self.force, set=self.set, skip=self.skip,
         )  # fmt: skip
 
 

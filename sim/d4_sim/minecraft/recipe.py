@@ -54,6 +54,7 @@ class Recipe:
         hours: of recordings to fetch, or of those that are there.
         gpus: that train; 0 for this machine's CPU.
         set: settings of the preset in place of its own, and of `EVENTS`.
+        skip: a file that names recordings to leave out.
     """
 
     index: tuple[str, ...]
@@ -68,6 +69,7 @@ class Recipe:
     seed: int
     force: bool = False
     set: tuple[str, ...] = ()
+    skip: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,10 @@ def plan(recipe: Recipe, here: Stock, recordings: str = "") -> list[Stage]:
         ]
         stages.append(Stage("fetch", "fetch recordings", tuple(fetched), (), (), 3600, gated=False))
     needs = ("fetch",) if recipe.index else ()
-    ingest = command("d4-ingest", recipe.recordings, contract=recipe.contract, out=dataset, jobs=recipe.jobs)
+    ingest = command(
+        "d4-ingest", recipe.recordings, contract=recipe.contract, out=dataset, jobs=recipe.jobs,
+        skip=recipe.skip or False,
+    )  # fmt: skip
     stages.append(
         Stage("ingest", "make the dataset", (ingest,), needs, (), 3600, gated=False, recipe=recordings)
     )

@@ -65,8 +65,10 @@ class Results:
                     "repeat its options"
                 )
         else:
-            if not path.exists() and (self.out / _TABLE).exists():
-                raise UserError(f"{self.out / _TABLE} is there, of no benchmark: choose another --out")
+            if not path.exists() and (has_any or (self.out / _TABLE).exists()):
+                raise UserError(
+                    f"{self.out} holds results, and no {_ABOUT} that says of what: choose another --out"
+                )
             whole.write(path, json.dumps(self.about, indent=1) + "\n")
         if own not in playing:
             self._mend()
