@@ -142,7 +142,7 @@ def test_a_preset_that_does_not_fit_is_refused_with_both_numbers(robot, monkeypa
     monkeypatch.setattr(memory, "available_bytes", lambda device: 2.5 * 2**30)
     require_memory(toy_run.PRESET, robot, phase, CPU)
     sentence = (
-        rf"{phase} of this preset needs about \d+\.\d GiB but 2\.5 GiB are free on cpu: choose a smaller"
+        rf"{phase} of this preset needs about \d+\.\d GiB but 2\.5 GiB are free on cpu: choose a preset"
     )
     with pytest.raises(UserError, match=sentence):
         require_memory(override(PRESETS["paper"], ["patch=8"]), robot, phase, CPU)
