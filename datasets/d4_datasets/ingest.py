@@ -161,7 +161,8 @@ def ingest(
     digest = read_definitions(given).digest if given else ""
     began = time.monotonic()
     summary = Summary()
-    readers = _readers(paths, kind, contract, set() if skip is None else read_names(skip))
+    unwanted = set() if skip is None else read_names(skip)
+    readers = _readers(paths, kind, contract, unwanted)
     bags = list(readers)
     parts = out.absolute().parent / f".tmp-{out.name}-parts"
     with _only_one(parts, out), LeRobotWriter(out, contract) as writer:
@@ -174,6 +175,11 @@ def ingest(
             f"{bag} is in the dataset already with another size or time; both are kept"
             for bag in fresh
             if entries[bag]["name"] in names
+        ]
+        summary.warnings += [
+            f"{name} is to be left out and is in the dataset already, where it stays; another --out has it not"
+            for name in sorted(names)
+            if {name, Path(name).stem} & unwanted
         ]
         work = [
             (bag, *_place(entries[bag], readers[bag], contract, namespace, parts, clip, digest), given)

@@ -98,24 +98,45 @@ def normalised(chains: Mapping[str, Any], task: int | None = None) -> dict[str, 
 def scores(chains: Mapping[str, Any], policy: str, task: int | None = None) -> dict[str, np.ndarray]:
     """{seed: scores} of a policy's episodes, each between the ends of its own task. On the shared starts
     tasks take turns: those that do not come to whole rounds are left out, so that every task counts the same;
-    the logs have their own mix. Empty where a task has no ends, or none that are apart.
+    the logs have their own mix. Episodes of tasks that have no ends are in no score.
 
     Ends are means over their episodes; that they were measured, too, widens no interval.
     """
-    out = {}
-    ends = [list(rows_of(chains, end).values()) for end in ENDS]
-    count = len({each for row in ends[0] for each in row["task"]})
+    out, between, count = {}, ends(chains), max(1, len(played(chains)))
     for seed, row in rows_of(chains, policy).items():
         returns, of = np.asarray(row["return"], float), np.asarray(row["task"])
-        for each in np.unique(of) if task is None else [task]:
-            low, high = (np.mean([_of_task(r, each) for r in end]) if end else np.nan for end in ends)
-            if not high > low:
-                return {}
-            returns[of == each] = (returns[of == each] - low) / (high - low)
         turns = np.arange(len(of)) % count
         rest = len(of) % count if np.array_equal(of, turns) else 0
-        out[seed] = returns[: len(of) - rest] if task is None else returns[of == task]
+        counted = np.arange(len(of)) < len(of) - rest if task is None else of == task
+        counted &= np.isin(of, list(between))
+        low, high = np.array([between[each] for each in of[counted]]).reshape(-1, 2).T
+        out[seed] = (returns[counted] - low) / (high - low)
     return out
+
+
+def ends(chains: Mapping[str, Any]) -> dict[int, tuple[float, float]]:
+    """{task: mean return of random play and of the expert}, of tasks in which the expert is the better one."""
+    found = {
+        task: [np.mean([_of_task(row, task) for row in rows_of(chains, end).values()] or [np.nan])
+               for end in ENDS]
+        for task in played(chains)
+    }  # fmt: skip
+    return {task: (float(low), float(high)) for task, (low, high) in found.items() if high > low}
+
+
+def played(chains: Mapping[str, Any]) -> list[int]:
+    """The tasks that the starts are of."""
+    return sorted({task for row in rows_of(chains, ENDS[0]).values() for task in row["task"]})
+
+
+def unscored(chains: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
+    """Which tasks are in no normalised score, if there are some."""
+    if lacking := sorted(set(played(chains)) - set(ends(chains))):
+        named = ", ".join(names[task] if task < len(names) else str(task) for task in lacking)
+        yield (
+            f"**Not normalised**: in {named} the expert drove no start, or no better than random; what was "
+            "done there is in no score.\n"
+        )
 
 
 def _of_task(row: Mapping[str, Any], task: int) -> float:
@@ -242,7 +263,8 @@ def page(out: Path, worlds: tuple[str, ...], size: Size, done: Done) -> tuple[st
         parts += policies(f"## {world}", chains, () if size.is_equal else UNEQUAL, size.seeds)
         reference = whole.read_json(out / "reference" / world / "eval.json", dict)
         parts += doubts(chains)
-        parts += tasks(world, chains, reference.get("task_names", []), size.seeds)
+        names = reference.get("task_names", [])
+        parts += [*unscored(chains, names), *tasks(world, chains, names, size.seeds)]
         parts += robustness(world, chains, size.seeds)
         parts += films(out, world, sorted(chains), out / "page", "page")
     parts += [*failed_gates(results), *costs(results)]

@@ -229,6 +229,21 @@ def test_an_expert_that_is_no_better_than_random_normalises_nothing(out: Path) -
     path = write(out)
     assert path is not None
     assert "Normalised scores" not in path.read_text()
+    assert f"**Not normalised**: in {', '.join(TASKS)} the expert drove no start" in path.read_text()
+
+
+def test_a_task_without_an_expert_costs_the_others_nothing(out: Path) -> None:
+    """One task in which the expert was no better than random took the scores of the whole world."""
+    ends = {"random": row(5.0, 9), "expert": row(45.0, 9, 8)}
+    expert = ends["expert"]
+    expert["return"] = [r if t else 0.0 for r, t in zip(expert["return"], expert["task"], strict=True)]
+    put(out / "reference" / "push" / "eval.json", {"policies": ends, "task_names": TASKS, "seeds": STARTS})
+    text = write(out).read_text()
+    assert f"**Not normalised**: in {TASKS[0]} the expert drove no start" in text
+    chains = chains_of(out)
+    assert bench_page.normalised(chains, 0) == {}
+    assert bench_page.normalised(chains)["expert"][0] == pytest.approx(1.0, abs=1e-9)
+    assert bench_page.normalised(chains)["wm_bc"] == bench_page.normalised(chains, 1)["wm_bc"]
 
 
 def test_a_planner_with_another_mix_of_tasks_is_scored_between_the_ends_of_each(out: Path) -> None:

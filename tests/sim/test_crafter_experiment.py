@@ -238,12 +238,21 @@ def test_results_on_other_starts_are_not_on_the_page(tmp_path: Path) -> None:
     assert write(replace(ARGS, out=tmp_path, eval_episodes=4)) is not None
 
 
+def test_what_nobody_is_asked_for_is_no_step(tmp_path: Path) -> None:
+    """Random play had 1.32 of the way to the diamond, of which 1.02 were cows, water and sleep."""
+    write_run(tmp_path, 0, {"wm_bc": [1, 12]})
+    row = json.loads((tmp_path / "seed-0/run/milestones.json").read_text())["policies"]["wm_bc"]
+    assert page.steps(row).tolist() == [1, 10]
+    row["first"] = [[None] * 10 + [3, 4, 5]]
+    assert page.steps(row).tolist() == [0]
+
+
 def test_chains_of_other_settings_are_not_on_the_page(tmp_path: Path) -> None:
     """`--scale 2 --redo --only seed-0` wrote "training x 2" over all three seeds."""
     args = replace(ARGS, out=tmp_path, eval_episodes=4, seeds=2)
     for seed in range(2):
         write_run(tmp_path, seed, {"wm_bc": [1, 3, 3, 1]})
-    assert "| WM+BC | 2.00 [0.16, 3.84] | 100 | 100.0 | 4 + 4 |" in write(args).read_text()
+    assert "| WM+BC | 2.00 [0.16, 3.84] | 2.00 [0.16, 3.84] | 100 | 100.0 | 4 + 4 |" in write(args).read_text()
     other = replace(args, scale=2.0)
     known = experiment.own_keys(other)
     entries = json.loads((tmp_path / "stages.json").read_text())
@@ -251,7 +260,7 @@ def test_chains_of_other_settings_are_not_on_the_page(tmp_path: Path) -> None:
     (tmp_path / "stages.json").write_text(json.dumps(entries))
     text = page.write_page(tmp_path, other, known).read_text()
     assert "**Not complete**: milestones of 1 of 2 seeds are missing" in text
-    assert "| WM+BC | 2.00 [0.16, 3.84] | 100 | 100.0 | 4 |" in text
+    assert "| WM+BC | 2.00 [0.16, 3.84] | 2.00 [0.16, 3.84] | 100 | 100.0 | 4 |" in text
 
 
 def rows(*reached: list[int]) -> dict[str, dict]:

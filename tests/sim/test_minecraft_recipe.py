@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import minecraft_files
@@ -253,6 +254,25 @@ def test_recordings_that_nobody_wants_can_be_left_out(tmp_path) -> None:
     assert not any("--skip" in words for words in recipe.plan(plain(tmp_path), here)[0].commands)
     stages = {s.name: s for s in recipe.plan(plain(tmp_path, skip=tmp_path / "bad.txt"), here)}
     assert stages["ingest"].commands[0][-2:] == ("--skip", str(tmp_path / "bad.txt"))
+
+
+def test_what_files_say_counts_and_not_where_they_are(tmp_path, monkeypatch) -> None:
+    """An edited list or contract changed nothing, and the same command from elsewhere began again."""
+    skip, contract = tmp_path / "bad.txt", tmp_path / "game.yaml"
+    skip.write_text("one\n")
+    contract.write_text(EXAMPLE.read_text())
+    told = plain(tmp_path, skip=skip, contract=contract)
+    before = recipe._keys(told)
+    monkeypatch.chdir(tmp_path)
+    assert recipe._keys(replace(told, skip=Path("bad.txt"), contract=Path("game.yaml"))) == before
+    skip.write_text("one\ntwo\n")
+    assert recipe._keys(told)["ingest"] != before["ingest"]
+    skip.write_text("one\n")
+    spec = Contract.load(EXAMPLE).to_dict()
+    spec["observations"][0]["size"] = [72, 128]
+    contract.write_text(Contract.from_dict(spec).to_yaml())
+    changed = recipe._keys(told)
+    assert changed["ingest"] != before["ingest"] and changed["agent"] != before["agent"]
 
 
 def test_what_comes_next_is_the_game_of_the_recordings(tmp_path) -> None:

@@ -58,6 +58,11 @@ def reached(row: Mapping[str, Any], milestone: int) -> np.ndarray:
     return np.array([float(first[milestone] is not None) for first in row["first"]])
 
 
+def steps(row: Mapping[str, Any]) -> np.ndarray:
+    """How many of the steps to the diamond an episode reaches."""
+    return np.sum([reached(row, MILESTONES.index(step)) for step in CHAIN], 0)
+
+
 def success(chains: Mapping[str, Any], policy: str, milestone: int) -> Interval | None:
     """Per cent of the episodes that reach a milestone: the widest of the interval over seeds and episodes, a
     Wilson interval of the starts, and the t interval over seeds.
@@ -168,9 +173,14 @@ def milestones(chains: Mapping[str, Any]) -> Iterator[str]:
     )
     yield from achievements(chains, shown)
     yield "## Whole episodes\n"
-    yield "[the wider of two 95 % intervals: over seeds and episodes, and the t interval over seeds]\n"
+    yield (
+        "[the wider of two 95 % intervals: over seeds and episodes, and the t interval over seeds]. The "
+        f"{len(MILESTONES)} milestones are the {len(CHAIN)} steps to the diamond and three that nobody is "
+        "asked for, which random play reaches as well.\n"
+    )
     yield table(
-        ["policy", "milestones per episode", "ticks", "deaths, per cent", "episodes"],
+        ["policy", f"steps, of {len(CHAIN)}", f"milestones, of {len(MILESTONES)}", "ticks",
+         "deaths, per cent", "episodes"],
         [[COLUMNS[p], *_whole(list(rows_of(chains, p).values()))] for p in shown],
     )
 
@@ -230,6 +240,7 @@ def _percent(value: Interval | None) -> str:
 
 def _whole(rows: list[Mapping[str, Any]]) -> list[str]:
     return [
+        spread(_over_seeds([steps(row) for row in rows])),
         spread(_over_seeds([row["return"] for row in rows])),
         f"{np.mean([t for row in rows for t in row['ticks']]):.0f}",
         f"{100 * np.mean([f for row in rows for f in row['fallen']]):.1f}",
@@ -248,7 +259,17 @@ def differences(chains: Mapping[str, Any]) -> Iterator[str]:
         "seeds, and what so many starts leave possible where none of them makes a difference].\n"
     )
     rows = [[m, *(_gain(gain(chains, *pair, MILESTONES.index(m))) for pair in pairs)] for m in CHAIN]
-    yield table(["milestone", *(f"{COLUMNS[a]} - {COLUMNS[b]}" for a, b in pairs)], rows)
+    heads = [f"{COLUMNS[a]} - {COLUMNS[b]}" for a, b in pairs]
+    yield table(["milestone", *heads], rows)
+    yield f"### Paired differences, steps of {len(CHAIN)}\n"
+    yield "[the wider of two 95 % intervals: over seeds and episodes, and the t interval over seeds]\n"
+    yield table(heads, [[_more_steps(chains, *pair) for pair in pairs]])
+
+
+def _more_steps(chains: Mapping[str, Any], a: str, b: str) -> str:
+    first, second = rows_of(chains, a), rows_of(chains, b)
+    gains = [steps(first[s]) - steps(second[s]) for s in first if s in second]
+    return spread(_over_seeds(gains), sign=True) if gains else "-"
 
 
 def _gain(found: Interval | None) -> str:

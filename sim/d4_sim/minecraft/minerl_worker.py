@@ -30,7 +30,7 @@ sys.path[:] = [path for path in map(os.path.abspath, sys.path) if path != _HERE]
 
 import numpy as np  # noqa: E402
 
-ENV = "MineRLHumanSurvival-v0"  # everything a person sees and may do, and no end but death
+ENV = "MineRLHumanSurvival-v0"  # what a person sees and may do; it does not end, the dead begin again
 KEYS = (
     "attack", "use", "forward", "back", "left", "right", "jump", "sneak", "sprint", "drop", "swapHands",
     "pickItem", "inventory", "ESC", *(f"hotbar.{slot}" for slot in range(1, 10)),

@@ -24,6 +24,7 @@ from d4_core.memory import costs, require_memory
 from d4_datasets import contractor
 from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
+from d4_datasets.ingest import read_names
 from d4_datasets.windows import cache_bytes
 from d4_sim.minecraft import replay
 from d4_sim.minecraft.keys import require_keyboard_and_mouse
@@ -272,12 +273,13 @@ def _days(seconds: float) -> str:
 # ---- the steps ----
 
 
-def plan(recipe: Recipe, here: Stock, recordings: str = "") -> list[Stage]:
+def plan(recipe: Recipe, here: Stock, given: str = "") -> list[Stage]:
     """The stages in their order.
 
     Args:
         here: what is there, for the size of an hour.
-        recordings: names and sizes of the recordings, see `listing`; what is made of others is made again.
+        given: what the files are that the dataset is made of, see `content`; what is made of others is made
+            again.
     """
     out, dataset = recipe.out, recipe.out / "dataset"
     stages = []
@@ -294,7 +296,7 @@ def plan(recipe: Recipe, here: Stock, recordings: str = "") -> list[Stage]:
         skip=recipe.skip or False,
     )  # fmt: skip
     stages.append(
-        Stage("ingest", "make the dataset", (ingest,), needs, (), 3600, gated=False, recipe=recordings)
+        Stage("ingest", "make the dataset", (ingest,), needs, (), 3600, gated=False, recipe=given)
     )
     audit = command("d4-audit", dataset, json=out / "audit.json")
     stages.append(Stage("audit", "look through the dataset", (audit,), ("ingest",), (), 600))
@@ -328,6 +330,12 @@ def listing(folder: Path) -> str:
         if not path.name.startswith(".") and path.is_file()
     )
     return json.dumps(found)
+
+
+def content(recipe: Recipe) -> str:
+    """What a dataset is made of: the recordings, what the contract says, and the list of those to leave out."""
+    left_out = sorted(read_names(recipe.skip)) if recipe.skip else []
+    return json.dumps([listing(recipe.recordings), Contract.load(recipe.contract).hash, left_out])
 
 
 def run(recipe: Recipe, here: Stock, say: Callable[[str], None]) -> int:
@@ -381,9 +389,10 @@ def _work(
 def _keys(recipe: Recipe) -> dict[str, str]:
     """Keys of the stages as they are now, the same wherever and however fast they are run."""
     placeless = replace(
-        recipe, out=Path("out"), recordings=Path("recordings"), jobs=1, gpus=min(1, recipe.gpus)
-    )
-    return keys(plan(placeless, Stock(0, 0.0, 0), listing(recipe.recordings)))
+        recipe, out=Path("out"), recordings=Path("recordings"), contract=Path("contract"),
+        skip=recipe.skip and Path("skip"), jobs=1, gpus=min(1, recipe.gpus),
+    )  # fmt: skip
+    return keys(plan(placeless, Stock(0, 0.0, 0), content(recipe)))
 
 
 def _commands(commands: Sequence[Command], env: dict[str, str], say: Callable[[str], None]) -> int:
