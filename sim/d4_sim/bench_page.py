@@ -115,7 +115,7 @@ def scores(chains: Mapping[str, Any], policy: str, task: int | None = None) -> d
 
 
 def ends(chains: Mapping[str, Any]) -> dict[int, tuple[float, float]]:
-    """{task: mean return of random play and of the expert}, of tasks in which the expert is the better one."""
+    """{task: mean return of random play and of the expert}, of tasks in which the expert is better."""
     found = {
         task: [np.mean([_of_task(row, task) for row in rows_of(chains, end).values()] or [np.nan])
                for end in ENDS]

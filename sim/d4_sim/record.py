@@ -23,7 +23,8 @@ from d4_datasets.fields import write
 from d4_datasets.locks import held
 from d4_sim.driver import Episode, drive, end_pool, episode_seed, worker_pool
 from d4_sim.mujoco_world import MujocoWorld
-from d4_sim.world import make_world, write_contract
+from d4_sim.suite.disturb import file_name
+from d4_sim.world import make_world, world_class, write_contract
 
 EPISODES_PER_BAG = 25
 DROPPED_FRAMES = 0.01
@@ -76,14 +77,14 @@ class Session:
 
 def plan_sessions(args: Args) -> list[Session]:
     """The bags of a recording; which of them keep the commands is drawn from the seed."""
-    count = -(-args.episodes // EPISODES_PER_BAG)
+    count, name = -(-args.episodes // EPISODES_PER_BAG), file_name(args.world)
     keep = round(args.labelled * count)
     if args.labelled > 0:
         keep = max(keep, 1)
     labelled = set(np.random.default_rng([args.seed, 3]).permutation(count)[:keep].tolist())
     return [
         Session(
-            path=args.out / f"{args.world}-{i:04d}",
+            path=args.out / f"{name}-{i:04d}",
             world=args.world,
             seed=args.seed,
             index=i,
@@ -191,7 +192,7 @@ def record_session(session: Session) -> int:
     log = SessionLog(contract, session.labelled, np.random.default_rng([session.seed, session.index, 2]))
     start_ns = _EPOCH_NS + session.index * _SESSION_NS
     custom = {"world": session.world, "seed": str(session.seed), "first_episode": str(session.first)}
-    if isinstance(world, MujocoWorld):  # other versions draw other pictures
+    if issubclass(world_class(session.world), MujocoWorld):  # other versions draw other pictures
         custom["mujoco"] = version("mujoco")
     frames = 0
     with BagWriter(session.path, custom) as bag:

@@ -23,6 +23,7 @@ OPTIONS = ("trouble", "at", "once", "children", "begins_with", "begins_in", "die
 
 class Fake:
     realtime = False
+    version = "Fake 1.0"
 
     def __init__(
         self, trouble="", at="0", once="", children="", begins_with="", begins_in="", dies_at="", late="0"

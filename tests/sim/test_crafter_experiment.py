@@ -252,7 +252,8 @@ def test_chains_of_other_settings_are_not_on_the_page(tmp_path: Path) -> None:
     args = replace(ARGS, out=tmp_path, eval_episodes=4, seeds=2)
     for seed in range(2):
         write_run(tmp_path, seed, {"wm_bc": [1, 3, 3, 1]})
-    assert "| WM+BC | 2.00 [0.16, 3.84] | 2.00 [0.16, 3.84] | 100 | 100.0 | 4 + 4 |" in write(args).read_text()
+    twice = "2.00 [0.16, 3.84] | 2.00 [0.16, 3.84]"
+    assert f"| WM+BC | {twice} | 100 | 100.0 | 4 + 4 |" in write(args).read_text()
     other = replace(args, scale=2.0)
     known = experiment.own_keys(other)
     entries = json.loads((tmp_path / "stages.json").read_text())
@@ -260,7 +261,7 @@ def test_chains_of_other_settings_are_not_on_the_page(tmp_path: Path) -> None:
     (tmp_path / "stages.json").write_text(json.dumps(entries))
     text = page.write_page(tmp_path, other, known).read_text()
     assert "**Not complete**: milestones of 1 of 2 seeds are missing" in text
-    assert "| WM+BC | 2.00 [0.16, 3.84] | 2.00 [0.16, 3.84] | 100 | 100.0 | 4 |" in text
+    assert f"| WM+BC | {twice} | 100 | 100.0 | 4 |" in text
 
 
 def rows(*reached: list[int]) -> dict[str, dict]:

@@ -13,8 +13,9 @@ import minecraft_files
 import numpy as np
 import pytest
 
+from d4_datasets.contract import Contract
 from d4_datasets.errors import UserError
-from d4_sim.minecraft import check, cli, game, wire
+from d4_sim.minecraft import check, cli, game, policies, wire
 from d4_sim.minecraft.environment import Seen
 from d4_sim.minecraft.episode import Episode, write_events
 from d4_sim.minecraft.replay import climb, read_recorded
@@ -22,6 +23,7 @@ from d4_sim.minecraft.tasks import LADDER
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "minecraft.yaml"
+CRAFTER = ROOT / "sim" / "d4_sim" / "crafter" / "crafter.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -363,7 +365,8 @@ def test_a_program_that_hangs_is_not_there(monkeypatch) -> None:
             "takes no option 'fast'; it takes python, env",
         ),
         (["random", "--contract", EXAMPLE, "--python", "/nowhere/python"], "/nowhere/python is no program"),
-        (["random"], "a random policy needs --contract"),
+        (["random", "--engine", "minerl"], "a random policy needs --contract"),
+        (["random", "--env", "MineRLOther-v0"], "a random policy needs --contract"),
         (["random", "--engine", "crafter", "--keep", "x"], "--keep records games of keyboard and mouse"),
         (["/nowhere"], "/nowhere does not exist"),
         (["/nowhere", "--contract", EXAMPLE], "--contract is for `random`"),
@@ -376,6 +379,18 @@ def test_mistakes_of_benchmark(tmp_path, monkeypatch, command, words, sentence) 
     monkeypatch.chdir(tmp_path)
     assert sentence in refused(command("benchmark", *words))
     assert list(tmp_path.iterdir()) == []  # nothing half-done
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "contract", "name"),
+    [("random", None, "crafter"), ("random", EXAMPLE, "minerl"), ("run", EXAMPLE, "minerl"),
+     ("run", CRAFTER, "crafter")],
+)  # fmt: skip
+def test_the_game_is_that_of_what_a_policy_acts_by(monkeypatch, checkpoint, contract, name) -> None:
+    """On a machine without Minecraft every command asked for it unless another game was named."""
+    given = contract and Contract.load(contract)
+    monkeypatch.setattr(policies, "contract_of", lambda what: given)
+    assert cli._game_for(cli.Benchmark(checkpoint=checkpoint), given) == name
 
 
 def test_a_missing_game_is_one_sentence(tmp_path, command) -> None:

@@ -325,6 +325,28 @@ def test_a_script_lies_where_one_is(tmp_path, monkeypatch) -> None:
             make_player(other, fake_game.ENGINE, 1).begin(0)
 
 
+@pytest.mark.parametrize(
+    ("action", "sentence"),
+    [
+        ({"foward": 1}, "the script presses 'foward'; keys are attack, use"),
+        ({"hotbar_1": 1}, "the script presses 'hotbar_1'"),
+        ({"camera": [1, 2, 3]}, "camera is not pitch and yaw from -180 to 180 degrees"),
+        ({"camera": [400, 0]}, "camera is not pitch and yaw"),
+        ({"camera": [float("nan"), 0]}, "camera is not pitch and yaw"),
+        ([0] * 25, "the script acts with list, not with a dictionary"),
+    ],
+)
+def test_what_a_script_does_is_an_action(tmp_path, action, sentence) -> None:
+    """A misspelt key was one that nobody pressed, and a turn of 400 degrees was read back as 180."""
+
+    class Odd(fake_game.Scripted):
+        def act(self, view):
+            return action
+
+    with pytest.raises(UserError, match=sentence):
+        play(fake_game.ENGINE, {}, Script(Odd), settings(tmp_path))
+
+
 def test_players_that_are_not_there(tmp_path, monkeypatch) -> None:
     with pytest.raises(UserError, match="has no scripted player"):
         make_player("scripted", game.engine("minerl"), 1)

@@ -88,6 +88,7 @@ class _Line:
 
 class _Host:
     realtime = False
+    version = ""
     env = SimpleNamespace(observation_space=SimpleNamespace(spaces={}))
 
     def reset(self, seed: int):

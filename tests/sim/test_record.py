@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,7 @@ from d4_datasets.windows import Windows
 from d4_sim import record as record_module
 from d4_sim.driver import drive, episode_seed, simulate
 from d4_sim.record import Args, plan_sessions, record
+from d4_sim.suite.disturb import MEASURED
 from d4_sim.world import make_world
 
 TOPICS = {
@@ -240,6 +242,20 @@ def test_finished_bags_are_kept(recording: Path, monkeypatch: pytest.MonkeyPatch
     del kept[gone]
     assert all((bag / "metadata.yaml").stat().st_mtime_ns == stamp for bag, stamp in kept.items())
     assert not list(recording.glob(".tmp-*"))
+
+
+def test_bags_of_a_disturbed_world_are_named_and_marked_as_others_are(tmp_path: Path) -> None:
+    """They said no version of MuJoCo, and those under a latency report lay in folders named by its path."""
+    report = "docs/results/robot/latency-20hz.json"
+    (tmp_path / report).parent.mkdir(parents=True)
+    (tmp_path / report).write_bytes(MEASURED.read_bytes())
+    (session,) = plan_sessions(Args(out=tmp_path, world=f"yard+latency={tmp_path / report}", episodes=1))
+    assert session.path.parent == tmp_path
+    record_module.record_session(replace(session, world="yard+noise=0.1"))
+    (bag,) = find_bags(tmp_path)
+    about = yaml.safe_load((bag / "metadata.yaml").read_text())["rosbag2_bagfile_information"]
+    assert about["custom_data"]["mujoco"] == version("mujoco")
+    assert about["custom_data"]["world"] == "yard+noise=0.1"
 
 
 def test_other_settings_are_refused(recording: Path) -> None:

@@ -179,8 +179,14 @@ def milestones(chains: Mapping[str, Any]) -> Iterator[str]:
         "asked for, which random play reaches as well.\n"
     )
     yield table(
-        ["policy", f"steps, of {len(CHAIN)}", f"milestones, of {len(MILESTONES)}", "ticks",
-         "deaths, per cent", "episodes"],
+        [
+            "policy",
+            f"steps, of {len(CHAIN)}",
+            f"milestones, of {len(MILESTONES)}",
+            "ticks",
+            "deaths, per cent",
+            "episodes",
+        ],
         [[COLUMNS[p], *_whole(list(rows_of(chains, p).values()))] for p in shown],
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,11 @@ class Crafter:
     def contract(self) -> Contract:
         """The robot contract of this world."""
         return Contract.load(self.contract_path())
+
+    @property
+    def version(self) -> str:
+        """The game's package."""
+        return f"Crafter {importlib.metadata.version('crafter')}"
 
     @property
     def probes(self) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from d4_datasets.minecraft import TASKS
 from d4_sim.luanti import names
 from d4_sim.luanti.channel import Channel, Order, State
 from d4_sim.luanti.hands import Deed, Hands, Press
-from d4_sim.luanti.house import House, Look
+from d4_sim.luanti.house import House, Look, find_program, version
 from d4_sim.luanti.mouse import Mouse
 from d4_sim.luanti.screen import Screen
 from d4_sim.minecraft.game import PERIOD_S, Engine, GameTrouble, Rung, View
@@ -145,6 +145,11 @@ class Luanti:
             raise
 
     # ---- the interface ----
+
+    @property
+    def version(self) -> str:
+        """Of the game's program."""
+        return version(find_program())
 
     def reset(self, seed: int) -> View:
         """An episode: another place, or another tree, and nothing in the inventory."""

@@ -38,6 +38,18 @@ def find_program() -> str:
     raise UserError(f"Luanti is not installed: {_INSTALL}")
 
 
+def version(program: str) -> str:
+    """What a program says of itself, such as `Minetest 5.6.1 (Linux)`; empty if it says nothing."""
+    try:
+        said = subprocess.run(
+            [program, "--version"], capture_output=True, text=True, timeout=_ASK_S, check=False,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
+        return ""
+    return next(iter(said.stdout.splitlines()), "")
+
+
 def require_game(program: str) -> None:
     """Check that the program brings Minetest Game, which newer ones do not.
 

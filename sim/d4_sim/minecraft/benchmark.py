@@ -29,7 +29,7 @@ from d4_sim.minecraft.game import MOST_LATE, Engine, Rung
 from d4_sim.minecraft.keys import require_keyboard_and_mouse, to_action
 from d4_sim.minecraft.policies import Policy
 from d4_sim.minecraft.recorder import Recorder, remove_orphans, remove_parts
-from d4_sim.minecraft.results import Results
+from d4_sim.minecraft.results import Results, versions
 from d4_sim.minecraft.tasks import is_told
 
 REPEATS = 2
@@ -90,7 +90,7 @@ class Benchmark:
         require_ready(plan, policy)
         self._crashes: dict[int, int] = {}
         self._closing: list[threading.Thread] = []
-        self._is_alone = True
+        self._is_alone, self._has_compared = True, False
         self._has_begun = any(each.get("ticks", 0) > 0 for each in results.episodes())
         self._has_acted = False  # today: what worked before may be gone from this machine
         self._false_starts: list[int] = []  # episodes that did not begin, since the last one that did
@@ -151,6 +151,13 @@ class Benchmark:
                 except Lost as lost:
                     self._lose(place, lost)
 
+    def _compare(self, version: str) -> None:
+        """Say it, once, if what is to be added to was played in another version of the game."""
+        odd = versions(self.results.episodes()).keys() - {version}
+        if version and odd and not self._has_compared:
+            self.tell(f"warning: played in {', '.join(sorted(odd))} so far, and this is {version}")
+        self._has_compared = True
+
     @contextmanager
     def _on_the_way(self) -> Iterator[None]:
         """For the user is what never worked; what fails later is another environment that was lost."""
@@ -169,6 +176,7 @@ class Benchmark:
             require_empty(self.plan.engine, seen)
         if seen is None:  # the word that it is ready
             require_told(self.plan, environment)
+            self._compare(environment.version)
             self._begin(place)
             return
         assert place.todo is not None
@@ -237,11 +245,12 @@ class Benchmark:
             place.recorder = None
         write_events(self.results.out / "events" / f"{episode.number:06d}.jsonl", self.plan.engine, episode)
         seconds = time.monotonic() - place.began
+        version = place.environment.version if place.environment else ""
         self.results.add(
             episode.result()
             | {"crashes": self._crashes.get(episode.number, 0), "cut": cut, "seconds": round(seconds, 2)}
             | {"policy_ms": _spread(place.policy_ms), "late_ms": _spread(episode.late_ms)}
-            | {"action_ms": _spread(episode.action_ms), "missed": episode.missed}
+            | {"action_ms": _spread(episode.action_ms), "missed": episode.missed, "version": version}
         )
         self._finished += 1
         rate = (time.monotonic() - self._since) / self._finished

@@ -151,8 +151,7 @@ def luanti() -> Found:
         house.require_game(program)
     except UserError as error:
         return Found("Luanti", "-", str(error))
-    first = ask(program, "--version").splitlines()
-    return Found("Luanti", first[0] if first else program)
+    return Found("Luanti", house.version(program) or program)
 
 
 def xvfb() -> Found:

@@ -63,8 +63,9 @@ class Benchmark:
 
     checkpoint: Annotated[str, tyro.conf.Positional]
     """Run folder of d4-train, one of its phases, or `random`."""
-    engine: EngineName = "minerl"
-    """The game. Only minerl is Minecraft; others are reported under their own names."""
+    engine: EngineName | None = None
+    """The game. Only minerl is Minecraft; others are reported under their own names. Without it that is
+    minerl for whoever acts with keyboard and mouse, and crafter for everybody else."""
     episodes: int = 100
     """Episodes in all; the paper has 1000."""
     out: Path | None = None
@@ -103,17 +104,19 @@ class Benchmark:
         from d4_sim.stages import handled_by
 
         _at_least(self, episodes=1, jobs=1, seed=0, repeats=0)
-        game, part = engine(self.engine), _part(self.part)
+        part = _part(self.part)
         threads.configure()
         if self.jobs > 1 and any(text.startswith("display=") for text in self.set):
             raise UserError("--set display= gives all games the same display: leave it out, or --jobs 1")
+        if self.contract and self.checkpoint != "random":
+            raise UserError("--contract is for `random`; a trained policy acts by its own")
+        given = Contract.load(self.contract) if self.contract else None
+        game = engine(self.engine or _game_for(self, given))
         if self.keep is not None and game.kind != "game":
             raise UserError(
                 f"--keep records games of keyboard and mouse; for {game.title} there is d4-record"
             )
-        if self.contract and self.checkpoint != "random":
-            raise UserError("--contract is for `random`; a trained policy acts by its own")
-        contract = Contract.load(self.contract) if self.contract else _of_world(game)
+        contract = given or _of_world(game)
         policy = load_policy(self.checkpoint, self.jobs, _device(self.device, part), contract)
         rungs = (Rung(self.prompt, None),) if self.prompt else game.ladder
         minutes = game.minutes if self.minutes is None else self.minutes
@@ -125,7 +128,7 @@ class Benchmark:
         _require_game(game, self.python)
         about = _about(plan, policy.identity, policy.contract, self.prompt)
         name = policy.identity.replace(" ", "-")
-        out = self.out or Path("runs/benchmark") / f"{self.engine}-{name}"
+        out = self.out or Path("runs/benchmark") / f"{game.name}-{name}"
         results = Results(out, about, part)
         done = {int(result["episode"]) for result in results.episodes() if not never_began(result)}
         todo = [n for n in range(self.episodes) if n not in done and n % part[1] == part[0]]
@@ -416,6 +419,21 @@ def _require_game(game: Engine, python: str | None) -> None:
         from d4_sim.minecraft.check import require_minerl
 
         require_minerl(python or "")
+
+
+def _game_for(args: Benchmark, given: Contract | None) -> EngineName:
+    """The game that is played with what a policy acts by; Crafter with nothing said."""
+    from d4_sim.minecraft.keys import require_keyboard_and_mouse
+    from d4_sim.minecraft.policies import RANDOM, contract_of
+
+    contract = given if args.checkpoint == RANDOM else contract_of(args.checkpoint)
+    if contract is None:
+        return "minerl" if args.python or args.env else "crafter"
+    try:
+        require_keyboard_and_mouse(contract, contract.name)
+    except UserError:
+        return "crafter"
+    return "minerl"
 
 
 def _of_world(game: Engine) -> Contract | None:

@@ -64,6 +64,7 @@ class Environment:
 
     Attributes:
         realtime: whether the game goes on between two steps; known once it is ready, as what follows.
+        version: what plays, with its version; empty if it does not say.
         tells: the families of counters that it has ("mine_block", ...), and "inventory"; None if it does not
             say, and then it has what its tasks need.
         most_ticks: after which it ends every episode, None if it does not.
@@ -71,7 +72,7 @@ class Environment:
 
     def __init__(self, engine: Engine, options: Mapping[str, Any], log: Path) -> None:
         self.engine, self.log = engine, log
-        self.realtime = False
+        self.realtime, self.version = False, ""
         self.tells: frozenset[str] | None = None
         self.most_ticks: int | None = None
         mine, its = socket.socketpair()
@@ -145,7 +146,7 @@ class Environment:
                 raise UserError(text)
             raise Lost(text.rstrip("."))
         if kind == wire.HELLO:
-            self.realtime = bool(said.get("realtime"))
+            self.realtime, self.version = bool(said.get("realtime")), str(said.get("version", ""))
             self.tells = frozenset(said["tells"]) if "tells" in said else None
             self.most_ticks = said.get("most_ticks")
             return None

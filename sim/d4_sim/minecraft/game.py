@@ -86,9 +86,13 @@ class Game(Protocol):
     Whoever opens a game closes it. Each method has to return or fail within a bounded time of its own; a
     failure that the user can put right is a `UserError` of one sentence, others are best a `GameTrouble`. The
     caller has a watchdog, too: it kills the process and everything that it started.
+
+    Attributes:
+        version: what plays, with its version (`Minetest 5.6.1`); games of two versions are not the same.
     """
 
     realtime: bool
+    version: str
 
     def reset(self, seed: int) -> View:
         """Begin an episode in the world that belongs to `seed`: nothing in the inventory, full health."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -104,7 +105,12 @@ def hello(env: Any) -> dict[str, Any]:
         tells.append("custom")  # as recordings call them
     spec = getattr(env, "spec", None)
     most = getattr(spec, "max_episode_steps", None)
-    return {"realtime": False, "tells": tells, "most_ticks": None if most is None else int(most)}
+    try:
+        version = f"MineRL {importlib.metadata.version('minerl')}"
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    most = None if most is None else int(most)
+    return {"realtime": False, "version": version, "tells": tells, "most_ticks": most}
 
 
 def own_folder() -> str:

@@ -120,6 +120,13 @@ def load_policy(
     return Policy(own, f"the checkpoint {folder}", f"{phase}{part} {weights_hash(folder)}", sessions)
 
 
+def contract_of(what: str) -> Contract:
+    """What a checkpoint or run folder acts by. Raises UserError if there is none that acts."""
+    from d4_core import checkpoint
+
+    return Contract.load(checkpoint.resolve(_acting(Path(what))) / "contract.yaml")
+
+
 def _acting(path: Path) -> Path:
     """The checkpoint folder of a path: itself, or the last phase of a run that acts and is done."""
     from d4_core import checkpoint

@@ -295,9 +295,7 @@ def plan(recipe: Recipe, here: Stock, given: str = "") -> list[Stage]:
         "d4-ingest", recipe.recordings, contract=recipe.contract, out=dataset, jobs=recipe.jobs,
         skip=recipe.skip or False,
     )  # fmt: skip
-    stages.append(
-        Stage("ingest", "make the dataset", (ingest,), needs, (), 3600, gated=False, recipe=given)
-    )
+    stages.append(Stage("ingest", "make the dataset", (ingest,), needs, (), 3600, gated=False, recipe=given))
     audit = command("d4-audit", dataset, json=out / "audit.json")
     stages.append(Stage("audit", "look through the dataset", (audit,), ("ingest",), (), 600))
     before = "ingest"
@@ -333,7 +331,7 @@ def listing(folder: Path) -> str:
 
 
 def content(recipe: Recipe) -> str:
-    """What a dataset is made of: the recordings, what the contract says, and the list of those to leave out."""
+    """What a dataset is made of: the recordings, the contract, and the list of those to leave out."""
     left_out = sorted(read_names(recipe.skip)) if recipe.skip else []
     return json.dumps([listing(recipe.recordings), Contract.load(recipe.contract).hash, left_out])
 

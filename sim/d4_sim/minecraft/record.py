@@ -85,13 +85,26 @@ class Script:
             raise UserError("--player: calling it with a seed must return something with a method act(view)")
 
     def act(self, seen: Seen) -> np.ndarray | None:
-        """What the script does."""
+        """What the script does. Raises UserError if that is no action."""
         assert self._script is not None
         action = self._script.act(as_view(seen))
-        return None if action is None else minecraft.from_env(action)
+        return None if action is None else _checked(action)
 
     def close(self) -> None:
         """Nothing to do."""
+
+
+def _checked(action: Any) -> np.ndarray:
+    """A script's dictionary as an action [25]; a misspelt key would be one that is never pressed."""
+    nothing = minecraft.to_env(np.zeros(minecraft.SIZE))
+    if not isinstance(action, Mapping):
+        raise UserError(f"--player: the script acts with {type(action).__name__}, not with a dictionary")
+    if odd := sorted(map(str, action.keys() - nothing.keys())):
+        raise UserError(f"--player: the script presses {odd[0]!r}; keys are {', '.join(nothing)}")
+    turn = np.asarray(action.get("camera", (0.0, 0.0)), np.float64)
+    if turn.shape != (2,) or not (np.abs(turn) <= 180).all():
+        raise UserError("--player: the script's camera is not pitch and yaw from -180 to 180 degrees")
+    return minecraft.from_env(action)
 
 
 class Again:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -142,6 +143,11 @@ def read_episodes(out: Path) -> list[dict[str, Any]]:
                     f"{path}: line {number} is damaged; delete this line, its episode is played again"
                 ) from None
     return [found[number] for number in sorted(found)]
+
+
+def versions(episodes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """{version of the game: episodes that were played in it}, of those that say it."""
+    return dict(Counter(each["version"] for each in episodes if each.get("version")))
 
 
 def never_began(result: Mapping[str, Any]) -> bool:
@@ -302,6 +308,8 @@ def _protocol(engine: Engine, about: Mapping[str, Any], episodes: Sequence[Mappi
     text = f"Episodes of at most {minutes}, empty inventory, sampled actions, prompts: {about['prompts']}. "
     if given := about.get("options"):
         text += f"Options of the game: {', '.join(f'{name} = {value}' for name, value in given.items())}. "
+    if found := versions(episodes):
+        text += f"Played in {', '.join(_played(*each, of=len(found)) for each in found.items())}. "
     if repeated or counted:
         text += (
             f"Environments hung or died {repeated} times; such an episode was played again from its "
@@ -314,6 +322,10 @@ def _protocol(engine: Engine, about: Mapping[str, Any], episodes: Sequence[Mappi
     if "late_ms" in took and took["late_ms"][2] > 0:
         text += _realtime(took, sum(int(e.get("ticks", 0)) for e in episodes))
     return text.rstrip() + "\n"
+
+
+def _played(version: str, episodes: int, of: int) -> str:
+    return f"{version} ({_many(episodes)})" if of > 1 else version
 
 
 def _realtime(took: Mapping[str, Any], ticks: int) -> str:

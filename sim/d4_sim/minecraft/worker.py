@@ -31,6 +31,7 @@ class _Host(Protocol):
     """What plays behind the wire."""
 
     realtime: bool
+    version: str
 
     def reset(self, seed: int) -> Said: ...
 
@@ -43,7 +44,7 @@ class GameHost:
     """A `Game` behind the wire; actions arrive as float64 [25] of `d4_datasets.minecraft`."""
 
     def __init__(self, game: Game) -> None:
-        self._game, self.realtime = game, game.realtime
+        self._game, self.realtime, self.version = game, game.realtime, game.version
 
     def reset(self, seed: int) -> Said:
         """The first view."""
@@ -64,7 +65,7 @@ class WorldHost:
     realtime = False
 
     def __init__(self, world: World) -> None:
-        self._world = world
+        self._world, self.version = world, getattr(world, "version", "")
 
     def reset(self, seed: int) -> Said:
         """The first observation."""
@@ -105,7 +106,7 @@ def _present(counts: Mapping[str, int] | None) -> dict[str, int] | None:
 
 def serve(line: Wire, host: _Host) -> None:
     """Answer until the benchmark closes or is gone; a game does not end because the benchmark waits."""
-    line.send(wire.HELLO, {"realtime": host.realtime})
+    line.send(wire.HELLO, {"realtime": host.realtime, "version": host.version})
     while True:
         kind, said, data = line.receive()
         if kind == wire.RESET:

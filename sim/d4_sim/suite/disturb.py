@@ -112,6 +112,8 @@ class Disturbance:
             name, is_given, text = part.partition("=")
             if name not in known or not is_given:
                 raise UserError(f"'{part}' is no disturbance: give NAME=VALUE with {', '.join(known)}.")
+            if name in values:
+                raise UserError(f"'{part}': {name} is given twice.")
             values[name] = known[name](name, text)
         return cls(**values)
 
@@ -133,6 +135,8 @@ def _number(most: float, least: float = 0.0, whole: bool = False) -> Any:
 def _latency(name: str, text: str) -> float | Lateness:
     if path := _report(text):
         return Lateness.load(path)
+    if "/" in text:
+        raise UserError(f"{name}={text}: a latency report is a .json file without a + in its path.")
     return float(_number(1000.0)(name, text))
 
 
@@ -266,6 +270,12 @@ def slug(parts: Sequence[str]) -> str:
     named = ((name, _report(text), text) for name, _, text in (part.partition("=") for part in parts))
     short = [f"{name}-{f'{path.stem}-{_hash(path)}' if path else text}" for name, path, text in named]
     return re.sub(r"[^\w.-]+", "-", "-".join(short))
+
+
+def file_name(world: str) -> str:
+    """A world's name for files, whatever disturbs it."""
+    name, *parts = world.split("+")
+    return f"{name}-{slug(parts)}" if parts else name
 
 
 def contents(parts: Sequence[str]) -> str:
