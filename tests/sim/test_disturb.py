@@ -42,7 +42,8 @@ def pictures(name: str, seed: int = 0, ticks: int = 12) -> np.ndarray:
     [
         ("speed=3", "'speed=3' is no disturbance: give NAME=VALUE with latency, jitter, noise"),
         ("noise", "'noise' is no disturbance"),
-        ("latency=/a/b", "latency=/a/b: a latency report is a .json file without a + in its path"),
+        ("latency=/a/b", r"latency=/a/b: a latency report is a \.json file without a \+ in its path"),
+        ("noise=0.1+noise=0.2", "'noise=0.2': noise is given twice"),
         ("noise=loud", "noise=loud: give a number from 0 to 1"),
         ("noise=2", "noise=2: give a number from 0 to 1"),
         ("drop=1", "drop=1: give a number from 0 to 0.95"),
