@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -170,9 +170,13 @@ def ingest(
         entries = {bag: _identity(bag, reader) for bag, reader in readers.items()}
         fresh = [bag for bag in bags if tuple(entries[bag].values()) not in known]
         summary.skipped = len(bags) - len(fresh)
-        summary.warnings += _odd(
-            {name for name, _, _ in known}, {bag: entries[bag]["name"] for bag in fresh}, unwanted
-        )
+        names = {name for name, _, _ in known}
+        _require_absent(unwanted, names)
+        summary.warnings += [
+            f"{bag} is in the dataset already with another size or time; both are kept"
+            for bag in fresh
+            if entries[bag]["name"] in names
+        ]
         work = [
             (bag, *_place(entries[bag], readers[bag], contract, namespace, parts, clip, digest), given)
             for bag in fresh
@@ -191,20 +195,11 @@ def ingest(
     return summary
 
 
-def _odd(known: set[str], fresh: Mapping[Path, str], unwanted: set[str]) -> list[str]:
-    """What is to be said of recordings that are in the dataset already.
-
-    Args: known: their names. fresh: {path: name} of those that are added. unwanted: names to leave out.
-    """
-    changed = [path for path, name in fresh.items() if name in known]
-    kept = [name for name in sorted(known) if {name, Path(name).stem} & unwanted]
-    return [
-        *(f"{path} is in the dataset already with another size or time; both are kept" for path in changed),
-        *(
-            f"{name} is to be left out, but is in the dataset already, where it stays; give another --out"
-            for name in kept
-        ),
-    ]
+def _require_absent(unwanted: set[str], known: set[str]) -> None:
+    """Check that what is to be left out is not in the dataset. Raises UserError if it is."""
+    for name in sorted(known):
+        if {name, Path(name).stem} & unwanted:
+            raise UserError(f"{name} is to be left out and is in the dataset already: give another --out")
 
 
 def _nothing_came(count: int, told: Sequence[str]) -> UserError:

@@ -333,6 +333,8 @@ def test_a_script_lies_where_one_is(tmp_path, monkeypatch) -> None:
         ({"camera": [1, 2, 3]}, "camera is not pitch and yaw from -180 to 180 degrees"),
         ({"camera": [400, 0]}, "camera is not pitch and yaw"),
         ({"camera": [float("nan"), 0]}, "camera is not pitch and yaw"),
+        ({"attack": "yes"}, "what the script does is not in numbers"),
+        ({"camera": [[1], 2]}, "what the script does is not in numbers"),
         ([0] * 25, "the script acts with list, not with a dictionary"),
     ],
 )

@@ -90,8 +90,9 @@ class Benchmark:
         require_ready(plan, policy)
         self._crashes: dict[int, int] = {}
         self._closing: list[threading.Thread] = []
-        self._is_alone, self._has_compared = True, False
-        self._has_begun = any(each.get("ticks", 0) > 0 for each in results.episodes())
+        self._is_alone, there = True, results.episodes()
+        self._has_begun = any(each.get("ticks", 0) > 0 for each in there)
+        self._versions = set(versions(there))  # of the game so far, until it was told that this is another
         self._has_acted = False  # today: what worked before may be gone from this machine
         self._false_starts: list[int] = []  # episodes that did not begin, since the last one that did
 
@@ -153,10 +154,9 @@ class Benchmark:
 
     def _compare(self, version: str) -> None:
         """Say it, once, if what is to be added to was played in another version of the game."""
-        odd = versions(self.results.episodes()).keys() - {version}
-        if version and odd and not self._has_compared:
+        if version and (odd := self._versions - {version}):
             self.tell(f"warning: played in {', '.join(sorted(odd))} so far, and this is {version}")
-        self._has_compared = True
+            self._versions = set()
 
     @contextmanager
     def _on_the_way(self) -> Iterator[None]:

@@ -24,6 +24,7 @@ from d4_sim.minecraft.recorder import Recorder, remove_orphans
 from d4_sim.stages import handled_by
 
 _TELL_S = 10.0
+_NOTHING = minecraft.to_env(np.zeros(minecraft.SIZE))
 _MOST_EMPTY = 3  # episodes in a row that a player ends before it plays
 PERSON, SCRIPTED = "person", "scripted"
 
@@ -96,15 +97,17 @@ class Script:
 
 def _checked(action: Any) -> np.ndarray:
     """A script's dictionary as an action [25]; a misspelt key would be one that is never pressed."""
-    nothing = minecraft.to_env(np.zeros(minecraft.SIZE))
     if not isinstance(action, Mapping):
         raise UserError(f"--player: the script acts with {type(action).__name__}, not with a dictionary")
-    if odd := sorted(map(str, action.keys() - nothing.keys())):
-        raise UserError(f"--player: the script presses {odd[0]!r}; keys are {', '.join(nothing)}")
-    turn = np.asarray(action.get("camera", (0.0, 0.0)), np.float64)
-    if turn.shape != (2,) or not (np.abs(turn) <= 180).all():
+    if odd := sorted(map(str, action.keys() - _NOTHING.keys())):
+        raise UserError(f"--player: the script presses {odd[0]!r}; keys are {', '.join(_NOTHING)}")
+    try:
+        row = minecraft.from_env(action)
+    except (TypeError, ValueError):
+        raise UserError("--player: what the script does is not in numbers") from None
+    if row.shape != (minecraft.SIZE,) or not (np.abs(row[len(minecraft.KEYS) :]) <= 180).all():
         raise UserError("--player: the script's camera is not pitch and yaw from -180 to 180 degrees")
-    return minecraft.from_env(action)
+    return row
 
 
 class Again:
