@@ -239,6 +239,16 @@ def test_a_program_without_the_game(tmp_path) -> None:
         house.require_game(str(tmp_path / "nothing"))
 
 
+def test_a_program_that_prints_no_text_is_a_sentence(tmp_path) -> None:
+    """Bytes that are no UTF-8 came out of the question for its games as a traceback."""
+    program = tmp_path / "luanti"
+    program.write_text("#!/bin/sh\nprintf '\\377\\n'\n")
+    program.chmod(0o755)
+    assert house.version(str(program)) == "\ufffd"
+    with pytest.raises(UserError, match="has no game 'minetest'"):
+        house.require_game(str(program))
+
+
 def test_a_display_that_leaves_traces_is_not_ours(tmp_path, monkeypatch) -> None:
     """A socket in the file system may lead to another machine's desktop, whose mouse is not ours to move."""
     pytest.importorskip("Xlib", reason="python-xlib is not installed (d4[luanti])")

@@ -41,13 +41,9 @@ def find_program() -> str:
 def version(program: str) -> str:
     """What a program says of itself, such as `Minetest 5.6.1 (Linux)`; empty if it says nothing."""
     try:
-        said = subprocess.run(
-            [program, "--version"], capture_output=True, text=True, timeout=_ASK_S, check=False,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
+        return next(iter(_said(program, "--version").stdout.splitlines()), "")
+    except (OSError, subprocess.TimeoutExpired):
         return ""
-    return next(iter(said.stdout.splitlines()), "")
 
 
 def require_game(program: str) -> None:
@@ -57,16 +53,20 @@ def require_game(program: str) -> None:
         UserError: it does not.
     """
     try:
-        said = subprocess.run(
-            [program, "--gameid", "list"], capture_output=True, text=True, timeout=_ASK_S, check=False,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        said = _said(program, "--gameid", "list")
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{program} does not start ({error}): {_INSTALL}") from None
     if GAME not in (said.stdout + said.stderr).split():
         raise UserError(
             f"{program} has no game {GAME!r}: install the package minetest-game, or minetest-data"
         )
+
+
+def _said(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [program, *words], capture_output=True, encoding="utf-8", errors="replace", timeout=_ASK_S,
+        check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
