@@ -391,7 +391,7 @@ def _about(results: Mapping[str, Any], args: Args) -> str:
         f"{scaled(steps, args.scale)}, "
         + ("the operations of a whole chain or more" if equal else "with other compute than a chain has")
         + f"; {args.eval_episodes} shared starts, on which nothing was decided; "
-        f"{clock(sum(results['stages'].values()))} of work so far.\n"
+        f"{clock(sum(results['stages'].values()))} of work in all.\n"
     )
 
 
