@@ -153,8 +153,8 @@ class Args:
     out: Path = Path("runs/bench")
     """Folder for everything; the page is <out>/page.md."""
     preset: PresetName | None = None
-    """Default is that of the first suite. night: two cores, one to two core-hours per world and
-    seed; h200: one large GPU, nothing begins after 24 minutes; toy: does it run?"""
+    """Default is that of the first suite. night: two cores, one to three core-hours per world
+    and seed; h200: one large GPU, nothing begins after 24 minutes; toy: does it run?"""
     seeds: int | None = None
     """Chains per world, instead of the preset's."""
     frames: int | None = None

@@ -98,6 +98,9 @@ def _main() -> None:
     from d4_core.clone import require_run
     from d4_core.report import write_report
 
+    planned = args.episodes if args.planner_episodes is None else args.planner_episodes
+    if min(args.episodes, planned) < 1 or args.seed < 0:
+        raise UserError("--episodes and --planner-episodes must be above 0, and --seed not below")
     require_run(args.run)
     evaluation = Evaluation(args)
     for name in args.policies:

@@ -304,6 +304,17 @@ def test_what_is_no_run_is_left_alone(dataset, monkeypatch, capsys, command) -> 
     assert sorted(dataset.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "words", [["--episodes", "0"], ["--episodes", "-3"], ["--seed", "-1"], ["--planner-episodes", "0"]]
+)
+def test_numbers_of_d4_eval_that_make_no_sense_are_a_sentence(tmp_path, monkeypatch, capsys, words) -> None:
+    """They were three different tracebacks, after minutes of driving."""
+    monkeypatch.setattr(sys, "argv", ["d4-eval", str(tmp_path), "--dataset", str(tmp_path), *words])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "--episodes and --planner-episodes must be above 0" in capsys.readouterr().err
+
+
 def test_a_drive_that_lost_frames_is_one_episode_of_the_data() -> None:
     """Its pieces counted as episodes, with half of the return each and a success in the middle."""
     reward = np.array([[9, 0], [1, 0], [2, 0], [9, 9], [0, 1], [3, 0], [1, 0]], np.float32)

@@ -388,7 +388,7 @@ def _device(name: str, part: tuple[int, int]) -> Any:
 
 def _ticks(game: Engine, minutes: float) -> int:
     if not 0 < minutes <= 10_000:
-        raise UserError("the length of an episode must be above 0 minutes")
+        raise UserError("--minutes must be above 0 and at most 10000")
     ticks = max(1, round(minutes * 60 * game.rate_hz))
     if game.kind == "world" and ticks > (most := round(game.minutes * 60 * game.rate_hz)):
         raise UserError(
