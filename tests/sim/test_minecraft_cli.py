@@ -357,7 +357,7 @@ def test_a_program_that_hangs_is_not_there(monkeypatch) -> None:
     [
         (["random", "--contract", EXAMPLE, "--part", "5/4"], "--part 5/4 is not like 1/4"),
         (["random", "--contract", EXAMPLE, "--episodes", "0"], "--episodes must be at least 1"),
-        (["random", "--contract", EXAMPLE, "--minutes", "0"], "must be above 0 minutes"),
+        (["random", "--contract", EXAMPLE, "--minutes", "0"], "--minutes must be above 0"),
         (["random", "--engine", "crafter", "--minutes", "5"], "Crafter ends after 500 ticks: --minutes may"),
         (["random", "--contract", EXAMPLE, "--set", "fast"], "--set fast is not like name=value"),
         (
