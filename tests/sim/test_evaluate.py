@@ -308,7 +308,7 @@ def test_what_is_no_run_is_left_alone(dataset, monkeypatch, capsys, command) -> 
     "words", [["--episodes", "0"], ["--episodes", "-3"], ["--seed", "-1"], ["--planner-episodes", "0"]]
 )
 def test_numbers_of_d4_eval_that_make_no_sense_are_a_sentence(tmp_path, monkeypatch, capsys, words) -> None:
-    """They were three different tracebacks, after minutes of driving."""
+    """They were three different tracebacks."""
     monkeypatch.setattr(sys, "argv", ["d4-eval", str(tmp_path), "--dataset", str(tmp_path), *words])
     with pytest.raises(SystemExit):
         evaluate.main()
